@@ -125,10 +125,10 @@ def encode_jpeg(pixels: np.ndarray, quality: int = 95) -> bytes:
 SAMPLE_CLASSES = ("buildings", "forest", "glacier", "mountain", "sea", "street")
 _SIDE = 150  # pixels, as most of the public archive
 
-# %% ../nbs/11_images.ipynb #ffc9a6f4
+# %% ../nbs/11_images.ipynb #bf0b7c66
 def _colour(rng: np.random.Generator, *base: int, spread: int = 22) -> tuple[int, int, int]:
     "A colour near `base`."
-    return tuple(int(c) for c in np.clip(np.array(base) + rng.integers(-spread, spread + 1, 3), 0, 255))
+    return tuple(min(255, max(0, b + shift)) for b, shift in zip(base, rng.integers(-spread, spread + 1, 3).tolist()))
 
 # %% ../nbs/11_images.ipynb #09296dee
 def _sky(rng: np.random.Generator) -> Image.Image:
@@ -208,15 +208,16 @@ def _street(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
 # %% ../nbs/11_images.ipynb #11633569
 _PAINTERS = (_buildings, _forest, _glacier, _mountain, _sea, _street)  # in the order of SAMPLE_CLASSES
 
-# %% ../nbs/11_images.ipynb #98938ca5
+# %% ../nbs/11_images.ipynb #3ea5ddd5
 def sample_scene(label: int, rng: np.random.Generator) -> np.ndarray:
     "A drawn scene of class `SAMPLE_CLASSES[label]`: uint8 (150, 150, 3)."
     scene = _sky(rng)
     _PAINTERS[label](ImageDraw.Draw(scene), rng)
     scene = scene.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.1)))
-    light = rng.uniform(.65, 1.25) * rng.uniform(.93, 1.07, 3)
-    grain = rng.normal(0, rng.uniform(3, 12), (_SIDE, _SIDE, 3))
-    return np.clip(np.asarray(scene) * light + grain, 0, 255).astype(np.uint8)
+    light = (rng.uniform(.65, 1.25) * rng.uniform(.93, 1.07, 3)).astype(np.float32)
+    pixels = rng.standard_normal((_SIDE, _SIDE, 3), np.float32) * np.float32(rng.uniform(3, 12))  # the grain
+    pixels += np.asarray(scene) * light
+    return pixels.clip(0, 255).astype(np.uint8)
 
 # %% ../nbs/11_images.ipynb #9dcdad8c
 def sample_archive(path: str | Path, per_class: int, seed: int, classes: int = 6) -> Path:

@@ -267,17 +267,17 @@ def card_text(labels: Sequence[str], card: dict[str, Any], data: str, notes: str
             f"normalised inside the graph.\n\nTrained on the data with fingerprint `{data[:16]}`.\n\n{notes}\n\n"
             f"| figure | value |\n| --- | --- |\n{rows}")
 
-# %% ../nbs/13_model.ipynb #a9a12889
+# %% ../nbs/13_model.ipynb #124a0955
 def sample_package(folder: str | Path, seed: int = 0) -> Path:
     "Write a small package trained on drawn scenes of 32×32 pixels to `folder`."
     from intel_nb.graph import add_statistics, pooled_backbone, served_graph
     from intel_nb.images import SAMPLE_CLASSES
-    labels, images = _drawn(100, seed)
+    labels, images = _drawn(60, seed)
     features = add_statistics(pooled_backbone(), 32)
     seen = run_batches(features.SerializeToString(), images, np.asarray)
     head, maps, detector = _ridge_head(seen["embedding"], labels), *_sample_drift(seen, seed)
     card = {"model_name": "pooled_pixels", "image_size": 32, "precision": "float32", "batch_tolerance": 1e-5, "profile": "sample",
-            "ert": 150, "windows": detector.calibration.windows.tolist(), "reference_size": 200, "pool_size": 300}
+            "ert": 150, "windows": detector.calibration.windows.tolist(), "reference_size": 100, "pool_size": 180}
     hparams = {"learning_rate": 0.0, "lr": 0.0, "model_name": "pooled_pixels", "num_classes": 6, "optimizer_name": "ridge"}
     graph = served_graph(features, head, *maps).SerializeToString(deterministic=True)
     tensors = dict(zip(("head.weight", "head.bias"), (head[0].T.copy(), head[1])))
@@ -299,11 +299,11 @@ def _ridge_head(embedding: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, 
     weight = 6 * np.linalg.solve(x.T @ x + np.eye(x.shape[1]), x.T @ y)
     return weight, -mean @ weight
 
-# %% ../nbs/13_model.ipynb #ca4d6038
+# %% ../nbs/13_model.ipynb #279db93f
 def _sample_drift(seen: dict[str, np.ndarray], seed: int) -> tuple[list, OnlineMMD]:
     "The two affine maps of the drift representation, and a detector calibrated on it."
     from intel_nb.detector import OnlineMMD, fit_whitening
-    fits = fit_whitening(seen["embedding"][:100], 8), fit_whitening(seen["statistics"][:100])
+    fits = fit_whitening(seen["embedding"][:80], 8), fit_whitening(seen["statistics"][:80])
     maps = [(matrix, -mean @ matrix) for mean, matrix in fits]
-    drift = np.hstack([seen[name][100:] @ m + b for name, (m, b) in zip(("embedding", "statistics"), maps)])
-    return maps, OnlineMMD(drift[:200], 150, windows=(2, 4, 8, 16), n_bootstraps=10_000, pool=drift[200:], seed=seed)
+    drift = np.hstack([seen[name][80:] @ m + b for name, (m, b) in zip(("embedding", "statistics"), maps)])
+    return maps, OnlineMMD(drift[:100], 150, windows=(2, 4, 8, 16), n_bootstraps=10_000, pool=drift[100:], seed=seed)
