@@ -1,0 +1,226 @@
+"The detector against its formula, its promise, damaged files, and alibi-detect as an oracle."
+import dataclasses
+import tracemalloc
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from intel_nb import detector as module
+from intel_nb.detector import OnlineMMD, closeness, gaussian_kernel, stream_statistics, survivor_thresholds, window_mmd2
+from intel_nb.storage import InputError
+
+WINDOWS = (2, 3, 8)
+
+
+def normal(rows: int, seed: int = 0, width: int = 5) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(rows, width)).astype(np.float32)
+
+
+@cache
+def kept(ert: float = 50, n_bootstraps: int = 4_000) -> OnlineMMD:
+    return OnlineMMD(normal(150), ert, WINDOWS, n_bootstraps, pool=normal(300, seed=1))
+
+
+def fresh() -> OnlineMMD:
+    kept().reset()
+    return kept()
+
+
+def mean_apart(kernel: np.ndarray) -> float:
+    n = len(kernel)
+    return (kernel.sum() - np.trace(kernel)) / (n * (n - 1)) if n > 1 else 0.0
+
+
+@settings(max_examples=30, deadline=None)
+@given(length=st.integers(1, 30), seed=st.integers(0, 10**6), scale=st.sampled_from([0.1, 1, 30]),
+       offset=st.sampled_from([0, 5, 500]))
+def test_each_window_has_the_mmd_of_the_formula(length, seed, scale, offset):
+    detector, live = fresh(), normal(length, seed) * scale + offset
+    for row in live:
+        seen = detector.update(row)
+    known = detector.calibration
+    exact = lambda a, b: np.exp(-((a[:, None].astype(float) - b[None]) ** 2).sum(-1) / (2 * known.sigma**2))
+    for found, size in zip(window_mmd2(detector), np.minimum(WINDOWS, length)):
+        window = live[-size:]
+        mmd2 = mean_apart(exact(known.reference, known.reference)) + mean_apart(exact(window, window))
+        assert found == pytest.approx(mmd2 - 2 * exact(window, known.reference).mean(), abs=5e-6)
+    assert seen["statistic"] == detector.window_statistics.max() and seen["time"] == length
+
+
+@settings(max_examples=25, deadline=None)
+@given(stop=st.integers(0, 40), seed=st.integers(0, 10**6), width=st.sampled_from([1, 5, 136]))
+def test_a_loaded_detector_goes_on_exactly(stop, seed, width, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "drift.npz"
+    detector = OnlineMMD(normal(20, seed, width), 20, WINDOWS, 100, pool=normal(30, seed + 1, width))
+    live = normal(60, seed + 2, width)
+    for row in live[:stop]:
+        detector.update(row)
+    detector.save(path)
+    first = path.read_bytes()
+    again = OnlineMMD.load(path)
+    again.save(path)
+    assert path.read_bytes() == first
+    assert [again.update(row) for row in live[stop:]] == [detector.update(row) for row in live[stop:]]
+
+
+BAD = [[np.nan, 0, 0, 0, 0], [0, 0, np.inf, 0, 0], [0, 0, 0, 0, -1e300], [0] * 4, [0] * 6, [[0] * 5], 0, [], ["x"] * 5]
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_observation_changes_nothing(bad, tmp_path):
+    detector = fresh()
+    for row in normal(11, seed=4):
+        detector.update(row)
+    detector.save(tmp_path / "before.npz")
+    with pytest.raises(ValueError):
+        detector.update(np.array(bad))
+    detector.save(tmp_path / "after.npz")
+    assert (tmp_path / "after.npz").read_bytes() == (tmp_path / "before.npz").read_bytes()
+
+
+@pytest.mark.parametrize("size", [1e10, 3e38])
+def test_an_enormous_observation_is_drift_and_is_forgotten(size):
+    detector = fresh()
+    first = [detector.update(row) for row in normal(20, seed=5)]
+    for _ in range(3):
+        seen = detector.update(np.full(5, size))
+    assert seen["is_drift"] and np.isfinite(seen["statistic"])
+    detector.reset()
+    assert [detector.update(row) for row in normal(20, seed=5)] == first
+
+
+def test_reset_starts_anew():
+    detector, live = fresh(), normal(20, seed=6)
+    once = [detector.update(row) for row in live]
+    detector.reset()
+    assert [detector.update(row) for row in live] == once
+
+
+def test_the_same_input_gives_the_same_file(tmp_path):
+    for name in ("a", "b"):
+        OnlineMMD(normal(90), 20, WINDOWS, 500, seed=3).save(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_memory_does_not_grow_with_updates():
+    detector, live = fresh(), normal(100, seed=7)
+    tracemalloc.start()
+    try:
+        for row in live:
+            detector.update(row)
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(20):
+            for row in live:
+                detector.update(row)
+        assert tracemalloc.get_traced_memory()[0] - before < 4_096
+    finally:
+        tracemalloc.stop()
+
+
+def first_times(detector: OnlineMMD, rows: np.ndarray, steps: int, count: int, seed: int) -> np.ndarray:
+    "Time of the first alarm (steps where there is none) of `count` streams without replacement."
+    known, rng = detector.calibration, np.random.default_rng(seed)
+    streams = np.stack([rng.permutation(len(rows))[:steps] for _ in range(count)], axis=1)
+    near = closeness(rows, known.reference, known.sigma)
+    statistics = stream_statistics(known, gaussian_kernel(rows, rows, known.sigma), near, streams)
+    over = statistics > np.array([[known.threshold(t + 1)] for t in range(steps)])
+    return np.where(over.any(axis=0), over.argmax(axis=0) + 1, steps)
+
+
+@pytest.mark.parametrize("ert", [20, 60])
+def test_run_time_without_drift_is_as_asked(ert):
+    detector = OnlineMMD(normal(1_000, 1, 12), ert, (2, 4, 8, 16), 30_000, pool=normal(2_000, 2, 12))
+    times = first_times(detector, normal(2_500, 3, 12), 8 * ert, 2_000, seed=0)
+    assert 0.88 * ert < times.mean() < 1.12 * ert
+    early = [(times == t).sum() / (times >= t).sum() * ert for t in range(1, ert)]
+    assert np.mean(early[:8]) == pytest.approx(1, abs=0.35) and np.mean(early[8:]) == pytest.approx(1, abs=0.2)
+
+
+def test_a_shift_is_seen_soon():
+    detector, delays = fresh(), []
+    for seed in range(20):
+        detector.reset()
+        shifted = normal(40, 100 + seed) + 1
+        delays.append(next(t for t, row in enumerate(shifted, 1) if detector.update(row)["is_drift"]))
+    assert np.mean(delays) < 10
+
+
+@pytest.fixture
+def arrays(tmp_path):
+    fresh().save(tmp_path / "drift.npz")
+    return dict(np.load(tmp_path / "drift.npz"))
+
+
+@pytest.mark.parametrize("name", [*module._CALIBRATION, *module._STATE])
+@pytest.mark.parametrize("damage", ["missing", "nan", "shape", "empty", "pickle", "type", "negative"])
+def test_a_damaged_file_is_refused(name, damage, arrays, tmp_path):
+    value = arrays[name]
+    if damage == "negative" and name not in ("ert", "windows", "deviations", "sigma", "time"):
+        pytest.skip("a negative number is possible here, or says nothing that is used")
+    kind = value.dtype if value.dtype.kind == "f" else float
+    arrays[name] = {"nan": np.full(value.shape, np.nan, kind), "shape": value[None], "empty": value.reshape(-1)[:0],
+                    "pickle": np.array([{}]), "type": value.astype(complex), "negative": -value - 1}.get(damage)
+    if damage == "missing":
+        del arrays[name]
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(InputError, match="bad.npz is no drift detector"):
+        OnlineMMD.load(tmp_path / "bad.npz")
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_flipped_or_missing_bytes_never_crash_the_loader(data, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "flipped.npz"
+    fresh().save(path)
+    content = bytearray(path.read_bytes())
+    if data.draw(st.booleans()):
+        del content[data.draw(st.integers(0, len(content) - 1)):]
+    else:
+        for _ in range(data.draw(st.integers(1, 5))):
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    try:
+        OnlineMMD.load(path).update(np.zeros(5))
+    except InputError:
+        pass
+
+
+def test_no_file_and_no_archive(tmp_path):
+    (tmp_path / "text").write_text("hello")
+    np.save(tmp_path / "one.npy", normal(3))
+    for name in ("text", "one.npy", "."):
+        with pytest.raises(InputError, match="no drift detector"):
+            OnlineMMD.load(tmp_path / name)
+    with pytest.raises(InputError, match="none.npz does not exist"):
+        OnlineMMD.load(tmp_path / "none.npz")
+
+
+def test_alibi_detect_agrees():
+    "One window, plain features: the library's statistic; its thresholds within what 400 rows and its bootstraps allow."
+    cd = pytest.importorskip("alibi_detect.cd")
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    rows, size, ert = normal(400), 8, 50
+    theirs = cd.MMDDriftOnline(rows, ert, size, n_bootstraps=3_000, backend="pytorch", verbose=False)._detector
+    pool = normal(2_000, seed=8)
+    ours = OnlineMMD(rows[theirs.ref_inds.numpy()], ert, (size,), 10_000, pool=pool)
+    assert ours.calibration.sigma == pytest.approx(float(theirs.kernel.sigma), rel=0.02)  # theirs: from all 400 rows
+    sigma = float(theirs.kernel.sigma)
+    plain = dataclasses.replace(ours.calibration, sigma=sigma, means=np.zeros(size + 1), deviations=np.ones(size + 1),
+                                reference_mean=module._mean_apart(ours.calibration.reference, sigma))
+    ours.calibration = plain
+    ours.reset()
+    pairs = [(theirs.score(row), ours.update(row)["statistic"]) for row in normal(60, seed=9)]
+    assert np.abs(np.diff(pairs[size:])).max() < 1e-6  # until then the library's window holds rows of the reference
+    streams = next(module._draw_streams(len(pool), 2 * size - 1, 12_000, np.random.default_rng(0)))
+    near = closeness(pool, plain.reference, sigma)
+    statistics = stream_statistics(plain, gaussian_kernel(pool, pool, sigma), near, streams)
+    full = statistics[size - 1:]  # the library's first window is full as well
+    thresholds = survivor_thresholds(full, ert, size - 1)
+    samples = [survivor_thresholds(full[:, i::4], ert, size - 1) for i in range(4)]  # of as many bootstraps as theirs
+    tolerance = 5 * np.std(samples, axis=0, ddof=1).mean() + 0.03 * thresholds  # the latter: other rows in the pool
+    assert (np.abs(thresholds - theirs.thresholds) < tolerance).all()
