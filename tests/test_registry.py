@@ -1,0 +1,126 @@
+"""The registry under what a notebook does not show: several processes at once, a moved workspace, a process that dies."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from intel_nb.model import load_package, sample_package
+from intel_nb.registry import is_locked, locked, open_registry
+from intel_nb.storage import InputError, write_text
+
+REGISTER = """
+import sys
+from pathlib import Path
+from intel_nb.registry import open_registry
+registry = open_registry(sys.argv[1])
+evaluation = {"multiclass_classification_metrics": {"accuracy": {"value": 0.9}}, "fingerprints": {"data": "d"}}
+print(registry.register(Path(sys.argv[2]), evaluation, status="PendingManualApproval", reason="", params={}))
+"""
+
+
+def evaluation(accuracy: float) -> dict:
+    return {"multiclass_classification_metrics": {"accuracy": {"value": accuracy, "standard_deviation": 0.01}},
+            "fingerprints": {"data": "d1"}}
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory) -> Path:
+    return sample_package(tmp_path_factory.mktemp("package") / "model")
+
+
+@pytest.fixture
+def registry(tmp_path):
+    return open_registry(f"sqlite:///{tmp_path}/home/mlflow.db")
+
+
+def register(registry, package, accuracy=0.9, **more) -> str:
+    return registry.register(package, evaluation(accuracy), **{"status": "PendingManualApproval", "reason": "passed",
+                                                               "params": {"seed": 0}} | more)
+
+
+def test_an_empty_registry_answers_and_makes_nothing(registry, tmp_path):
+    assert registry.versions() == []
+    assert registry.champion() is None
+    with pytest.raises(InputError, match="there is no version 1; there are: none yet"):
+        registry.get("1")
+    assert not (tmp_path / "home").exists()
+
+
+def test_processes_that_share_a_fresh_database(package, tmp_path):
+    uri = f"sqlite:///{tmp_path}/home/mlflow.db"
+    started = [subprocess.Popen([sys.executable, "-c", REGISTER, uri, str(package)], cwd=tmp_path, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    answers = [p.communicate(timeout=120) for p in started]
+    assert [p.returncode for p in started] == [0, 0], answers
+    assert sorted(out.strip() for out, _ in answers) == ["1", "2"]
+    assert [err for _, err in answers] == ["", ""]
+    assert [p.name for p in tmp_path.iterdir()] == ["home"], "MLflow must not write into the current folder"
+    assert sorted(p.name for p in (tmp_path / "home").iterdir()) == ["artifacts", "mlflow.db"]
+
+
+def test_everything_about_a_version(registry, package, tmp_path):
+    predictions = write_text(tmp_path / "predictions.parquet", "rows")
+    first = register(registry, package, artifacts=[predictions])
+    second = register(registry, package, 0.8, status="Rejected", reason="0.8 is less accurate than the champion")
+    assert [(v.version, v.status, v.accuracy) for v in registry.versions()] == [
+        (second, "Rejected", 0.8), (first, "PendingManualApproval", 0.9)]
+    assert registry.predictions(first).read_text() == "rows" and registry.predictions(second) is None
+    assert registry.evaluation(second) == evaluation(0.8)
+    fingerprint = load_package(package).fingerprint
+    assert registry.find(fingerprint).version == second
+    assert registry.find(fingerprint, "d1").version == second
+    assert registry.find(fingerprint, "d2") is None and registry.find("other") is None
+    registry.set_status(first, "Approved", "seen")
+    registry.set_alias("staging", first)
+    registry.set_alias("production", first)
+    registry.set_tag(first, "staging_test", "passed")
+    registry.set_tag(first, "run_id", "r1")
+    found = registry.get(first)
+    assert (found.status, found.reason, found.aliases) == ("Approved", "seen", ["production", "staging"])
+    assert (found.staging_test, found.run_id) == ("passed", "r1")
+    registry.set_alias("production", second)
+    assert registry.champion().version == second and registry.get(first).aliases == ["staging"]
+    with pytest.raises(ValueError, match="is no status"):
+        registry.set_status(first, "approved")
+
+
+def test_a_version_outlives_its_package_and_a_moved_workspace(registry, package, tmp_path):
+    copy = Path(shutil.copytree(package, tmp_path / "copy"))
+    version = register(registry, copy)
+    shutil.rmtree(copy)
+    (tmp_path / "home").rename(tmp_path / "elsewhere")
+    moved = open_registry(f"sqlite:///{tmp_path}/elsewhere/mlflow.db")
+    assert load_package(moved.package(version)).fingerprint == moved.get(version).fingerprint
+    later = register(moved, package)
+    assert moved.package(later).is_relative_to(tmp_path / "elsewhere")
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_package_that_was_changed_is_not_registered(registry, package, tmp_path):
+    copy = Path(shutil.copytree(package, tmp_path / "copy"))
+    with open(copy / "labels.json", "a") as f:
+        f.write(" ")
+    with pytest.raises(InputError, match="labels.json"):
+        register(registry, copy)
+    assert registry.versions() == []
+
+
+def test_a_lock_of_a_killed_process_is_free(tmp_path):
+    code = "import sys; from intel_nb.registry import locked\nwith locked(sys.argv[1]): print('held', flush=True); input()"
+    path = tmp_path / "x.lock"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    assert is_locked(path)
+    with pytest.raises(BlockingIOError), locked(path, patience=0.05):
+        pass
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.communicate()
+    assert not is_locked(path)
+    with locked(path, patience=0):
+        assert is_locked(path)
+    assert not path.exists()
