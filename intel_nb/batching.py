@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 # %% auto #0
-__all__ = ['Overloaded', 'Job', 'Queue', 'Turnstile', 'Batcher']
+__all__ = ['Overloaded', 'Job', 'Queue', 'Turnstile', 'work_off', 'start_threads', 'Batcher']
 
-# %% ../nbs/14b_batching.ipynb #6133f607
+# %% ../nbs/14b_batching.ipynb #dd663236
 class Overloaded(Exception):
     "No room for another job."
 
@@ -25,6 +25,12 @@ class Job:
     ticket: int
     future: asyncio.Future
     result: Any = None
+
+    def settle(self) -> None:
+        "Give the caller its result, if it still waits."
+        if not self.future.done():
+            failed = isinstance(self.result, Exception)
+            (self.future.set_exception if failed else self.future.set_result)(self.result)
 
 # %% ../nbs/14b_batching.ipynb #11d26bbd
 class Queue:
@@ -70,63 +76,6 @@ class Turnstile:
                 passed.append(job)
             return passed
 
-# %% ../nbs/14b_batching.ipynb #ec564967
-class Batcher:
-    """Answers items from an event loop with threads, one for each of `workers`.
-
-    A worker maps a list of items to as many results, where an exception is the result of an item that failed; `finish` maps a
-    result to the answer. At most `limit` items are in hand; one more raises `Overloaded`."""
-    def __init__(self, workers: Sequence[Callable[[list], list]], finish: Callable[[Any], Any], batch: int = 8, limit: int = 128,
-                 on_batch: Callable[[int], None] = lambda size: None):
-        self.limit, self.in_hand = limit, 0
-        self._finish, self._on_batch, self._arrivals = finish, on_batch, 0
-        self._queue, self._turnstile, self._idle = Queue(len(workers), batch), Turnstile(self._settle), asyncio.Event()
-        self._idle.set()
-        self._threads = [threading.Thread(target=self._run, args=[w], daemon=True, name=f"worker-{i}") for i, w in enumerate(workers)]
-        for thread in self._threads:
-            thread.start()
-
-    def submit(self, item: Any) -> asyncio.Future:
-        "The future answer to `item`, or the exception it met; raises `Overloaded`. Cancelling the future gives up the item."
-        if self.in_hand >= self.limit:
-            raise Overloaded
-        job = Job(item, self._arrivals, asyncio.get_running_loop().create_future())
-        self._arrivals, self.in_hand = self._arrivals + 1, self.in_hand + 1
-        self._idle.clear()
-        self._queue.put(job)
-        return job.future
-
-    async def idle(self) -> None:
-        "Return when nothing is in hand."
-        await self._idle.wait()
-
-    def close(self) -> None:
-        "End the threads once the queue is empty."
-        self._queue.close()
-        for thread in self._threads:
-            thread.join()
-
-    def _run(self, work: Callable[[list], list]) -> None:
-        while jobs := self._queue.take():
-            live = [job for job in jobs if not job.future.cancelled()]
-            for job, result in zip(live, _results(work, [job.item for job in live])):
-                job.result = result
-            self._on_batch(len(live))
-            if passed := self._turnstile.finished(jobs):
-                passed[0].future.get_loop().call_soon_threadsafe(self._deliver, passed)
-
-    def _settle(self, job: Job) -> None:
-        if job.result is not None and not isinstance(job.result, Exception):
-            job.result = _attempt(self._finish, job.result)
-
-    def _deliver(self, jobs: list[Job]) -> None:
-        self.in_hand -= len(jobs)
-        if not self.in_hand:
-            self._idle.set()
-        for job in jobs:
-            if not job.future.done():
-                (job.future.set_exception if isinstance(job.result, Exception) else job.future.set_result)(job.result)
-
 # %% ../nbs/14b_batching.ipynb #295dfc48
 def _attempt(function: Callable, *args: Any) -> Any:
     "What `function` returns, or the exception that it raised."
@@ -145,3 +94,67 @@ def _results(work: Callable[[list], list], items: list) -> list:
         logging.getLogger(__name__).error("a batch of %d failed", len(items), exc_info=results)
         return [results] * len(items)
     return results
+
+# %% ../nbs/14b_batching.ipynb #005047f7
+def work_off(queue: Queue, work: Callable[[list], list], worked: Callable[[list[Job], int], None]) -> None:
+    "A thread's life: `work` makes results of what `queue` gives; `worked` gets each batch, and how many were live."
+    while jobs := queue.take():
+        live = [job for job in jobs if not job.future.cancelled()]
+        for job, result in zip(live, _results(work, [job.item for job in live])):
+            job.result = result
+        worked(jobs, len(live))
+
+# %% ../nbs/14b_batching.ipynb #f3771727
+def start_threads(queue: Queue, workers: Sequence[Callable], worked: Callable) -> list[threading.Thread]:
+    "A running thread for each of `workers`; they do not keep the process from ending."
+    threads = [threading.Thread(target=work_off, args=[queue, work, worked], daemon=True) for work in workers]
+    for thread in threads:
+        thread.start()
+    return threads
+
+# %% ../nbs/14b_batching.ipynb #574d34c9
+class Batcher:
+    """Answers items from an event loop with threads, one for each of `workers`.
+
+    A worker maps a list of items to as many results, an exception being that of an item that failed; `finish` maps a
+    result to the answer. At most `limit` items are in hand; one more raises `Overloaded`."""
+    def __init__(self, workers: Sequence[Callable[[list], list]], finish: Callable[[Any], Any], batch: int = 8,
+                 limit: int = 128, on_batch: Callable[[int], None] = lambda size: None):
+        self.limit, self.in_hand, self._arrivals, self._on_batch = limit, 0, 0, on_batch
+        self._queue, self._turnstile = Queue(len(workers), batch), Turnstile(lambda job: _finish(finish, job))
+        self.idle = asyncio.Event()  # set while nothing is in hand
+        self.idle.set()
+        self._threads = start_threads(self._queue, workers, self._worked)
+
+    def submit(self, item: Any) -> asyncio.Future:
+        "The future answer to `item`, or the exception it met; raises `Overloaded`. Cancelled, it gives up the item."
+        if self.in_hand >= self.limit:
+            raise Overloaded
+        self._queue.put(job := Job(item, self._arrivals, asyncio.get_running_loop().create_future()))
+        self._arrivals, self.in_hand = self._arrivals + 1, self.in_hand + 1
+        self.idle.clear()
+        return job.future
+
+    def close(self) -> None:
+        "End the threads once the queue is empty."
+        self._queue.close()
+        for thread in self._threads:
+            thread.join()
+
+    def _worked(self, jobs: list[Job], live: int) -> None:
+        self._on_batch(live)
+        if passed := self._turnstile.finished(jobs):
+            passed[0].future.get_loop().call_soon_threadsafe(self._deliver, passed)
+
+    def _deliver(self, jobs: list[Job]) -> None:
+        self.in_hand -= len(jobs)
+        if not self.in_hand:
+            self.idle.set()
+        for job in jobs:
+            job.settle()
+
+# %% ../nbs/14b_batching.ipynb #fd73b45f
+def _finish(finish: Callable[[Any], Any], job: Job) -> None:
+    "Make the answer of a job's result, unless it was skipped or failed."
+    if job.result is not None and not isinstance(job.result, Exception):
+        job.result = _attempt(finish, job.result)

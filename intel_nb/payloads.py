@@ -120,7 +120,7 @@ def read_npy(body: bytes, side: int) -> np.ndarray:
     images = np.frombuffer(data, np.uint8).reshape(-1, *shape[-3:])
     return np.stack([_fit(image, side) for image in images])
 
-# %% ../nbs/14a_payloads.ipynb #0a977d49
+# %% ../nbs/14a_payloads.ipynb #78153e70
 def _npy_header(body: bytes) -> tuple[tuple[int, ...], memoryview]:
     "The shape that an `.npy` header claims, and what follows the header; raises `Refusal`."
     file = io.BytesIO(body)
@@ -131,7 +131,8 @@ def _npy_header(body: bytes) -> tuple[tuple[int, ...], memoryview]:
     except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError) as e:
         raise Refusal("malformed", f"the body is no .npy file ({str(e)[:100]})") from None
     if dtype != np.uint8 or (fortran and len(shape) > 1):
-        raise Refusal("values", f"the array must be uint8 in C order, not {dtype}{' in Fortran order' if fortran else ''}")
+        order = " in Fortran order" if fortran else ""
+        raise Refusal("values", f"the array must be uint8 in C order, not {dtype}{order}")
     return shape, memoryview(body)[file.tell():]
 
 # %% ../nbs/14a_payloads.ipynb #536b226f

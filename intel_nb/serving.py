@@ -58,8 +58,9 @@ class Outputs(NamedTuple):
     probabilities: np.ndarray  # float32 (N, C)
     drift: np.ndarray          # float32 (N, D)
 
-# %% ../nbs/15_serving.ipynb #1d4c26e6
-def run_requests(run: Callable[[np.ndarray], Outputs], side: int, requests: list[tuple[str, bytes]]) -> list[Outputs | Refusal]:
+# %% ../nbs/15_serving.ipynb #2ce29fed
+def run_requests(run: Callable[[np.ndarray], Outputs], side: int,
+                 requests: list[tuple[str, bytes]]) -> list[Outputs | Refusal]:
     "Outputs of each of `requests` (content type, body), or why there are none; one forward pass over all their images."
     images = [_read(side, *request) for request in requests]
     good = [x for x in images if not isinstance(x, Refusal)]
@@ -83,20 +84,20 @@ def _finite(outputs: Outputs) -> Outputs | Refusal:
     good = np.isfinite(outputs.probabilities).all() and np.isfinite(outputs.drift).all()
     return outputs if good else Refusal("not_finite", "the model has no finite answer to this image")
 
-# %% ../nbs/15_serving.ipynb #0a0d5628
+# %% ../nbs/15_serving.ipynb #b9aa13d9
 def run_model(session: Any, batch: int, images: np.ndarray) -> Outputs:
     "Outputs for uint8 `images` (N, side, side, 3), at most `batch` of them a forward pass."
-    parts = [session.run(["probabilities", "drift"], {"images": images[i:i + batch]}) for i in range(0, len(images), batch)]
+    chunks = [images[i:i + batch] for i in range(0, len(images), batch)]
+    parts = [session.run(["probabilities", "drift"], {"images": chunk}) for chunk in chunks]
     return Outputs(*(np.concatenate(column) if len(parts) > 1 else column[0] for column in zip(*parts)))
 
-# %% ../nbs/15_serving.ipynb #28182f95
+# %% ../nbs/15_serving.ipynb #5f7894d2
 def predictions_of(probabilities: np.ndarray, labels: list[str]) -> list[dict[str, Any]]:
     "Each row of `probabilities` (N, C) as `label`, `confidence` and `probabilities` by label."
-    rows = probabilities.tolist()
-    best = probabilities.argmax(axis=1).tolist()
-    return [{"label": labels[k], "confidence": row[k], "probabilities": dict(zip(labels, row))} for k, row in zip(best, rows)]
+    best = zip(probabilities.argmax(axis=1).tolist(), probabilities.tolist())
+    return [{"label": labels[k], "confidence": row[k], "probabilities": dict(zip(labels, row))} for k, row in best]
 
-# %% ../nbs/15_serving.ipynb #e8c3abe5
+# %% ../nbs/15_serving.ipynb #05e3c3f0
 class Metrics:
     "The metrics of one service, in a registry of their own."
     def __init__(self):
@@ -105,7 +106,8 @@ class Metrics:
         self.requests = Counter("intel_nb_requests", "Invocations by HTTP status.", ["status"], **own)
         self.seconds = Histogram("intel_nb_request_seconds", "Time from request to response.", **own,
                                  buckets=(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10))
-        self.batch = Histogram("intel_nb_batch_requests", "Requests worked on together.", buckets=(1, 2, 4, 8, 16, 32), **own)
+        self.batch = Histogram("intel_nb_batch_requests", "Requests worked on together.", **own,
+                               buckets=(1, 2, 4, 8, 16, 32))
 
     def watch(self, name: str, text: str, value: Callable[[], float | None]) -> None:
         "A gauge that reads `value` when it is scraped; None is shown as NaN."
@@ -114,27 +116,26 @@ class Metrics:
     def exposition(self) -> bytes:
         return generate_latest(self.registry)
 
-# %% ../nbs/15_serving.ipynb #561a6177
+# %% ../nbs/15_serving.ipynb #2feb0019
 class Service:
     "A model package that answers requests, with its monitor, its threads and its metrics."
     def __init__(self, package: Package, state_dir: str | Path, version: str, settings: Settings):
-        self.package, self.state_dir, self.version, self.settings = package, Path(state_dir), version, settings
-        self.metrics, self.workers, self.ready, self.leaving = Metrics(), [], False, False
-        self.monitor: Monitor | None = None
-        self.batcher: Batcher | None = None
+        self.package, self.state_dir, self.settings = package, state_dir, settings
+        self.metrics, self.workers = Metrics(), []
+        self.model, self.ready, self.leaving = {"name": package.name, "version": version}, False, False
 
     def warm(self) -> None:
         "Open a session for each thread and run it once; a second call does nothing."
-        side, batch = self.package.image_size, self.settings.batch
         while len(self.workers) < (self.settings.threads or cores()):
-            run = partial(run_model, self.package.session(1), batch)
-            run(np.zeros((1, side, side, 3), np.uint8))
-            self.workers.append(partial(run_requests, run, side))
+            run = partial(run_model, self.package.session(1), self.settings.batch)
+            run(np.zeros((1, *[self.package.image_size] * 2, 3), np.uint8))
+            self.workers.append(partial(run_requests, run, self.package.image_size))
 
     def start(self) -> None:
         "Take over the detector's state and the work."
-        self.monitor = Monitor(self.package, self.state_dir, self.version, self.settings.save_every)
-        self.batcher = Batcher(self.workers, self._finish, self.settings.batch, self.settings.queue, self.metrics.batch.observe)
+        self.monitor = Monitor(self.package, self.state_dir, self.model["version"], self.settings.save_every)
+        self.batcher = Batcher(self.workers, self._answer, on_batch=self.metrics.batch.observe,
+                               batch=self.settings.batch, limit=self.settings.queue)
         watch_service(self.metrics, self.monitor, self.batcher)
         self.ready = True
 
@@ -149,14 +150,13 @@ class Service:
 
     async def release(self) -> None:
         "Answer what is in hand, then write the detector's state for the last time."
-        await self.batcher.idle()
-        await asyncio.to_thread(self.monitor.release)
+        await self.batcher.idle.wait()
+        self.monitor.release()
 
-    def _finish(self, outputs: Outputs) -> bytes:
+    def _answer(self, outputs: Outputs) -> bytes:
         readings = self.monitor.update(outputs.drift, outputs.probabilities.argmax(axis=1))
-        answer = {"predictions": predictions_of(outputs.probabilities, self.package.labels), "drift": readings,
-                  "model": {"name": self.package.name, "version": self.version}}
-        return json.dumps(answer).encode()
+        answer = {"predictions": predictions_of(outputs.probabilities, self.package.labels), "drift": readings}
+        return json.dumps(answer | {"model": self.model}).encode()
 
 # %% ../nbs/15_serving.ipynb #ce442c9c
 def watch_service(metrics: Metrics, monitor: Monitor, batcher: Batcher) -> None:
@@ -216,13 +216,13 @@ async def invocations(request: Request) -> Response:
         raise Refusal("failed", "the model failed on this batch; try again") from None
     return Response(answer, media_type="application/json")
 
-# %% ../nbs/15_serving.ipynb #84a970fd
+# %% ../nbs/15_serving.ipynb #e4b01cb6
 @router.get("/ping")
 async def ping(request: Request) -> Response:
     service: Service = request.app.state.service
     if not service.ready:
         raise Refusal("not_ready", "the model is being loaded")
-    return JSONResponse({"status": "ready", "model": {"name": service.package.name, "version": service.version}})
+    return JSONResponse({"status": "ready", "model": service.model})
 
 # %% ../nbs/15_serving.ipynb #5584273d
 @router.get("/drift")
@@ -232,30 +232,33 @@ async def drift(request: Request) -> Response:
         raise Refusal("not_ready", "the model is being loaded")
     return JSONResponse(service.monitor.status())
 
-# %% ../nbs/15_serving.ipynb #b9980a12
+# %% ../nbs/15_serving.ipynb #17498fc9
 @router.get("/metrics")
 async def exposition(request: Request) -> Response:
-    return Response(request.app.state.service.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    kind = "text/plain; version=0.0.4; charset=utf-8"
+    return Response(request.app.state.service.metrics.exposition(), media_type=kind)
 
-# %% ../nbs/15_serving.ipynb #8f805150
+# %% ../nbs/15_serving.ipynb #3fb57760
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>intel-nb</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 body{font:16px system-ui;max-width:40rem;margin:2rem auto;padding:0 1rem;color:#222}
 label{display:block;border:2px dashed #999;border-radius:.5rem;padding:2rem;text-align:center;cursor:pointer}
 img{max-width:100%;max-height:16rem}div.bar{background:#36c;height:.9rem}
 td{padding:.15rem .6rem .15rem 0}td:nth-child(2){width:100%}#drift{color:#555}</style>
-<h1>Which scene is this?</h1><label id="drop">Choose a picture or drop one here<br><input type="file" id="file" accept="image/*"></label>
+<h1>Which scene is this?</h1>
+<label id="drop">Choose a picture or drop one here<br><input type="file" id="file" accept="image/*"></label>
 <p><img id="seen" alt=""><table id="classes"></table><p id="note" role="status"></p><p id="drift"></p><script>
 const $ = id => document.getElementById(id), percent = p => (100 * p).toFixed(1) + " %";
 const cell = (row, content) => row.insertCell().append(content);
 async function watch() {
   const d = await (await fetch("drift")).json();
-  $("drift").textContent = `Drift: ${d.observations} images seen, ` + (d.statistic === null ? "none since the last alarm"
+  $("drift").textContent = `Drift: ${d.observations} images seen, ` + (d.statistic === null ? "none in this run"
     : `statistic ${d.statistic.toFixed(2)} of ${d.threshold.toFixed(2)}`) + `, ${d.alarms} alarms.`;
 }
 async function classify(file) {
   $("seen").src = URL.createObjectURL(file); $("classes").replaceChildren();
-  const reply = await fetch("invocations", {method: "POST", body: file, headers: {"content-type": file.type || "image/jpeg"}});
+  const headers = {"content-type": file.type || "image/jpeg"};
+  const reply = await fetch("invocations", {method: "POST", body: file, headers: headers});
   const answer = await reply.json();
   if (answer.error) { $("note").textContent = answer.error.message; return; }
   const best = answer.predictions[0];
@@ -278,17 +281,20 @@ watch();
 async def page() -> str:
     return PAGE
 
-# %% ../nbs/15_serving.ipynb #1def5095
+# %% ../nbs/15_serving.ipynb #0eef698b
 async def on_refusal(request: Request, refusal: Refusal) -> Response:
     "A `Refusal` as a response."
-    headers = {"retry-after": "1"} if refusal.status == 503 else {"connection": "close"} if refusal.code == "slow_body" else {}
+    headers = {"retry-after": "1"} if refusal.status == 503 else {}
+    if refusal.code == "slow_body":  # the rest of it would be taken for the next request
+        headers["connection"] = "close"
     return JSONResponse(refusal.body(), refusal.status, headers)
 
-# %% ../nbs/15_serving.ipynb #676a66c9
+# %% ../nbs/15_serving.ipynb #40e5f2f0
 async def on_http_error(request: Request, error: HTTPException) -> Response:
     "What the router itself refuses: an unknown path, a wrong method."
     code = "not_found" if error.status_code == 404 else "method_not_allowed"
-    return JSONResponse(Refusal(code, f"{request.method} {request.url.path[:100]}: {error.detail}").body(), error.status_code, error.headers)
+    refusal = Refusal(code, f"{request.method} {request.url.path[:100]}: {error.detail}")
+    return JSONResponse(refusal.body(), error.status_code, error.headers)
 
 # %% ../nbs/15_serving.ipynb #5a2cf520
 class Edge:
@@ -312,12 +318,12 @@ class Edge:
 
         await self.app(scope, receive, marked)
 
-# %% ../nbs/15_serving.ipynb #bc12fd8c
+# %% ../nbs/15_serving.ipynb #635fbf5b
 def create_app(package: str | Path | Package, state_dir: str | Path, *, version: str | None = None,
                settings: Settings | None = None) -> FastAPI:
     """The application that serves `package` (folder or model.tar.gz) and keeps its detector's state in `state_dir`.
 
-    `version` is what answers name; by default `INTEL_NB_VERSION`. Raises `InputError` when the package is not to be trusted."""
+    `version` is what answers name, by default `INTEL_NB_VERSION`. Raises `InputError` for a package that is damaged."""
     package = package if isinstance(package, Package) else load_package(package)
     version = os.environ.get("INTEL_NB_VERSION", "") if version is None else version
     service = Service(package, state_dir, version, settings or Settings.from_env())
