@@ -14,7 +14,7 @@ from typing import Any
 from .storage import InputError, read_json, write_json
 
 # %% auto #0
-__all__ = ['MARK', 'NotebookFailed', 'as_error', 'kernel_family', 'end_kernel', 'execute']
+__all__ = ['MARK', 'NotebookFailed', 'as_error', 'kernel_family', 'end_kernel', 'get_ready', 'execute']
 
 # %% ../nbs/17c_execution.ipynb #f629a2cb
 class NotebookFailed(RuntimeError):
@@ -85,14 +85,19 @@ def _engine(work: Path, on_cell: Callable[[int, int], None]) -> type:
 
     return Engine
 
-# %% ../nbs/17c_execution.ipynb #5ae17d4e
+# %% ../nbs/17c_execution.ipynb #c670f6a7
+def get_ready() -> Any:
+    "papermill, imported; that takes two seconds, which are no step's."
+    import papermill
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # parameters were checked: its guesses about them only disturb
+    return papermill
+
+# %% ../nbs/17c_execution.ipynb #6594ef0c
 def execute(notebook: Path, output: Path, parameters: dict[str, Any], work: Path,
             on_cell: Callable[[int, int], None] = lambda cell, total: None) -> None:
     "Run `notebook` with `parameters` into `output`; raises `InputError` or `NotebookFailed`. `work` is its working folder."
-    import papermill
-    from papermill.engines import papermill_engines
-    papermill_engines.register("intel-nb", _engine(work, on_cell))
-    logging.getLogger("papermill").setLevel(logging.ERROR)  # parameters were checked: its guesses about them only disturb
+    papermill = get_ready()
+    papermill.engines.papermill_engines.register("intel-nb", _engine(work, on_cell))
     work.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
