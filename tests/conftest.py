@@ -1,0 +1,125 @@
+"""Workspaces for tests: one is taken as far as the approval once a session, and every test gets a copy of its own."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a test run shares its cores with the processes that it starts
+
+# A chain in seconds: few images, few bootstraps, a short drift test.
+QUICK = ["--param", "train.bootstraps=2000", "--param", "drift.runs=50", "--param", "drift.images=60",
+         "--param", "drift.shifted_images=16"]
+
+
+@dataclass
+class Answer:
+    "What a command answered."
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self):
+        return json.loads(self.out)
+
+
+@dataclass
+class House:
+    "A workspace with its runs, and the command in it."
+    root: Path
+    archive: Path
+
+    @property
+    def home(self) -> Path:
+        return self.root / "workspace"
+
+    @property
+    def executed(self) -> Path:
+        return self.root / "executed"
+
+    @property
+    def environ(self) -> dict[str, str]:
+        return os.environ | {"INTEL_NB_HOME": str(self.home), "INTEL_NB_EXECUTED": str(self.executed)}
+
+    def __call__(self, *arguments: str) -> Answer:
+        "Carry out a command in this process."
+        from intel_nb.cli import call
+        out, err, before, cwd = io.StringIO(), io.StringIO(), dict(os.environ), os.getcwd()
+        os.environ.update(self.environ)
+        os.chdir(self.root)
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                status = call(list(arguments))
+        finally:
+            os.chdir(cwd)
+            os.environ.clear()
+            os.environ.update(before)
+        return Answer(status, out.getvalue(), err.getvalue())
+
+    def run(self, *more: str) -> Answer:
+        "`intel-nb run` on the session's archive."
+        return self("run", "--data", str(self.archive), *QUICK, *more)
+
+    def record(self, run_id: str) -> dict:
+        return json.loads((self.executed / run_id / "run.json").read_text())
+
+    def newest(self) -> dict:
+        return self("runs", "--json").json[0]
+
+    def statuses(self) -> dict[str, str]:
+        "Each step's status in the newest run."
+        return {step["name"]: step["status"] for step in self.newest()["steps"]}
+
+
+@pytest.fixture(scope="session")
+def archive(tmp_path_factory) -> Path:
+    from intel_nb.images import sample_archive
+    return sample_archive(tmp_path_factory.mktemp("archive") / "scenes.zip", per_class=30, seed=0)
+
+
+@pytest.fixture
+def empty(tmp_path, archive):
+    "A workspace in which nothing was done; its endpoints end with the test."
+    house = House(tmp_path, archive)
+    yield house
+    house("stop")
+
+
+@pytest.fixture(scope="session")
+def waiting_once(tmp_path_factory, archive) -> House:
+    "A workspace with one run, `first`, that waits for approval. Do not change it: take `waiting`."
+    house = House(tmp_path_factory.mktemp("waiting"), archive)
+    answer = house.run("--run-id", "first")
+    assert answer.status == 3, answer
+    return house
+
+
+def copy_of(house: House, root: Path) -> House:
+    "The same workspace elsewhere; of its endpoints none."
+    for name in ("workspace", "executed"):
+        shutil.copytree(house.root / name, root / name, ignore=shutil.ignore_patterns("endpoints", "captures"))
+    return House(root, house.archive)
+
+
+@pytest.fixture
+def waiting(waiting_once, tmp_path):
+    "A copy of the workspace with the waiting run `first`; its endpoints end with the test."
+    house = copy_of(waiting_once, tmp_path)
+    yield house
+    house("stop")
+
+
+@pytest.fixture(scope="session")
+def staged_once(waiting_once, tmp_path_factory):
+    "A workspace whose version 1 was approved, and serves in staging. Ask it what you like, but leave it as it is."
+    house = copy_of(waiting_once, tmp_path_factory.mktemp("staged"))
+    answer = house("approve", "1")
+    assert answer.status == 0, answer
+    yield house
+    house("stop")

@@ -1,0 +1,289 @@
+"""The chain: what is run again and what is not, what is refused, and what a killed run leaves."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import QUICK
+
+from intel_nb.execution import MARK
+from intel_nb.parameters import read_parameters
+from intel_nb.plan import MOVE, PLAN, notebooks_folder
+from intel_nb.storage import write_json
+
+STEPS = [step.name for step in PLAN]
+
+
+# The plan and the notebooks
+
+
+@pytest.mark.parametrize("step", PLAN, ids=STEPS)
+def test_a_step_declares_what_the_chain_gives_it(step):
+    declared = read_parameters(notebooks_folder() / step.notebook)
+    assert {*step.sources, *step.files, *step.values, *step.places, "out_dir"} <= set(declared)
+    assert all(parameter.type != "any" for parameter in declared.values()), "a None needs its type in the table of profiles"
+
+
+@pytest.mark.parametrize("step", PLAN, ids=STEPS)
+def test_papermill_sees_the_same_parameters(step):
+    from papermill import inspect_notebook
+    notebook = notebooks_folder() / step.notebook
+    assert set(inspect_notebook(str(notebook))) == set(read_parameters(notebook))
+
+
+def test_a_move_is_told_its_version_and_stage():
+    assert {"version", "stage", "engine", "back"} <= set(read_parameters(notebooks_folder() / MOVE[0].notebook))
+
+
+# What is taken from the store
+
+
+def test_a_run_that_waits(waiting):
+    run = waiting.record("first")
+    assert list(run) == ["run_id", "status", "started", "finished", "trigger", "model_version", "endpoint", "steps"]
+    assert (run["status"], run["trigger"], run["model_version"], run["endpoint"]) == ("waiting", "run", "1", None)
+    assert [step["status"] for step in run["steps"]] == ["succeeded"] * 3 + ["skipped"] * 3
+    assert list(run["steps"][0]) == ["name", "notebook", "status", "seconds", "key", "out_dir", "result"]
+    for step in run["steps"][:3]:
+        assert json.loads((Path(step["out_dir"]) / "result.json").read_text()) == step["result"]
+        assert (waiting.executed / "first" / step["notebook"]).is_file()
+    assert "evaluate" in (waiting.executed / "first" / "report.html").read_text()
+
+
+def test_what_did_not_change_is_not_run_again(waiting, tmp_path):
+    began = time.monotonic()
+    assert waiting.run().status == 3
+    assert time.monotonic() - began < 10
+    assert list(waiting.statuses().values()) == ["cached"] * 3 + ["skipped"] * 3
+    shutil.copyfile(waiting.archive, tmp_path / "moved.zip")
+    waiting.archive = tmp_path / "moved.zip"
+    assert waiting.run("--to", "train").status == 0
+    assert list(waiting.statuses().values()) == ["cached"] * 2 + ["skipped"] * 4
+    notebooks = sorted(p.name for p in (waiting.executed / waiting.newest()["run_id"]).glob("*.ipynb"))
+    assert notebooks == ["00_data.ipynb", "01_train.ipynb"], "a run shows the notebooks of what it took from the store"
+
+
+def test_a_parameter_of_evaluate_leaves_data_and_train_alone(waiting):
+    assert waiting.run("--param", "evaluate.min_accuracy=1.01").status == 1
+    run = waiting.newest()
+    assert [step["status"] for step in run["steps"]] == ["cached", "cached", "succeeded"] + ["skipped"] * 3
+    assert (run["status"], run["model_version"]) == ("rejected", "2")
+    assert waiting.run("--param", "evaluate.min_accuracy=1.01", "--approve").status == 1, "--approve revives nothing"
+    assert waiting.statuses()["evaluate"] == "cached"
+    assert [v["status"] for v in waiting("models", "--json").json] == ["Rejected", "PendingManualApproval"]
+
+
+def test_a_version_that_the_registry_lost_is_registered_again(waiting):
+    (waiting.home / "mlflow.db").unlink()
+    assert waiting.run().status == 3
+    assert waiting.statuses()["evaluate"] == "succeeded"
+    assert [v["version"] for v in waiting("models", "--json").json] == ["1"]
+
+
+def test_a_named_run_goes_on_only_as_it_was_asked_for(waiting):
+    before = waiting.record("first")
+    assert waiting.run("--run-id", "first").status == 3
+    assert waiting.record("first")["steps"] == before["steps"], "what a run did itself stays recorded as done"
+    answer = waiting.run("--run-id", "first", "--param", "train.seed=1")
+    assert answer.status == 2 and "other parameters" in answer.err
+    assert waiting.record("first")["status"] == "waiting"
+
+
+def test_from_does_a_step_again(waiting):
+    assert waiting.run("--from", "evaluate").status == 3
+    assert list(waiting.statuses().values())[:3] == ["cached", "cached", "succeeded"]
+    assert [v["version"] for v in waiting("models", "--json").json] == ["1"], "the same package keeps its version"
+
+
+# Wrong input
+
+
+WRONG = {
+    ("--param", "train.lerning_rate=1"): "learning_rate",
+    ("--param", "trian.seed=1"): "train",
+    ("--param", "train.seed=one"): "train.seed takes an int",
+    ("--param", "evaluate.register=yes"): "takes a bool",
+    ("--param", "train.dataset=d"): "filled in by the chain",
+    ("--param", "deploy.stage=production"): "filled in by the chain",
+    ("--param", "seed=1"): "step.name=value",
+    ("--profile", "quik"): "did you mean quick?",
+    ("--from", "evaluat"): "did you mean evaluate?",
+    ("--to", "end"): "no step end",
+    ("--run-id", "../up"): "will not do",
+    ("--engine", "cloud"): "cloud",
+    ("--from", "train"): "leave --from out",
+    ("--data", "no-such.zip"): "no-such.zip does not exist",
+    ("--annotations", "labels.zip"): "not there yet",
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
+def test_a_wrong_request_ends_at_once_and_leaves_nothing(empty, arguments):
+    answer = empty("run", *arguments)
+    assert answer.status == 2
+    assert WRONG[arguments] in answer.err and answer.err.startswith("error: ") and "Traceback" not in answer.err
+    assert answer.out == ""
+    assert list(empty.root.iterdir()) == []
+
+
+def test_a_wrong_archive_is_told_in_the_words_of_the_step(empty):
+    cut = empty.root / "cut.zip"
+    cut.write_bytes(empty.archive.read_bytes()[:5000])
+    answer = empty("run", "--data", "cut.zip")
+    assert answer.status == 2 and "cut.zip" in answer.err and "Traceback" not in answer.err
+    assert len(answer.err.strip().splitlines()) == 1
+    assert [p.name for p in empty.root.iterdir()] == ["cut.zip"]
+
+
+# Killed, stopped, at the same time: on two small notebooks
+
+
+KERNEL = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+SMALL = {
+    "a.ipynb": ['out_dir = ""', "from pathlib import Path\nfrom intel_nb.storage import write_json",
+                "write_json(Path(out_dir) / 'n.json', 3)\nwrite_json(Path(out_dir) / 'result.json', {'n': 'n.json'})"],
+    # Counts its attempts in the checkpoint folder, and waits for a file before it ends.
+    "b.ipynb": ['n = ""\ngate = ""\nout_dir = ""\ncheckpoint_dir = ""',
+                "import time\nfrom pathlib import Path\nfrom intel_nb.storage import read_json, write_json",
+                "tries = Path(checkpoint_dir) / 'tries'\n"
+                "tries.write_text(tries.read_text() + 'x' if tries.exists() else 'x')\n"
+                "write_json(Path(out_dir) / 'begun.json', 1)\n"
+                "assert len(list(Path(out_dir).iterdir())) == 1\n"
+                "while not Path(gate).exists(): time.sleep(0.02)",
+                "write_json(Path(out_dir) / 'result.json', {'tries': len(tries.read_text()), 'n': read_json(n)})"],
+}
+RUN = """
+import sys
+from pathlib import Path
+from intel_nb.chain import run_chain
+from intel_nb.plan import Request, Step, Workspace
+plan = (Step("a", "a.ipynb"), Step("b", "b.ipynb", files={"n": ("a", "n")}))
+root = Path(sys.argv[1])
+run = run_chain(Workspace(root / "home", root / "executed", root / "nbs"), Request({"b": {"gate": str(root / "gate")}}, run_id=sys.argv[2]), plan)
+print([step.status for step in run.steps], run.step("b").result)
+"""
+
+
+@pytest.fixture
+def small(tmp_path):
+    "Two small notebooks, and a function that starts a run of them."
+    for name, sources in SMALL.items():
+        cells = [{"cell_type": "code", "id": f"c{i}", "metadata": {"tags": [] if i else ["parameters"]}, "source": source,
+                  "outputs": [], "execution_count": None} for i, source in enumerate(sources)]
+        if name == "b.ipynb":
+            cells.insert(1, {"cell_type": "markdown", "id": "run", "metadata": {}, "source": "## Run"})
+        write_json(tmp_path / "nbs" / name, {"cells": cells, "metadata": KERNEL, "nbformat": 4, "nbformat_minor": 5})
+    started = []
+
+    def start(run_id: str) -> subprocess.Popen:
+        started.append(subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path), run_id], start_new_session=True, text=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        return started[-1]
+
+    start.root = tmp_path
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for(found, patience: float = 60):
+    "What `found` returns, once it is something."
+    deadline = time.monotonic() + patience
+    while not (value := found()):
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.02)
+    return value
+
+
+def kernels(root: Path) -> list[int]:
+    "Living processes that serve a working folder below `root`."
+    import psutil
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK, "").startswith(str(root)) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except psutil.Error:
+            pass
+    return found
+
+
+def begun(root: Path) -> list[Path]:
+    return list(root.glob("home/store/.work/b-*/out/begun.json"))
+
+
+def test_a_killed_run_is_gone_on_with(small):
+    from intel_nb.runs import read_run
+    killed = small("mine")
+    wait_for(lambda: begun(small.root))
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    dead = read_run(small.root / "executed", "mine")
+    assert (dead.status, [step.status for step in dead.steps]) == ("failed", ["succeeded", "failed"])
+    (small.root / "gate").touch()
+    out, err = small("mine").communicate(timeout=60)
+    assert out.strip() == "['succeeded', 'succeeded'] {'tries': 2, 'n': 3}", err
+    assert kernels(small.root) == []
+    assert list(small.root.glob("home/store/.work/*")) == []
+
+
+def test_an_interrupted_run_takes_its_kernel_with_it(small):
+    from intel_nb.runs import read_run
+    stopped = small("mine")
+    wait_for(lambda: begun(small.root))
+    os.killpg(stopped.pid, signal.SIGINT)
+    stopped.communicate(timeout=60)
+    assert kernels(small.root) == []
+    assert read_run(small.root / "executed", "mine").status == "failed"
+    assert json.loads((small.root / "executed" / "mine" / "run.json").read_text())["status"] == "failed"
+
+
+def test_two_runs_do_a_step_once(small):
+    from intel_nb.registry import is_locked
+    one = small("one")
+    wait_for(lambda: begun(small.root))
+    two, busy = small("two"), small("one")
+    assert busy.communicate(timeout=60)[0] == "" and busy.returncode != 0, "a run is worked on by one process"
+    wait_for(lambda: is_locked(small.root / "executed" / "two" / ".lock"))
+    (small.root / "gate").touch()
+    answers = [process.communicate(timeout=60)[0].strip() for process in (one, two)]
+    assert answers == ["['succeeded', 'succeeded'] {'tries': 1, 'n': 3}", "['cached', 'cached'] {'tries': 1, 'n': 3}"]
+
+
+# Killed, in the real chain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["as it begins", "as it writes"])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_chain_killed_in_any_step_ends_as_if_it_had_not_been(staged_once, waiting, step, moment):
+    for later in STEPS[STEPS.index(step):]:
+        shutil.rmtree(waiting.home / "store" / later, ignore_errors=True)
+    if STEPS.index(step) <= STEPS.index("evaluate"):
+        (waiting.home / "mlflow.db").unlink()
+    command = [str(Path(sys.executable).with_name("intel-nb")), "run", "--approve", "--run-id", "killed", "--data", str(waiting.archive)]
+    killed = subprocess.Popen([*command, *QUICK], env=waiting.environ, cwd=waiting.root, start_new_session=True,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    sign = "kernel.json" if moment == "as it begins" else "out/*"
+    wait_for(lambda: list(waiting.home.glob(f"store/.work/{step}-*/{sign}")) or killed.poll() is not None, 120)
+    assert killed.poll() is None, killed.communicate()
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert waiting.record("killed")["status"] == "running" and waiting.newest()["status"] == "failed"
+    answer = waiting.run("--approve", "--run-id", "killed")
+    assert answer.status == 0, answer
+    undisturbed, resumed = staged_once.record("first"), waiting.record("killed")
+    for one, other in zip(undisturbed["steps"], resumed["steps"]):
+        assert other["status"] in ("succeeded", "cached")
+        same = {"accuracy", "fingerprint", "passed", "version", "stage", "train", "validation", "test", "missed"}
+        assert {k: v for k, v in one["result"].items() if k in same} == {k: v for k, v in other["result"].items() if k in same}
+    assert [v["version"] for v in waiting("models", "--json").json] == ["1"]
+    assert kernels(waiting.home) == []

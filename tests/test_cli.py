@@ -1,0 +1,233 @@
+"""The command: exit statuses, what it prints, what it decides, and what it leaves running."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+
+COMMAND = str(Path(sys.executable).with_name("intel-nb"))
+COMMANDS = ("run", "runs", "report", "models", "endpoints", "approve", "reject", "promote", "rollback", "start", "stop",
+            "watch", "predict", "aws")
+
+
+def alive(pid: int) -> bool:
+    import psutil
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def endpoints_of(house) -> dict[str, dict]:
+    return {e["stage"]: e for e in house("endpoints", "--json").json}
+
+
+# Help
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    code = ("import sys, intel_nb.cli\nstatus = intel_nb.cli.call(['--help'])\n"
+            "heavy = {'torch', 'mlflow', 'onnxruntime', 'papermill', 'numpy', 'rich', 'fastapi', 'pyarrow'} & set(sys.modules)\n"
+            "sys.exit(f'imported {heavy}' if heavy else status)")
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+    subprocess.run([COMMAND, "--help"], stdout=subprocess.DEVNULL)
+    began = time.monotonic()
+    subprocess.run([COMMAND, "--help"], stdout=subprocess.DEVNULL, check=True)
+    assert time.monotonic() - began < 0.5
+
+
+def test_every_command_has_help(empty):
+    listed = empty("--help").out
+    for name in COMMANDS:
+        assert re.search(rf"^  {name} ", listed, re.M), name
+        assert empty(name, "--help").status == 0
+    assert list(empty.root.iterdir()) == []
+
+
+# A workspace in which nothing was done
+
+
+@pytest.mark.parametrize("line", ["models", "runs", "endpoints"])
+def test_lists_of_nothing(empty, line):
+    assert empty(line, "--json").json == []
+    assert "no " in empty(line).out and empty(line).status == 0
+    assert list(empty.root.iterdir()) == []
+
+
+UNKNOWN = {
+    "approve 7": "no version 7", "promote 7": "no version 7", "reject 7": "no version 7", "report 7": "no run 7",
+    "rollback staging": "no endpoint staging", "start staging": "no endpoint staging", "stop staging": "no endpoint staging",
+    "predict x.jpg": "no endpoint staging", "watch inbox": "not there yet", "aws deploy": "not there yet",
+    "approve": "VERSION", "models --jsn": "--jsn", "nonsense": "nonsense",
+}
+
+
+@pytest.mark.parametrize("line", UNKNOWN)
+def test_wrong_input_is_exit_2_in_one_sentence(empty, line):
+    answer = empty(*line.split())
+    assert answer.status == 2 and answer.out == ""
+    assert UNKNOWN[line] in answer.err and "Traceback" not in answer.err
+    assert list(empty.root.iterdir()) == []
+
+
+def test_debug_shows_the_traceback(empty):
+    from intel_nb.storage import InputError
+    with pytest.raises(InputError):
+        empty("approve", "7", "--debug")
+
+
+# From the approval to production and back
+
+
+def test_the_documents(staged_once):
+    (version,) = staged_once("models", "--json").json
+    assert version == {"version": "1", "status": "Approved", "accuracy": version["accuracy"], "aliases": ["staging"], "run_id": "first"}
+    assert 0 <= version["accuracy"] <= 1
+    (endpoint,) = staged_once("endpoints", "--json").json
+    assert list(endpoint) == ["stage", "url", "version", "status", "pid"]
+    assert (endpoint["stage"], endpoint["version"], endpoint["status"]) == ("staging", "1", "running") and alive(endpoint["pid"])
+    (run,) = staged_once("runs", "--json").json
+    assert run == staged_once.record("first") == staged_once("report", "first", "--json").json
+    assert (run["status"], run["endpoint"]) == ("succeeded", endpoint["url"])
+    assert [step["status"] for step in run["steps"]] == ["succeeded"] * 6
+    for listing in ("models", "endpoints", "runs"):
+        assert "1" in staged_once(listing).out
+    page = (staged_once.executed / "first" / "report.html").read_text()
+    assert "data:image/png;base64," in page and endpoint["url"] in page and '<a href="05_test_staging.ipynb">' in page
+
+
+def test_the_endpoint_answers(staged_once, tmp_path):
+    import numpy as np
+    from intel_nb.images import SAMPLE_CLASSES, encode_jpeg, sample_scene
+    endpoint = endpoints_of(staged_once)["staging"]
+    assert urlopen(f"{endpoint['url']}/ping", timeout=10).status == 200
+    images = []
+    for label in range(len(SAMPLE_CLASSES)):
+        images.append(tmp_path / f"{SAMPLE_CLASSES[label]}.jpg")
+        images[-1].write_bytes(encode_jpeg(sample_scene(label, np.random.default_rng(label))))
+    answers = staged_once("predict", *map(str, images), "--json").json
+    assert sum(a["label"] == Path(a["image"]).stem for a in answers) >= 4
+    told = staged_once("predict", str(images[0]))
+    assert told.status == 0 and answers[0]["label"] in told.out
+    assert staged_once("predict", str(tmp_path / "none.jpg")).status == 2
+    images[0].write_bytes(b"no image")
+    refused = staged_once("predict", str(images[0]))
+    assert refused.status == 2 and "Traceback" not in refused.err
+
+
+def test_the_same_command_again_is_all_cached(staged_once):
+    answer = staged_once.run("--approve", "--run-id", "again")
+    try:
+        assert answer.status == 0
+        assert [step["status"] for step in staged_once.record("again")["steps"]] == ["cached"] * 6
+        assert endpoints_of(staged_once)["staging"]["url"] in answer.out and "version   1" in answer.out
+    finally:
+        import shutil
+        shutil.rmtree(staged_once.executed / "again")
+
+
+def test_to_production_and_back(waiting):
+    house = waiting
+    refused = house("promote", "1")
+    assert refused.status == 1 and "PendingManualApproval" in refused.err
+    assert house("approve", "1").status == 0
+    assert house.record("first")["status"] == "succeeded"
+    url = endpoints_of(house)["staging"]["url"]
+    assert house("rollback", "production").status == 2
+    assert house("rollback", "staging").status == 1, "there is nothing earlier"
+
+    assert house("promote", "1").status == 0
+    run = house.newest()
+    assert (run["trigger"], run["status"], [s["name"] for s in run["steps"]]) == ("promote", "succeeded", ["deploy"])
+    assert run["endpoint"] == endpoints_of(house)["production"]["url"] != url
+    assert house("models", "--json").json[0]["aliases"] == ["production", "staging"]
+    assert house.run("--approve").status == 0 and set(house.statuses().values()) == {"cached"}
+
+    # Another version, of the same package by another threshold.
+    lower = ("--param", "evaluate.min_accuracy=0.1")
+    assert house.run(*lower, "--approve").status == 0
+    assert house.statuses() == dict(data="cached", train="cached", evaluate="succeeded", deploy="succeeded", drift="succeeded",
+                                    staging="succeeded")
+    now = endpoints_of(house)
+    assert (now["staging"]["version"], now["production"]["version"], now["staging"]["url"]) == ("2", "1", url)
+    assert house("promote", "2").status == 0
+    assert {v["version"]: v["aliases"] for v in house("models", "--json").json} == {"2": ["production", "staging"], "1": []}
+
+    assert house("rollback", "production").status == 0
+    assert house.newest()["trigger"] == "rollback" and endpoints_of(house)["production"]["version"] == "1"
+    assert house("rollback", "production").status == 1
+    assert house("promote", "2").status == 0
+
+    rejected = house("reject", "2", "--reason", "it mistakes fog for sea")
+    assert rejected.status == 0
+    assert [r["trigger"] for r in house("runs", "--json").json[:2]] == ["reject", "reject"]
+    assert {e["version"] for e in endpoints_of(house).values()} == {"1"}
+    assert {v["version"]: (v["status"], v["aliases"]) for v in house("models", "--json").json} == {
+        "2": ("Rejected", []), "1": ("Approved", ["production", "staging"])}
+    assert house.run(*lower, "--approve").status == 1, "--approve revives nothing"
+    assert house("approve", "2").status == 1 and house("promote", "2").status == 1
+
+    assert house("reject", "1").status == 0
+    assert {e["status"] for e in endpoints_of(house).values()} == {"stopped"}
+    assert house("start", "staging").status == 1, "it would serve a rejected version"
+
+
+def test_rejecting_what_waits(waiting):
+    assert waiting("reject", "1").status == 0
+    assert waiting.record("first")["status"] == "rejected"
+    answer = waiting.run()
+    assert answer.status == 1 and "rejected with intel-nb reject" in answer.out
+
+
+def test_approving_a_version_whose_run_is_gone(waiting):
+    import shutil
+    shutil.rmtree(waiting.executed / "first")
+    command = subprocess.run([COMMAND, "approve", "1"], env=waiting.environ, cwd=waiting.root, capture_output=True, text=True, timeout=180)
+    assert command.returncode == 0, command.stderr
+    assert command.stderr == "", "a pipe closes though the endpoint lives on"
+    assert not {"\r", "\x1b"} & set(command.stdout), "a log gets plain lines"
+    run = waiting.newest()
+    assert (run["trigger"], run["status"]) == ("approve", "succeeded")
+    assert list(waiting.statuses().values()) == ["cached"] * 3 + ["succeeded"] * 3
+
+    killed = endpoints_of(waiting)["staging"]
+    assert urlopen(f"{killed['url']}/ping", timeout=10).status == 200
+    os.kill(killed["pid"], signal.SIGKILL)
+    waiting_for_death(killed["pid"])
+    dead = endpoints_of(waiting)["staging"]
+    assert (dead["status"], dead["pid"]) == ("dead", None)
+    assert waiting("predict", "x.jpg").status == 2
+    assert waiting("start", "staging").status == 0
+    started = endpoints_of(waiting)["staging"]
+    assert (started["status"], started["url"]) == ("running", killed["url"])
+    assert subprocess.run([COMMAND, "stop"], env=waiting.environ, capture_output=True).returncode == 0
+    assert endpoints_of(waiting)["staging"]["status"] == "stopped" and not alive(started["pid"])
+
+
+def waiting_for_death(pid: int) -> None:
+    deadline = time.monotonic() + 20
+    while alive(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_approving_what_the_store_lost(waiting):
+    import shutil
+    shutil.rmtree(waiting.executed / "first")
+    shutil.rmtree(waiting.home / "store")
+    answer = waiting("approve", "1")
+    assert answer.status == 2 and "run the chain on its data again" in answer.err
+
+
+# Processes
+
+
+def test_a_reader_that_goes_away_is_no_error(staged_once):
+    command = subprocess.Popen([COMMAND, "runs", "--json"], env=staged_once.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command.stdout.close()
+    assert b"Traceback" not in command.stderr.read()
+    command.stderr.close()
+    command.wait()
