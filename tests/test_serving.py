@@ -8,6 +8,8 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import httpx
 import numpy as np
@@ -211,6 +213,13 @@ def test_length_is_looked_at_before_the_body(url):
     with connection(url) as raw:
         raw.sendall(raw_request(b"", length=MAX_BYTES + 1))  # and nothing follows
         assert raw.recv(4096).startswith(b"HTTP/1.1 413")
+
+
+def test_a_client_that_closes_reads_why_its_upload_was_refused(url):
+    request = Request(f"{url}/invocations", bytes(MAX_BYTES + 1), {"Content-Type": "image/png"})  # urllib never keeps alive
+    with pytest.raises(HTTPError) as refused:
+        urlopen(request, timeout=30)
+    assert refused.value.code == 413 and json.load(refused.value)["error"]["code"] == "too_large"
 
 
 def test_a_body_without_length_is_cut_off(client):
