@@ -14,7 +14,7 @@ from typing import Any
 from .storage import InputError, read_json, write_json
 
 # %% auto #0
-__all__ = ['MARK', 'NotebookFailed', 'as_error', 'kernel_family', 'end_kernel', 'get_ready', 'execute']
+__all__ = ['MARK', 'NotebookFailed', 'as_error', 'kernel_family', 'end_kernel', 'sparingly', 'get_ready', 'execute']
 
 # %% ../nbs/17c_execution.ipynb #f629a2cb
 class NotebookFailed(RuntimeError):
@@ -63,7 +63,7 @@ def end_kernel(work: Path, patience: float = 5.0) -> int:
     (work / "kernel.json").unlink(missing_ok=True)
     return killed
 
-# %% ../nbs/17c_execution.ipynb #2a8ba95d
+# %% ../nbs/17c_execution.ipynb #1c256fe8
 def _engine(work: Path, on_cell: Callable[[int, int], None]) -> type:
     "A papermill engine whose kernel belongs to `work`."
     from papermill.clientwrap import PapermillNotebookClient
@@ -72,18 +72,33 @@ def _engine(work: Path, on_cell: Callable[[int, int], None]) -> type:
     class Client(PapermillNotebookClient):
         def papermill_execute_cells(self):
             write_json(work / "kernel.json", {"pid": self.km.provisioner.pid})
-            super().papermill_execute_cells()
+            self.nb_man.save = sparingly(self.nb_man.save)
+            try:
+                super().papermill_execute_cells()
+            finally:
+                del self.nb_man.save  # the end is saved in any case
 
     class Engine(NBClientEngine):
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, start_timeout=60, **kwargs):
             total = len(nb_man.nb.cells)
-            client = Client(nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, timeout=None,
+            client = Client(nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, timeout=None, shutdown_kernel="immediate",
                             on_cell_start=lambda cell, cell_index: on_cell(cell_index, total))
             with open(work / "kernel.log", "ab") as log:
                 client.execute(env=os.environ | {MARK: str(work)}, stdout=log, stderr=log)
 
     return Engine
+
+# %% ../nbs/17c_execution.ipynb #3364d069
+def sparingly(save: Callable[..., None], every: float = 0.5) -> Callable[..., None]:
+    "`save`, but not more often than `every` so many seconds: papermill saves twice a cell, which adds up to a second a step."
+    last = 0.0
+    def saving(**changes: Any) -> None:
+        nonlocal last
+        if time.monotonic() - last >= every:
+            save(**changes)
+            last = time.monotonic()
+    return saving
 
 # %% ../nbs/17c_execution.ipynb #c670f6a7
 def get_ready() -> Any:
@@ -92,7 +107,7 @@ def get_ready() -> Any:
     logging.getLogger("papermill").setLevel(logging.ERROR)  # parameters were checked: its guesses about them only disturb
     return papermill
 
-# %% ../nbs/17c_execution.ipynb #6594ef0c
+# %% ../nbs/17c_execution.ipynb #3e2f480b
 def execute(notebook: Path, output: Path, parameters: dict[str, Any], work: Path,
             on_cell: Callable[[int, int], None] = lambda cell, total: None) -> None:
     "Run `notebook` with `parameters` into `output`; raises `InputError` or `NotebookFailed`. `work` is its working folder."
@@ -105,4 +120,4 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any], work: Path
     except (papermill.PapermillExecutionError, RuntimeError) as error:
         raise as_error(str(output), error) from None
     finally:
-        end_kernel(work, patience=0.2)
+        end_kernel(work, patience=1.0)

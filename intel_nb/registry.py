@@ -293,7 +293,7 @@ def kept_package(files: Path, version: str, into: Path | None = None) -> Path:
         return files / "package"
     return Path(shutil.copytree(files / "package", into, dirs_exist_ok=True))
 
-# %% ../nbs/14_registry.ipynb #0cbb2a2f
+# %% ../nbs/14_registry.ipynb #0ef3cc7d
 def open_registry(uri: str) -> Registry:
     "The registry at `sqlite:///FILE` or `sagemaker://GROUP`; nothing is made before the first version."
     scheme, _, rest = uri.partition("://")
@@ -301,4 +301,7 @@ def open_registry(uri: str) -> Registry:
         return _cloud().open_registry(rest)
     if scheme != "sqlite" or not rest.startswith("/") or len(rest) < 2:
         raise InputError(f"registry {uri!r} is not understood; give sqlite:///FILE.db or sagemaker://GROUP")
-    return LocalRegistry(Path(rest[1:]).absolute())
+    database = Path(rest[1:]).absolute()
+    if set("%?#") & set(str(database)):  # SQLAlchemy and MLflow read such a path differently
+        raise InputError(f"MLflow cannot open {database}: take a folder without %, ? and # in its path")
+    return LocalRegistry(database)
