@@ -143,14 +143,15 @@ class Worker:
         await self.process.wait()
         self.writer.close()
 
-# %% ../nbs/15b_supervisor.ipynb #1593614d
-async def launch(package: str, version: str, folder: Path, listener: socket.socket) -> Worker:
-    "Start a worker and wait until it is ready to serve; raises `WorkerFailed`."
+# %% ../nbs/15b_supervisor.ipynb #0a0f0aa3
+async def launch(package: str, version: str, folder: Path, sockets: list[socket.socket]) -> Worker:
+    "Start a worker and wait until it is ready to serve; raises `WorkerFailed`. `sockets`: listener, give, take."
     import asyncio
     ours, theirs = socket.socketpair()
-    told = Assignment(package, version, str(folder / "state"), listener.fileno(), theirs.fileno(), os.getpid())
-    process = await asyncio.create_subprocess_exec(*told.command(), stdin=asyncio.subprocess.DEVNULL,
-                                                   pass_fds=[listener.fileno(), theirs.fileno()])
+    listener, *hands = (s.fileno() for s in sockets)
+    numbers = listener, theirs.fileno(), *hands
+    told = Assignment(package, version, str(folder / "state"), *numbers, os.getpid())
+    process = await asyncio.create_subprocess_exec(*told.command(), stdin=asyncio.subprocess.DEVNULL, pass_fds=numbers)
     theirs.close()
     worker = Worker(process, *await asyncio.open_connection(sock=ours), folder / "supervisor.log")
     try:
@@ -160,11 +161,12 @@ async def launch(package: str, version: str, folder: Path, listener: socket.sock
         raise
     return worker
 
-# %% ../nbs/15b_supervisor.ipynb #c07703cc
+# %% ../nbs/15b_supervisor.ipynb #bd1bd407
 class Stage:
     "What stands behind the socket of one stage: the present worker, those on their way out, and the record of it all."
     def __init__(self, folder: Path, listener: socket.socket):
-        self.folder, self.listener, self.worker, self.leaving = folder, listener, None, set()
+        self.folder, self.worker, self.leaving = folder, None, set()
+        self.sockets = [listener, *socket.socketpair()]  # in the pair: connections on their way from worker to worker
         self.record = read_record(folder)
         self.note(url=f"http://127.0.0.1:{listener.getsockname()[1]}", error="")
 
@@ -175,7 +177,7 @@ class Stage:
 
     async def replace(self, package: str, version: str) -> None:
         "Put a worker for `package` in the place of the present one, which serves until then; raises `WorkerFailed`."
-        new = await launch(package, version, self.folder, self.listener)
+        new = await launch(package, version, self.folder, self.sockets)
         try:
             await self.retire()
             await new.tell("serve", "serving", START_SECONDS)
@@ -274,14 +276,16 @@ def open_stage(folder: Path, first_port: int) -> Stage:
     patience = 0 if before.status == "stopped" else 3  # it was killed: its worker may still be dying
     return Stage(folder, listen(remembered, first_port, neighbours_ports(folder), patience))
 
-# %% ../nbs/15b_supervisor.ipynb #3016d621
+# %% ../nbs/15b_supervisor.ipynb #bd4b7c42
 async def close(stage: Stage) -> None:
     "Have the workers leave, wait for them, and say so."
     import asyncio
-    stage.listener.close()
+    stage.sockets[0].close()
     await stage.retire()
     if stage.leaving:
         await asyncio.wait(stage.leaving, timeout=5)
+    for end in stage.sockets[1:]:
+        end.close()  # and with it what nobody took over
     stage.note(status="stopped", pid=None)
 
 # %% ../nbs/15b_supervisor.ipynb #fab9e4c3
