@@ -93,6 +93,21 @@ def test_stop_keeps_every_observation_and_leaves_no_process(endpoints, packages,
     assert endpoints.start("staging") == second
 
 
+def test_an_alarm_is_kept_and_the_detector_starts_anew(endpoints, packages, tmp_path):
+    url = endpoints.deploy("staging", packages[0], "1").url
+    for sent in range(1, 60):
+        dark = (sample_scene(sent % 6, np.random.default_rng(sent)) * 0.3).astype(np.uint8)
+        if (reading := invoke(url, encode_jpeg(dark), "image/jpeg")["drift"][0])["is_drift"]:
+            break
+    assert reading["is_drift"] and reading["statistic"] > reading["threshold"] and reading["time"] == sent
+    assert drift_status(url) == {"observations": sent, "time": 0, "statistic": None, "threshold": None, "is_drift": False, "alarms": 1}
+    (alarm,) = (tmp_path / "endpoints" / "staging" / "state" / "alarms").iterdir()
+    report = json.loads(alarm.read_text())
+    assert (report["version"], report["observations"], report["time"]) == ("1", sent, sent)
+    assert report["moved"] and sum(report["classes"].values()) == min(sent, 16)
+    assert invoke(url, PHOTO, "image/jpeg")["drift"][0]["time"] == 1
+
+
 @pytest.mark.slow
 def test_a_worker_that_dies_comes_back(endpoints, packages, tmp_path):
     first = endpoints.deploy("staging", packages[0], "1")
