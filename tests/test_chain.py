@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import QUICK
+from conftest import COMMAND, QUICK
 
 from intel_nb.execution import MARK
 from intel_nb.parameters import read_parameters
@@ -269,7 +269,7 @@ def test_a_chain_killed_in_any_step_ends_as_if_it_had_not_been(staged_once, wait
         shutil.rmtree(waiting.home / "store" / later, ignore_errors=True)
     if STEPS.index(step) <= STEPS.index("evaluate"):
         (waiting.home / "mlflow.db").unlink()
-    command = [str(Path(sys.executable).with_name("intel-nb")), "run", "--approve", "--run-id", "killed", "--data", str(waiting.archive)]
+    command = [COMMAND, "run", "--approve", "--run-id", "killed", "--data", str(waiting.archive)]
     killed = subprocess.Popen([*command, *QUICK], env=waiting.environ, cwd=waiting.root, start_new_session=True,
                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     sign = "kernel.json" if moment == "as it begins" else "out/*"
