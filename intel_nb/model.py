@@ -172,10 +172,15 @@ def _extract(archive: tarfile.TarFile, folder: Path, name: str) -> None:
             raise InputError(f"{name} holds {member.name!r}, which no package holds; do not trust this archive")
         write_bytes(folder / member.name, archive.extractfile(member).read())
 
-# %% ../nbs/13_model.ipynb #3a34cae7
-def cores() -> int:
-    "How many cores this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# %% ../nbs/13_model.ipynb #cfd945ef
+def cores(quota: str | Path = "/sys/fs/cgroup/cpu.max") -> int:
+    "How many cores this process may use: those it is bound to, less where a container's `quota` (cgroup v2) says so."
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        allowed, period = Path(quota).read_text().split()
+    except (OSError, ValueError):  # no container, or one of the older kind
+        return bound
+    return bound if allowed == "max" else max(1, min(bound, int(allowed) // int(period)))
 
 # %% ../nbs/13_model.ipynb #0e5dd991
 def open_session(model: str | Path | bytes, threads: int = 0) -> onnxruntime.InferenceSession:
