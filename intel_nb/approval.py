@@ -55,7 +55,7 @@ def go_on(workspace: Workspace, run: Run, tell: Tell = silent) -> Run:
         known[step.name] = entry
     return run_chain(workspace, replace(request_of(workspace, run.run_id), first=""), PLAN, tell, known=known)
 
-# %% ../nbs/18a_approval.ipynb #583f0a57
+# %% ../nbs/18a_approval.ipynb #4b7963c4
 def from_store(workspace: Workspace, version: ModelVersion) -> dict[str, Entry]:
     "The entries that made `version`, by step; raises `InputError` when the store lacks one."
     for entry in workspace.store.entries("evaluate"):
@@ -63,7 +63,7 @@ def from_store(workspace: Workspace, version: ModelVersion) -> dict[str, Entry]:
             found = {step: workspace.store.find(step, key) for step, key in entry.upstream.items()}
             if all(found.values()):
                 return found | {"evaluate": entry}
-    raise InputError(f"the store no longer has what version {version.version} was made from; run the chain on its data again")
+    raise InputError(f"the store lacks what version {version.version} was made from; run the chain on its data again")
 
 # %% ../nbs/18a_approval.ipynb #95c39fdd
 def move(workspace: Workspace, trigger: str, stage: str, version: str, tell: Tell = silent, back: bool = False) -> Run:
@@ -133,11 +133,11 @@ def withdraw(workspace: Workspace, stage: str, tell: Tell = silent) -> list[Run]
     workspace.registry().set_alias(stage, None)
     return []
 
-# %% ../nbs/18a_approval.ipynb #a25f0007
+# %% ../nbs/18a_approval.ipynb #2c69c270
 def start(workspace: Workspace, stage: str) -> Any:
     "Start `stage`, unless it runs; returns its endpoint. Raises `NotAllowed` when its version is rejected."
     endpoint = check_stage(workspace, stage)
     versions = {v.version: v for v in workspace.registry().versions()}
     if endpoint.version in versions and versions[endpoint.version].status == "Rejected":
-        raise NotAllowed(f"{stage} last served version {endpoint.version}, which is rejected; intel-nb rollback {stage}")
+        raise NotAllowed(f"{stage} served version {endpoint.version}, which is rejected; intel-nb rollback {stage}")
     return workspace.endpoints().start(stage)

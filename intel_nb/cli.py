@@ -60,14 +60,16 @@ def show(rows: list[dict[str, Any]], as_json: bool, empty: str) -> None:
     import json
     print(json.dumps(rows, indent=2) if as_json else table(rows, empty))
 
-# %% ../nbs/20_cli.ipynb #29e071a5
+# %% ../nbs/20_cli.ipynb #990b4734
 class Lines:
     "Tells a run's events in plain lines."
     def __init__(self, write: Callable[[str], None] = lambda text: print(text, flush=True)):
         self.write = write
 
     def __call__(self, event: Event) -> None:
-        if event.kind == "ended":
+        if event.kind == "started":
+            self.write(f"{event.step:<9} started")
+        elif event.kind == "ended":
             took = f" in {event.seconds:.1f} s" if event.seconds else ""
             self.write(f"{event.step:<9} {event.text}{took}")
         elif event.kind == "note":
@@ -75,7 +77,7 @@ class Lines:
 
     def close(self) -> None: pass
 
-# %% ../nbs/20_cli.ipynb #85127396
+# %% ../nbs/20_cli.ipynb #820f425e
 class Bars(Lines):
     "Lines, and below them a bar for the step that runs."
     def __init__(self):
@@ -92,7 +94,8 @@ class Bars(Lines):
             self.progress.update(self.bar, completed=event.done, total=event.total)
         elif event.kind == "ended" and self.progress.task_ids:
             self.progress.remove_task(self.progress.task_ids[-1])
-        super().__call__(event)
+        if event.kind != "started":
+            super().__call__(event)
 
     def close(self) -> None: self.progress.stop()
 
@@ -141,25 +144,27 @@ def request_from(workspace: Workspace, settings: list[str], named: dict[str, Any
             parameters.setdefault(step, {})[parameter] = value
     return Request(parameters, **fields)
 
-# %% ../nbs/20_cli.ipynb #ffbe173b
+# %% ../nbs/20_cli.ipynb #27ac99f0
 @app.command()
 def run(
-    data: Annotated[Optional[str], typer.Option(help="Zip or folder of labelled images, or s3:// URI. Without: drawn sample scenes.")] = None,
+    data: Annotated[Optional[str], typer.Option(help="Zip, folder or s3:// URI of labelled images. "
+                                                "Without: drawn sample scenes.")] = None,
     annotations: Annotated[Optional[list[str]], typer.Option(help="Further labelled images (not yet).")] = None,
     profile: Annotated[Optional[str], typer.Option(help="How to train: quick, full or original.")] = None,
-    param: Annotated[Optional[list[str]], typer.Option(metavar="STEP.NAME=VALUE", help="Set a parameter of a step.")] = None,
+    param: Annotated[Optional[list[str]], typer.Option(metavar="STEP.NAME=VALUE",
+                                                       help="Set a parameter of a step.")] = None,
     run_id: Annotated[str, typer.Option(help="Go on with this run, or start one under this id.")] = "",
     first: Annotated[str, typer.Option("--from", metavar="STEP", help="Do this step and those after it again.")] = "",
     last: Annotated[str, typer.Option("--to", metavar="STEP", help="Stop after this step.")] = "",
     engine: Annotated[Optional[str], typer.Option(help="What serves: process or ray.")] = None,
     approve: Annotated[bool, typer.Option("--approve", help="Approve a version that passes its gate.")] = False,
 ) -> None:
-    "Run the chain; what is already done is taken from the workspace. Stops as `waiting` before staging without --approve."
+    "Run the chain; what is done already is taken from the store. Without --approve it stops before staging, to wait."
     from intel_nb.chain import run_chain
     from intel_nb.endpoints import check_engine
     from intel_nb.plan import open_workspace
     if annotations:
-        raise InputError("--annotations is not there yet; leave it out, or put the images into the archive's class folders")
+        raise InputError("--annotations is not there yet; put the images into the class folders of the archive")
     check_engine(engine or "process")
     workspace = open_workspace()
     named = {"data.archive": data, "train.profile": profile, "deploy.engine": engine}
@@ -182,7 +187,7 @@ def runs(as_json: AsJson = False) -> None:
            "steps": ", ".join(f"{s.name} {s.status}" for s in r.steps if s.status != "skipped")} for r in found],
          False, "no runs yet: intel-nb run starts one")
 
-# %% ../nbs/20_cli.ipynb #ac343324
+# %% ../nbs/20_cli.ipynb #4ecdf67e
 @app.command()
 def report(run: Annotated[str, typer.Argument(metavar="RUN", help="A run id.")], as_json: AsJson = False) -> None:
     "Show what a run did, and write its page."
@@ -195,7 +200,9 @@ def report(run: Annotated[str, typer.Argument(metavar="RUN", help="A run id.")],
     write_report(workspace.executed, found)
     if as_json:
         return print(json.dumps(asdict(found), indent=2))
-    show([{"step": s.name, "status": s.status, "seconds": f"{s.seconds:.1f}", "notebook": s.notebook} for s in found.steps], False, "")
+    rows = [{"step": s.name, "status": s.status, "seconds": f"{s.seconds:.1f}", "notebook": s.notebook}
+            for s in found.steps]
+    show(rows, False, "")
     print(summary(workspace, found))
 
 # %% ../nbs/20_cli.ipynb #4376e0dc
@@ -266,15 +273,15 @@ def start(stage: Stage) -> None:
     endpoint = approval.start(open_workspace(), stage)
     print(f"{stage} serves version {endpoint.version} at {endpoint.url}")
 
-# %% ../nbs/20_cli.ipynb #73cbe911
+# %% ../nbs/20_cli.ipynb #d3806177
 @app.command()
-def stop(stage: Annotated[Optional[str], typer.Argument(metavar="[STAGE]", help="staging or production; without: all.")] = None) -> None:
+def stop(stage: Annotated[Optional[str], typer.Argument(metavar="[STAGE]", help="Without: all.")] = None) -> None:
     "Stop the endpoint of a stage, or all of them."
     from intel_nb import approval
     from intel_nb.plan import open_workspace
     workspace = open_workspace()
-    stages = [approval.check_stage(workspace, stage).stage] if stage else [e.stage for e in workspace.endpoints().list()]
-    for name in stages:
+    found = [approval.check_stage(workspace, stage)] if stage else workspace.endpoints().list()
+    for name in [endpoint.stage for endpoint in found]:
         workspace.endpoints().stop(name)
         print(f"{name} is stopped")
 
@@ -295,11 +302,11 @@ def predict(
     show(rows, True, "") if as_json else print(table([
         {"image": r["image"], "label": r["label"], "confidence": r["confidence"]} for r in rows], ""))
 
-# %% ../nbs/20_cli.ipynb #e8fb2a39
+# %% ../nbs/20_cli.ipynb #b217efb6
 TYPES = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png", "webp": "webp", "bmp": "bmp"}
 
 def ask(url: str, image: str) -> dict[str, Any]:
-    "The endpoint's prediction for an image file; raises `InputError` when the file is missing or the endpoint refuses it."
+    "The endpoint's prediction for an image file; raises `InputError` when it is missing or the endpoint refuses it."
     from pathlib import Path
     from intel_nb.endpoints import invoke
     kind = TYPES.get(Path(image).suffix.lower().lstrip("."))

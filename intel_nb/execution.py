@@ -63,7 +63,7 @@ def end_kernel(work: Path, patience: float = 5.0) -> int:
     (work / "kernel.json").unlink(missing_ok=True)
     return killed
 
-# %% ../nbs/17c_execution.ipynb #1c256fe8
+# %% ../nbs/17c_execution.ipynb #df986485
 def _engine(work: Path, on_cell: Callable[[int, int], None]) -> type:
     "A papermill engine whose kernel belongs to `work`."
     from papermill.clientwrap import PapermillNotebookClient
@@ -80,18 +80,19 @@ def _engine(work: Path, on_cell: Callable[[int, int], None]) -> type:
 
     class Engine(NBClientEngine):
         @classmethod
-        def execute_managed_notebook(cls, nb_man, kernel_name, start_timeout=60, **kwargs):
+        def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):
             total = len(nb_man.nb.cells)
-            client = Client(nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, timeout=None, shutdown_kernel="immediate",
+            client = Client(nb_man, kernel_name=kernel_name, startup_timeout=120, timeout=None, iopub_timeout=60,
+                            shutdown_kernel="immediate",
                             on_cell_start=lambda cell, cell_index: on_cell(cell_index, total))
             with open(work / "kernel.log", "ab") as log:
                 client.execute(env=os.environ | {MARK: str(work)}, stdout=log, stderr=log)
 
     return Engine
 
-# %% ../nbs/17c_execution.ipynb #3364d069
+# %% ../nbs/17c_execution.ipynb #930beed8
 def sparingly(save: Callable[..., None], every: float = 0.5) -> Callable[..., None]:
-    "`save`, but not more often than `every` so many seconds: papermill saves twice a cell, which adds up to a second a step."
+    "`save`, but once in `every` seconds at most: papermill saves twice a cell, which adds up to a second a step."
     last = 0.0
     def saving(**changes: Any) -> None:
         nonlocal last
@@ -100,17 +101,17 @@ def sparingly(save: Callable[..., None], every: float = 0.5) -> Callable[..., No
             last = time.monotonic()
     return saving
 
-# %% ../nbs/17c_execution.ipynb #c670f6a7
+# %% ../nbs/17c_execution.ipynb #8178df57
 def get_ready() -> Any:
     "papermill, imported; that takes two seconds, which are no step's."
     import papermill
-    logging.getLogger("papermill").setLevel(logging.ERROR)  # parameters were checked: its guesses about them only disturb
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it guesses about parameters, which were checked
     return papermill
 
-# %% ../nbs/17c_execution.ipynb #3e2f480b
+# %% ../nbs/17c_execution.ipynb #8ba54a70
 def execute(notebook: Path, output: Path, parameters: dict[str, Any], work: Path,
             on_cell: Callable[[int, int], None] = lambda cell, total: None) -> None:
-    "Run `notebook` with `parameters` into `output`; raises `InputError` or `NotebookFailed`. `work` is its working folder."
+    "Run `notebook` with `parameters` into `output`, by a kernel of `work`; raises `InputError` or `NotebookFailed`."
     papermill = get_ready()
     papermill.engines.papermill_engines.register("intel-nb", _engine(work, on_cell))
     work.mkdir(parents=True, exist_ok=True)

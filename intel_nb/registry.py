@@ -165,7 +165,7 @@ def log_run(client: Any, run_id: str, evaluation: dict, params: dict) -> None:
     client.log_batch(run_id, metrics=metrics, params=[Param(k, str(v)[:6000]) for k, v in params.items()])
     client.set_terminated(run_id)
 
-# %% ../nbs/14_registry.ipynb #20ccc6ff
+# %% ../nbs/14_registry.ipynb #df483143
 def register_version(database: Path, package: Path, evaluation: dict, status: str, reason: str, params: dict,
                      artifacts: list[Path]) -> str:
     "Register `package`, whose digests are checked first; returns the new version."
@@ -175,8 +175,9 @@ def register_version(database: Path, package: Path, evaluation: dict, status: st
     run = client.create_run(client.get_experiment_by_name(MODEL).experiment_id).info.run_id
     kept = keep_files(artifacts_of(database, run), loaded.path, evaluation, artifacts)
     log_run(client, run, evaluation, params)
-    tags = {"approval": _known(status), "reason": reason[:5000], "fingerprint": loaded.fingerprint, "decided": utc_now(),
-            "accuracy": repr(metrics_of(evaluation)["accuracy"]), "data": data_fingerprint(evaluation)}
+    tags = {"approval": _known(status), "reason": reason[:5000], "decided": utc_now(),
+            "fingerprint": loaded.fingerprint, "accuracy": repr(metrics_of(evaluation)["accuracy"]),
+            "data": data_fingerprint(evaluation)}
     return str(client.create_model_version(MODEL, kept.as_uri(), run, tags=tags).version)
 
 # %% ../nbs/14_registry.ipynb #b7a636ff

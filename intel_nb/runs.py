@@ -59,11 +59,11 @@ def new_run_id() -> str:
     "A run id of the time in UTC and four hexadecimal digits."
     return datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ-") + secrets.token_hex(2)
 
-# %% ../nbs/17d_runs.ipynb #8f456f9e
+# %% ../nbs/17d_runs.ipynb #13fe0c8b
 def check_run_id(run_id: str) -> str:
     "`run_id`, if it can be one; raises `InputError` otherwise."
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", run_id):
-        raise InputError(f"run id {run_id!r} will not do: up to 64 letters, digits, - and _, the first a letter or a digit")
+        raise InputError(f"run id {run_id!r} will not do: 1 to 64 letters, digits, - and _, the first no - or _")
     return run_id
 
 # %% ../nbs/17d_runs.ipynb #25a17623
@@ -102,7 +102,7 @@ def _asked_at(folder: Path) -> int:
     request = folder / "request.json"
     return request.stat().st_mtime_ns if request.exists() else 0
 
-# %% ../nbs/17d_runs.ipynb #b4d3a0e6
+# %% ../nbs/17d_runs.ipynb #a8caa642
 @contextmanager
 def held(executed: Path, run_id: str) -> Iterator[Path]:
     "Hold a run, so that nobody else works on it; raises `InputError` when somebody does. Gives its folder."
@@ -111,9 +111,9 @@ def held(executed: Path, run_id: str) -> Iterator[Path]:
         with locked(folder / ".lock", patience=0.5):
             yield folder
     except BlockingIOError:
-        raise InputError(f"run {run_id} is being worked on by another command; wait for it, or use another --run-id") from None
+        raise InputError(f"another command works on run {run_id}; wait for it, or use another --run-id") from None
 
-# %% ../nbs/17d_runs.ipynb #4b8e2b45
+# %% ../nbs/17d_runs.ipynb #e51effab
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:.3rem .8rem .3rem 0;vertical-align:top}
 tr{border-bottom:1px solid #ddd}img{max-width:100%}code{font-size:.9em}.succeeded,.cached{color:#176d2c}
@@ -122,7 +122,8 @@ tr{border-bottom:1px solid #ddd}img{max-width:100%}code{font-size:.9em}.succeede
 def render_report(run: Run) -> str:
     "The page of `run` as HTML."
     facts = {"status": _status(run.status), "set off by": html.escape(run.trigger), "started": run.started,
-             "finished": run.finished or "", "version": html.escape(run.model_version or ""), "endpoint": _link(run.endpoint)}
+             "finished": run.finished or "", "version": html.escape(run.model_version or ""),
+             "endpoint": _link(run.endpoint)}
     rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in facts.items() if value)
     steps = "".join(map(_step_row, run.steps))
     plots = "".join(map(_step_plots, run.steps))

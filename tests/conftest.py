@@ -123,7 +123,8 @@ def waiting(waiting_once, tmp_path):
 def staged_once(waiting_once, tmp_path_factory):
     "A workspace whose version 1 was approved, and serves in staging. Ask it what you like, but leave it as it is."
     house = copy_of(waiting_once, tmp_path_factory.mktemp("staged"))
-    approved = subprocess.run([COMMAND, "approve", "1"], env=house.environ, cwd=house.root, capture_output=True, text=True, timeout=180)
+    approved = subprocess.run([COMMAND, "approve", "1"], env=house.environ, cwd=house.root, capture_output=True,
+                              text=True, timeout=180)
     assert approved.returncode == 0, approved.stderr
     assert approved.stderr == "", "it returned, and left its pipes, though the endpoint lives on"
     assert not {"\r", "\x1b"} & set(approved.stdout), "a log gets plain lines"

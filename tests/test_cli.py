@@ -31,7 +31,8 @@ def endpoints_of(house) -> dict[str, dict]:
 
 def test_help_is_quick_and_imports_nothing_heavy():
     code = ("import sys, intel_nb.cli\nstatus = intel_nb.cli.call(['--help'])\n"
-            "heavy = {'torch', 'mlflow', 'onnxruntime', 'papermill', 'numpy', 'rich', 'fastapi', 'pyarrow'} & set(sys.modules)\n"
+            "heavy = {'torch', 'mlflow', 'onnxruntime', 'papermill', 'numpy', 'rich', 'fastapi', 'pyarrow'}\n"
+            "heavy &= set(sys.modules)\n"
             "sys.exit(f'imported {heavy}' if heavy else status)")
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
     subprocess.run([COMMAND, "--help"], stdout=subprocess.DEVNULL)
@@ -60,8 +61,9 @@ def test_lists_of_nothing(empty, line):
 
 UNKNOWN = {
     "approve 7": "no version 7", "promote 7": "no version 7", "reject 7": "no version 7", "report 7": "no run 7",
-    "rollback staging": "no endpoint staging", "start staging": "no endpoint staging", "stop staging": "no endpoint staging",
-    "predict x.jpg": "no endpoint staging", "watch inbox": "not there yet", "aws deploy": "not there yet",
+    "rollback staging": "no endpoint staging", "start staging": "no endpoint staging",
+    "stop staging": "no endpoint staging", "predict x.jpg": "no endpoint staging",
+    "watch inbox": "not there yet", "aws deploy": "not there yet",
     "approve": "VERSION", "models --jsn": "--jsn", "nonsense": "nonsense",
 }
 
@@ -85,11 +87,13 @@ def test_debug_shows_the_traceback(empty):
 
 def test_the_documents(staged_once):
     (version,) = staged_once("models", "--json").json
-    assert version == {"version": "1", "status": "Approved", "accuracy": version["accuracy"], "aliases": ["staging"], "run_id": "first"}
+    assert version == {"version": "1", "status": "Approved", "accuracy": version["accuracy"], "aliases": ["staging"],
+                       "run_id": "first"}
     assert 0 <= version["accuracy"] <= 1
     (endpoint,) = staged_once("endpoints", "--json").json
     assert list(endpoint) == ["stage", "url", "version", "status", "pid"]
-    assert (endpoint["stage"], endpoint["version"], endpoint["status"]) == ("staging", "1", "running") and alive(endpoint["pid"])
+    assert (endpoint["stage"], endpoint["version"], endpoint["status"]) == ("staging", "1", "running")
+    assert alive(endpoint["pid"])
     (run,) = staged_once("runs", "--json").json
     assert run == staged_once.record("first") == staged_once("report", "first", "--json").json
     assert (run["status"], run["endpoint"]) == ("succeeded", endpoint["url"])
@@ -135,7 +139,8 @@ def test_to_production_and_back(waiting):
     assert refused.status == 1 and "PendingManualApproval" in refused.err
     shutil.rmtree(house.executed / "first")  # no run waits any more: one is started from the store
     assert house("approve", "1").status == 0
-    assert (house.newest()["trigger"], list(house.statuses().values())) == ("approve", ["cached"] * 3 + ["succeeded"] * 3)
+    assert house.newest()["trigger"] == "approve"
+    assert list(house.statuses().values()) == ["cached"] * 3 + ["succeeded"] * 3
     url = endpoints_of(house)["staging"]["url"]
     assert house("rollback", "production").status == 2
     assert house("rollback", "staging").status == 1, "there is nothing earlier"
@@ -146,17 +151,18 @@ def test_to_production_and_back(waiting):
     assert run["endpoint"] == endpoints_of(house)["production"]["url"] != url
     assert house("models", "--json").json[0]["aliases"] == ["production", "staging"]
     assert house.run("--approve").status == 0, "a run touches staging alone"
-    assert house.statuses() | {"drift": "cached"} == dict.fromkeys(house.statuses(), "cached")  # drift has other parameters here
+    drift_apart = house.statuses() | {"drift": "cached"}  # it has other parameters here
+    assert set(drift_apart.values()) == {"cached"}
 
     # Another version, of the same package by another threshold.
     lower = ("--param", "evaluate.min_accuracy=0.1")
     assert house.run(*lower, "--approve").status == 0
-    assert house.statuses() == dict(data="cached", train="cached", evaluate="succeeded", deploy="succeeded", drift="succeeded",
-                                    staging="succeeded")
+    assert list(house.statuses().values()) == ["cached"] * 2 + ["succeeded"] * 4
     now = endpoints_of(house)
     assert (now["staging"]["version"], now["production"]["version"], now["staging"]["url"]) == ("2", "1", url)
     assert house("promote", "2").status == 0
-    assert {v["version"]: v["aliases"] for v in house("models", "--json").json} == {"2": ["production", "staging"], "1": []}
+    assert {v["version"]: v["aliases"] for v in house("models", "--json").json} == {
+        "2": ["production", "staging"], "1": []}
 
     assert house("rollback", "production").status == 0
     assert house.newest()["trigger"] == "rollback" and endpoints_of(house)["production"]["version"] == "1"
@@ -214,7 +220,8 @@ def test_approving_what_the_store_lost(waiting):
 
 
 def test_a_reader_that_goes_away_is_no_error(staged_once):
-    command = subprocess.Popen([COMMAND, "runs", "--json"], env=staged_once.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = subprocess.Popen([COMMAND, "runs", "--json"], env=staged_once.environ, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
     command.stdout.close()
     assert b"Traceback" not in command.stderr.read()
     command.stderr.close()

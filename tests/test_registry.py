@@ -1,4 +1,4 @@
-"""The registry under what a notebook does not show: several processes at once, a moved workspace, a process that dies."""
+"""The registry under what a notebook does not show: several processes, a moved workspace, a process that dies."""
 
 import os
 import shutil
@@ -111,7 +111,8 @@ def test_a_package_that_was_changed_is_not_registered(registry, package, tmp_pat
 
 
 def test_a_lock_of_a_killed_process_is_free(tmp_path):
-    code = "import sys; from intel_nb.registry import locked\nwith locked(sys.argv[1]): print('held', flush=True); input()"
+    code = ("import sys; from intel_nb.registry import locked\n"
+            "with locked(sys.argv[1]): print('held', flush=True); input()")
     path = tmp_path / "x.lock"
     holder = subprocess.Popen([sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
