@@ -19,10 +19,10 @@ if TYPE_CHECKING:  # what a command needs it imports itself: --help should not w
     from intel_nb.runs import Run
 
 # %% auto #0
-__all__ = ['app', 'STATUS', 'AsJson', 'Version', 'Stage', 'TYPES', 'Rest', 'options', 'table', 'show', 'Lines', 'Bars', 'watched',
-           'summary', 'conclude', 'request_from', 'run', 'runs', 'report', 'models', 'endpoints', 'approve', 'reject',
-           'promote', 'rollback', 'start', 'stop', 'predict', 'ask', 'watch', 'cloud', 'call', 'fail', 'quiet_pipe',
-           'main']
+__all__ = ['app', 'STATUS', 'AsJson', 'Version', 'Stage', 'TYPES', 'Rest', 'STOPPED', 'options', 'table', 'show', 'Lines', 'Bars',
+           'watched', 'summary', 'conclude', 'request_from', 'run', 'runs', 'report', 'models', 'endpoints', 'approve',
+           'reject', 'promote', 'rollback', 'start', 'stop', 'predict', 'ask', 'watch', 'cloud', 'call', 'fail',
+           'quiet_pipe', 'main']
 
 # %% ../nbs/20_cli.ipynb #9c9f57fc
 app = typer.Typer(name="intel-nb", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
@@ -330,14 +330,17 @@ def cloud() -> None:
     "The same chain on SageMaker (not yet)."
     raise InputError("intel-nb aws is not there yet; the chain runs on this machine with intel-nb run")
 
-# %% ../nbs/20_cli.ipynb #5d418589
+# %% ../nbs/20_cli.ipynb #65b57475
+STOPPED = "interrupted; the same command goes on where it stopped"
+
 def call(arguments: list[str]) -> int:
     "Carry out a command line; returns the exit status."
     debug = "--debug" in arguments
     try:
-        return app([a for a in arguments if a != "--debug"], prog_name="intel-nb", standalone_mode=False) or 0
+        status = app([a for a in arguments if a != "--debug"], prog_name="intel-nb", standalone_mode=False) or 0
+        return fail(STOPPED, status) if status == 130 else status  # 130 is typer's word for a KeyboardInterrupt
     except (KeyboardInterrupt, typer.Abort):
-        return fail("interrupted; the same command goes on where it stopped", 130)
+        return fail(STOPPED, 130)
     except BrokenPipeError:
         return quiet_pipe()
     except Exception as error:
