@@ -1,0 +1,114 @@
+"""The house rules that no single notebook can hold: who imports whom, what a step looks like, what serving needs."""
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = {path.stem: json.loads(path.read_text())["cells"] for path in sorted((ROOT / "nbs").glob("*.ipynb"))}
+STEPS = [name for name in NOTEBOOKS if name < "06"]
+
+
+def source(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+def module(cells: list[dict]) -> str:
+    "The module that a notebook exports to."
+    return next(m[1] for c in cells if (m := re.match(r"#\|\s*default_exp (\S+)", source(c))))
+
+
+def imports(path: Path) -> set[str]:
+    "Modules of this package that the file imports, wherever in it, and other packages by their first name."
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{a.name}" if node.module in ("intel_nb", None) else node.module for a in node.names]
+            found |= {n.removeprefix("intel_nb.") for n in names} if node.level or node.module.startswith("intel_nb") else {node.module.split(".")[0]}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.removeprefix("intel_nb.") if a.name.startswith("intel_nb.") else a.name.split(".")[0] for a in node.names}
+    return found
+
+
+NUMBER = {module(cells): name.split("_")[0] for name, cells in NOTEBOOKS.items()}
+
+
+@pytest.mark.parametrize("name", NUMBER)
+def test_imports_go_one_way(name):
+    "Platform modules import lower numbers; a step imports the platform, never another step nor what drives the chain."
+    for other in imports(ROOT / "intel_nb" / f"{name.replace('.', '/')}.py") & set(NUMBER):
+        assert NUMBER[other] >= "10", f"{name} imports the step {other}"
+        limit = "17" if NUMBER[name] < "10" else NUMBER[name]
+        assert NUMBER[other] < limit, f"{name} ({NUMBER[name]}) imports {other} ({NUMBER[other]})"
+
+
+@pytest.mark.parametrize("name", NUMBER)
+def test_only_one_door_to_the_cloud(name):
+    assert name == "aws.client" or not imports(ROOT / "intel_nb" / f"{name.replace('.', '/')}.py") & {"boto3", "botocore", "sagemaker"}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_has_its_cells(name):
+    "One cell of parameters, a section `## Run`, and a last cell that writes the result."
+    cells = NOTEBOOKS[name]
+    assert sum("parameters" in c["metadata"].get("tags", []) for c in cells) == 1
+    assert sum(source(c).split("\n")[0] == "## Run" for c in cells if c["cell_type"] == "markdown") == 1
+    assert "result.json" in source(cells[-1])
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_papermill_sees_every_parameter(name):
+    "A comment with an equals sign, for one, hides a parameter from papermill's inspector."
+    from papermill.inspection import _infer_parameters
+    from papermill.iorw import load_notebook_node
+    cell = next(c for c in NOTEBOOKS[name] if "parameters" in c["metadata"].get("tags", []))
+    written = [t.id for node in ast.parse(source(cell)).body for t in node.targets]
+    assert [p.name for p in _infer_parameters(load_notebook_node(str(ROOT / "nbs" / f"{name}.ipynb")))] == written
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebooks_are_committed_clean(name):
+    "No counts, no path of the machine that ran them, no image of more than a poster's size."
+    text = (ROOT / "nbs" / f"{name}.ipynb").read_text()
+    assert len(text) < 400_000
+    for cell in NOTEBOOKS[name]:
+        if cell["cell_type"] == "code":
+            assert cell["execution_count"] is None
+            shown = json.dumps(cell["outputs"])
+            assert not re.search(r"/(root|home|work|tmp|Users)/", shown), shown[:300]
+
+
+def test_every_module_imports_in_a_fresh_process():
+    code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(f'intel_nb.{name}')"
+    subprocess.run([sys.executable, "-c", code, *NUMBER], check=True, cwd="/")
+
+
+@pytest.mark.slow
+def test_serving_needs_the_core_alone(tmp_path):
+    "In an environment with nothing but what is pinned for serving, a package answers."
+    from intel_nb.images import encode_jpeg, sample_scene
+    from intel_nb.model import sample_package
+    import numpy as np
+    sample_package(tmp_path / "model")
+    (tmp_path / "sea.jpg").write_bytes(encode_jpeg(sample_scene(4, np.random.default_rng(0))))
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints-serve.txt", ROOT], check=True)
+    code = """
+import sys, threading, time, urllib.request, uvicorn, pathlib
+from intel_nb.serving import create_app
+server = uvicorn.Server(uvicorn.Config(create_app("model", "state"), port=0, log_level="error"))
+threading.Thread(target=server.run, daemon=True).start()
+while not server.started: time.sleep(.05)
+port = server.servers[0].sockets[0].getsockname()[1]
+request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", pathlib.Path("sea.jpg").read_bytes(), {"Content-Type": "image/jpeg"})
+print(urllib.request.urlopen(request, timeout=20).read().decode())
+"""
+    done = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert json.loads(done.stdout)["predictions"][0]["label"] == "sea", done.stderr
+    installed = subprocess.run([python, "-m", "pip", "list"], capture_output=True, text=True).stdout
+    assert not re.search(r"^(torch|mlflow|pyarrow|alibi)", installed, re.M)
