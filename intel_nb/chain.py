@@ -22,9 +22,9 @@ from .store import Entry, begin, key_of, publish, recipe_of
 
 # %% auto #0
 __all__ = ['DONE', 'Event', 'Job', 'given', 'asked', 'localised', 'contents', 'key_and_recipe', 'holds', 'forced', 'stored',
-           'run_step', 'take', 'execute_step', 'parameters_for', 'put', 'give_up', 'note_effect', 'note_stage',
-           'note_test', 'verdict', 'advance', 'stage_lock', 'told_lock', 'run_chain', 'open_run', 'close_run',
-           'changed_the_world', 'tidy', 'request_of']
+           'run_step', 'take', 'execute_step', 'prepare', 'parameters_for', 'put', 'give_up', 'note_effect',
+           'note_stage', 'note_test', 'verdict', 'advance', 'stage_lock', 'told_lock', 'run_chain', 'open_run',
+           'close_run', 'changed_the_world', 'tidy', 'request_of']
 
 # %% ../nbs/18_chain.ipynb #175f2326
 @dataclass(frozen=True)
@@ -163,10 +163,11 @@ def take(job: Job, step: Step, entry: Entry) -> Entry:
     job.tell(Event("ended", step.name, job.run.step(step.name).status))
     return entry
 
-# %% ../nbs/18_chain.ipynb #7cb978e6
+# %% ../nbs/18_chain.ipynb #044ae054
 def execute_step(job: Job, step: Step, key: str, recipe: dict[str, Any]) -> Entry:
     "Execute the notebook of `step`, and put what it wrote into the store."
     get_ready()
+    prepare(job, step)
     work, started = job.workspace.store.work(step.name, key), time.monotonic()
     job.tell(Event("started", step.name))
     try:
@@ -182,6 +183,13 @@ def execute_step(job: Job, step: Step, key: str, recipe: dict[str, Any]) -> Entr
     job.save(steps=with_step(job.run, record).steps)
     job.tell(Event("ended", step.name, "succeeded", seconds=entry.seconds))
     return entry
+
+# %% ../nbs/18_chain.ipynb #c2923b90
+def prepare(job: Job, step: Step) -> None:
+    "Have the registry made ready beside the step before the one that registers."
+    later = job.plan[job.plan.index(step) + 1:]
+    if later and later[0].effect == "registered":
+        job.workspace.registry().prepare()
 
 # %% ../nbs/18_chain.ipynb #666c1755
 def parameters_for(job: Job, step: Step, work: Path) -> dict[str, Any]:
