@@ -20,16 +20,17 @@ __all__ = ['split_sizes', 'usable_windows', 'fit_whitening', 'gaussian_kernel', 
            'stream_statistics', 'survivor_thresholds', 'calibrate', 'closeness', 'OnlineMMD', 'window_mmd2',
            'latest_rows', 'feature_shift']
 
-# %% ../nbs/12_detector.ipynb #7fea0497
+# %% ../nbs/12_detector.ipynb #af89a4db
 def split_sizes(available: int, reference_size: int = 1000) -> dict[str, int]:
     """How many of `available` images fit the whitening, are the reference, and are the bootstrap pool.
 
-    The reference gets `reference_size`, the pool twice that, the whitening the rest; where the whitening would get less
-    than the reference, the three get a quarter, a quarter and a half."""
+    The reference gets `reference_size`, the pool four times that, the whitening the rest; but the reference gets a quarter
+    at most, and the pool half."""
     if available < 16:
-        raise InputError(f"{available} images cannot calibrate a drift detector; 16 are the least, some 7,000 are good")
+        raise InputError(f"{available} images cannot calibrate a drift detector; 16 are the least, some 9,000 are good")
     reference = max(1, min(reference_size, available // 4))
-    return {"whiten": available - 3 * reference, "reference": reference, "pool": 2 * reference}
+    pool = min(4 * reference, available // 2)
+    return {"whiten": available - reference - pool, "reference": reference, "pool": pool}
 
 # %% ../nbs/12_detector.ipynb #b2d2b953
 def usable_windows(windows: tuple[int, ...], pool_size: int) -> tuple[int, ...]:
