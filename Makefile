@@ -16,7 +16,7 @@ run: .venv/run.stamp
 	@$(BIN)/intel-nb run --approve $(if $(DATA),--data "$(DATA)") $(if $(PROFILE),--profile "$(PROFILE)") $(ARGS)
 
 test: .venv/test.stamp
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 0
+	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && TMPDIR="$$scratch" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 0
 	$(BIN)/pytest -q
 
 slow: .venv/test.stamp
