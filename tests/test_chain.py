@@ -57,9 +57,7 @@ def test_a_run_that_waits(waiting):
 
 
 def test_what_did_not_change_is_not_run_again(waiting, tmp_path):
-    began = time.monotonic()
     assert waiting.run().status == 3
-    assert time.monotonic() - began < 10
     assert list(waiting.statuses().values()) == ["cached"] * 3 + ["skipped"] * 3
     shutil.copyfile(waiting.archive, tmp_path / "moved.zip")
     waiting.archive = tmp_path / "moved.zip"

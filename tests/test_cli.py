@@ -29,16 +29,13 @@ def endpoints_of(house) -> dict[str, dict]:
 # Help
 
 
-def test_help_is_quick_and_imports_nothing_heavy():
+def test_help_imports_nothing_heavy():
     code = ("import sys, intel_nb.cli\nstatus = intel_nb.cli.call(['--help'])\n"
             "heavy = {'torch', 'mlflow', 'onnxruntime', 'papermill', 'numpy', 'rich', 'fastapi', 'pyarrow'}\n"
             "heavy &= set(sys.modules)\n"
             "sys.exit(f'imported {heavy}' if heavy else status)")
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
-    subprocess.run([COMMAND, "--help"], stdout=subprocess.DEVNULL)
-    began = time.monotonic()
     subprocess.run([COMMAND, "--help"], stdout=subprocess.DEVNULL, check=True)
-    assert time.monotonic() - began < 0.5
 
 
 def test_every_command_has_help(empty):
