@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 # %% auto #0
-__all__ = ['PROFILES', 'STRENGTHS', 'WHITENING_SIZE', 'settings', 'compute_features', 'Head', 'fit_head', 'drift_maps',
-           'represent', 'fit_drift', 'Trained', 'train_frozen', 'held_out', 'train_end_to_end', 'fit_head_of',
-           'log_rows', 'check_graph', 'batch_tolerance', 'make_package', 'hparams']
+__all__ = ['PROFILES', 'STRENGTHS', 'WHITENING_SIZE', 'MAX_DROP', 'CALIBRATION_IMAGES', 'settings', 'compute_features', 'Head',
+           'fit_head', 'drift_maps', 'represent', 'fit_drift', 'graph_in', 'accuracy_of', 'drops', 'Trained',
+           'train_frozen', 'held_out', 'train_end_to_end', 'trained_layers', 'fit_head_of', 'log_rows', 'check_graph',
+           'batch_tolerance', 'make_package', 'hparams']
 
-# %% ../nbs/01_train.ipynb #6f937d6b
+# %% ../nbs/01_train.ipynb #6789da2a
 PROFILES = {
     "model_name": {"type": "str", "quick": "tf_efficientnet_lite0", "full": "tf_efficientnet_lite0", "original": "regnetz_c16"},
     "image_size": {"type": "int", "quick": 192, "full": 192, "original": 224},
@@ -37,7 +38,7 @@ PROFILES = {
     "epochs": {"type": "int", "quick": None, "full": 4, "original": 10},
     "batch_size": {"type": "int", "quick": None, "full": 64, "original": 64},
     "pretrained": {"type": "str", "quick": "packaged", "full": "packaged", "original": "none"},
-    "precision": {"type": "str", "quick": "float32", "full": "float32", "original": "float32"},
+    "precision": {"type": "str", "quick": "int8", "full": "int8", "original": "float32"},
     "ert": {"type": "int", "quick": 150, "full": 150, "original": 150},
     "windows": {"type": "list", "quick": [2, 4, 8, 16, 32], "full": [2, 4, 8, 16, 32], "original": [2, 4, 8, 16, 32]},
     "reference_size": {"type": "int", "quick": 1000, "full": 1000, "original": 1000},
@@ -46,7 +47,7 @@ PROFILES = {
     "bootstraps": {"type": "int", "quick": 100_000, "full": 100_000, "original": 100_000},
 }
 
-# %% ../nbs/01_train.ipynb #62027843
+# %% ../nbs/01_train.ipynb #b72273e5
 def settings(profile: str, **given: Any) -> dict[str, Any]:
     "The governed parameters: those `given` that are not None, the others from `profile`; raises `InputError`."
     known = [name for name in PROFILES["model_name"] if name != "type"]
@@ -56,8 +57,8 @@ def settings(profile: str, **given: Any) -> dict[str, Any]:
     for name in ("image_size", "epochs", "batch_size", "ert", "reference_size", "components", "bootstraps"):
         if chosen[name] is not None and chosen[name] < 1:
             raise InputError(f"{name} is {chosen[name]}; it must be at least 1")
-    if chosen["precision"] != "float32":
-        raise InputError(f"precision is {chosen['precision']!r}; float32 is what can be served")
+    if chosen["precision"] not in ("int8", "float32"):
+        raise InputError(f"precision is {chosen['precision']!r}; use int8 or float32")
     return chosen | {"profile": profile}
 
 # %% ../nbs/01_train.ipynb #2ca0597f
@@ -129,60 +130,104 @@ def fit_drift(seen: dict[str, np.ndarray], chosen: dict[str, Any], seed: int, wh
     usable = usable_windows(tuple(chosen["windows"]), sizes["pool"])
     return maps, OnlineMMD(drift[:cut], chosen["ert"], usable, chosen["bootstraps"], drift[cut:], seed)
 
-# %% ../nbs/01_train.ipynb #61e1e577
+# %% ../nbs/01_train.ipynb #9d787e93
+MAX_DROP = 0.002
+CALIBRATION_IMAGES = 64  # of validation, from which int8 learns its ranges
+
+def graph_in(precision: str, exact: Any, validation: Split, side: int) -> Any:
+    "The backbone's float32 graph `exact` in `precision`, with the image statistics as a further output."
+    from intel_nb.graph import add_statistics
+    from intel_nb.quantize import quantized
+    if precision == "int8":
+        exact = quantized(exact, np.stack([decode(data, side) for data in validation.images[:CALIBRATION_IMAGES]]))
+    return add_statistics(exact, side)
+
+# %% ../nbs/01_train.ipynb #29afef9b
+def accuracy_of(graph: Any, model: nn.Module, split: Split, side: int) -> float:
+    "Accuracy on `split` of `model`'s head on the embedding that `graph` computes."
+    from intel_nb.backbone import get_head
+    weight, bias = get_head(model)
+    embedding = compute_features(graph.SerializeToString(), split.images, side)["embedding"]
+    return float(((embedding @ weight + bias).argmax(axis=1) == split.labels).mean())
+
+# %% ../nbs/01_train.ipynb #7f3d9619
+def drops(accuracy: float, exact: float) -> bool:
+    "Whether `accuracy` is more than `MAX_DROP` below the `exact` one, and says so."
+    if dropped := exact - accuracy > MAX_DROP:
+        print(f"int8 gives {accuracy:.4f} on validation, the same weights in float32 {exact:.4f}: float32 is kept")
+    return dropped
+
+# %% ../nbs/01_train.ipynb #aca7296d
 @dataclass(frozen=True)
 class Trained:
-    "A network with its head, its accuracy on validation, its graph of features, and the drift maps and detector."
+    "A network with its head, its graph of features as served and in float32, and the drift maps and detector."
     model: nn.Module = field(repr=False)
-    accuracy: float
+    precision: str
+    accuracy: float        # on validation, as served
+    exact_accuracy: float  # of the same weights in float32
     graph: Any = field(repr=False)
+    exact: Any = field(repr=False)
     maps: tuple = field(repr=False)
     detector: OnlineMMD = field(repr=False)
 
-# %% ../nbs/01_train.ipynb #c360113c
+# %% ../nbs/01_train.ipynb #793c5842
 def train_frozen(train: Split, validation: Split, chosen: dict[str, Any], seed: int, log: Callable[[list[dict]], None]) -> Trained:
     "Fit a head on a frozen network. The head does not reach the embedding, so training images calibrate the detector."
     from intel_nb.backbone import backbone_graph, build_model, set_head
-    from intel_nb.graph import add_statistics
-    side, n = chosen["image_size"], len(train.classes)
+    side, precision, cut, n = chosen["image_size"], chosen["precision"], len(train), len(train.classes)
     model = build_model(chosen["model_name"], n, chosen["pretrained"], seed)
-    graph = add_statistics(backbone_graph(model, side), side)
+    plain = backbone_graph(model, side)
+    graph, exact = (graph_in(kind, plain, validation, side) for kind in (precision, "float32"))
     seen = compute_features(graph.SerializeToString(), train.images + validation.images, side, "embeddings")
-    cut, embedding = len(train), seen["embedding"]
+    embedding = seen["embedding"]
     with ThreadPoolExecutor(1) as beside:  # neither of the two uses more than one core for long
         drift = beside.submit(fit_drift, {name: rows[:cut] for name, rows in seen.items()}, chosen, seed)
         head = fit_head(embedding[:cut], train.labels, embedding[cut:], validation.labels, n)
         maps, detector = drift.result()
     log(head.tried)
     set_head(model, head.weight, head.bias)
-    return Trained(model, head.accuracy, graph, maps, detector)
+    full = head.accuracy if precision == "float32" else accuracy_of(exact, model, validation, side)
+    if drops(head.accuracy, full):
+        return train_frozen(train, validation, chosen | {"precision": "float32"}, seed, log)
+    return Trained(model, precision, head.accuracy, full, graph, exact, maps, detector)
 
 # %% ../nbs/01_train.ipynb #37768229
 def held_out(n_train: int, n_validation: int, reference_size: int) -> int:
     "How many training images to keep from the network for its detector: what validation lacks of reference and pool, at most 15 %."
     return int(min(max(0, 3 * reference_size - n_validation), .15 * n_train))
 
-# %% ../nbs/01_train.ipynb #703dffd1
+# %% ../nbs/01_train.ipynb #1e96fb57
 def train_end_to_end(train: Split, validation: Split, chosen: dict[str, Any], seed: int, checkpoint_dir: str | Path, log_dir: str | Path) -> Trained:
-    "Train all layers; for the profile `full` from a network whose head has been fitted first."
-    from intel_nb.backbone import backbone_graph, build_model
-    from intel_nb.finetune import Images, finetune
-    from intel_nb.graph import add_statistics
+    "Train all layers; the detector is calibrated on images that the network was not trained on."
+    from intel_nb.backbone import backbone_graph
     side, spare = chosen["image_size"], held_out(len(train), len(validation), chosen["reference_size"])
     fresh, rest = train.take(range(spare)), train.take(range(spare, len(train)))
-    model, before = build_model(chosen["model_name"], len(train.classes), chosen["pretrained"], seed), 0.
-    if chosen["profile"] == "full":
-        before = fit_head_of(model, rest, validation, side)
-    sets, start = [Images(s.images, s.labels, side) for s in (rest, validation)], copy.deepcopy(model)
-    accuracy = finetune(model, *sets, _recipe(chosen, seed), checkpoint_dir, log_dir)
-    if accuracy < before:  # too few images to move ten million weights by
-        print(f"training all layers gave {accuracy:.4f}, the head alone {before:.4f}: the head alone is kept")
-        model, accuracy = start, before
-    graph = add_statistics(backbone_graph(model, side), side)
+    model = trained_layers(rest, validation, chosen, seed, checkpoint_dir, log_dir)
+    plain, precision = backbone_graph(model, side), chosen["precision"]
+    graph, exact = (graph_in(kind, plain, validation, side) for kind in (precision, "float32"))
+    accuracy, full = (accuracy_of(g, model, validation, side) for g in (graph, exact))
+    if drops(accuracy, full):
+        graph, accuracy, precision = exact, full, "float32"
     see = lambda images, what: compute_features(graph.SerializeToString(), images, side, what)
     seen = see(fresh.images + validation.images, "fresh images")
     maps, detector = fit_drift(seen, chosen, seed, whiten=see(rest.images[:WHITENING_SIZE], "whitening"))
-    return Trained(model, accuracy, graph, maps, detector)
+    return Trained(model, precision, accuracy, full, graph, exact, maps, detector)
+
+# %% ../nbs/01_train.ipynb #8e7006b6
+def trained_layers(train: Split, validation: Split, chosen: dict[str, Any], seed: int, checkpoint_dir: str | Path, log_dir: str | Path) -> nn.Module:
+    "A network with all its layers trained; for the profile `full` from one whose head has been fitted, which is kept if it is better."
+    from intel_nb.backbone import build_model
+    from intel_nb.finetune import Images, finetune
+    side = chosen["image_size"]
+    model, before = build_model(chosen["model_name"], len(train.classes), chosen["pretrained"], seed), 0.
+    if chosen["profile"] == "full":
+        before = fit_head_of(model, train, validation, side)
+    sets, start = [Images(s.images, s.labels, side) for s in (train, validation)], copy.deepcopy(model)
+    accuracy = finetune(model, *sets, _recipe(chosen, seed), checkpoint_dir, log_dir)
+    if accuracy >= before:
+        return model
+    print(f"training all layers gave {accuracy:.4f}, the head alone {before:.4f}: the head alone is kept")
+    return start  # too few images to move ten million weights by
 
 # %% ../nbs/01_train.ipynb #c4ede87f
 def _recipe(chosen: dict[str, Any], seed: int):
@@ -232,19 +277,20 @@ def batch_tolerance(onnx: bytes, images: np.ndarray) -> float:
     answers = [run_batches(onnx, images, np.asarray, size)["probabilities"] for size in (1, 2, 3, 8, 32)]
     return max(1e-5, float(np.ptp(answers, axis=0).max()))
 
-# %% ../nbs/01_train.ipynb #67cab750
+# %% ../nbs/01_train.ipynb #369c9af5
 def make_package(folder: str | Path, trained: Trained, labels: Sequence[str], chosen: dict[str, Any], examples: np.ndarray, data: str) -> Package:
     "Write the package of what was trained; `examples` are decoded images to check it on, `data` is the dataset's fingerprint."
     from intel_nb.backbone import get_head
     from intel_nb.graph import served_graph
-    onnx = served_graph(trained.graph, get_head(trained.model), *trained.maps).SerializeToString(deterministic=True)
-    apart, known = check_graph(onnx, trained.model, examples), trained.detector.calibration
-    card = {"model_name": chosen["model_name"], "profile": chosen["profile"], "image_size": chosen["image_size"], "precision": chosen["precision"],
-            "batch_tolerance": batch_tolerance(onnx, examples), "apart_from_torch": apart, "validation_accuracy": trained.accuracy,
+    head, known = get_head(trained.model), trained.detector.calibration
+    onnx, exact = (served_graph(g, head, *trained.maps).SerializeToString(deterministic=True) for g in (trained.graph, trained.exact))
+    card = {"model_name": chosen["model_name"], "profile": chosen["profile"], "image_size": chosen["image_size"], "precision": trained.precision,
+            "batch_tolerance": batch_tolerance(onnx, examples), "apart_from_torch": check_graph(exact, trained.model, examples),
+            "validation_accuracy": trained.accuracy, "float32_validation_accuracy": trained.exact_accuracy,
             "ert": chosen["ert"], "windows": known.windows.tolist(), "reference_size": len(known.reference),
             "pool_size": known.pool_size, "bootstraps": chosen["bootstraps"], "drift_size": known.reference.shape[1]}
     tensors = {name: value.numpy() for name, value in trained.model.state_dict().items()}
-    return write_package(folder, onnx, tensors, labels, hparams(chosen, len(labels)), trained.detector, card, data, _notes(card, chosen))
+    return write_package(folder, onnx, tensors, labels, hparams(chosen | {"precision": trained.precision}, len(labels)), trained.detector, card, data, _notes(card, chosen))
 
 # %% ../nbs/01_train.ipynb #78f39f02
 def hparams(chosen: dict[str, Any], n_classes: int) -> dict[str, Any]:
