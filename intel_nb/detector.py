@@ -16,7 +16,7 @@ import numpy as np
 from .storage import InputError, write_bytes
 
 # %% auto #0
-__all__ = ['split_sizes', 'usable_windows', 'fit_whitening', 'gaussian_kernel', 'median_sigma', 'Calibration',
+__all__ = ['TAIL', 'ENOUGH', 'split_sizes', 'usable_windows', 'fit_whitening', 'gaussian_kernel', 'median_sigma', 'Calibration',
            'stream_statistics', 'survivor_thresholds', 'calibrate', 'closeness', 'OnlineMMD', 'window_mmd2',
            'latest_rows', 'feature_shift']
 
@@ -99,22 +99,23 @@ def _thinned(rows: np.ndarray, limit: int) -> np.ndarray:
     "At most `limit` of `rows`, evenly spaced: what is quadratic in their number stays bounded."
     return rows if len(rows) <= limit else rows[np.linspace(0, len(rows) - 1, limit).astype(int)]
 
-# %% ../nbs/12_detector.ipynb #a12ce6f8
-def _push(sums: np.ndarray, closeness: np.ndarray, neighbours: np.ndarray) -> None:
-    """Take one observation into `sums` (2, W + 1, ...), in place.
+# %% ../nbs/12_detector.ipynb #2a0008df
+def _additions(closeness: np.ndarray, neighbours: np.ndarray, largest: int) -> np.ndarray:
+    """What one more observation in each of B streams adds to the sums over the latest 1 to W = `largest`, (2, W, B).
 
-    sums[0, m] is the sum of k over the pairs among the latest m observations, sums[1, m] that of their `closeness`,
-    the mean of k to the reference. `neighbours` (n, ...) is k to the n observations before, the newest first."""
-    n = len(neighbours)
-    sums[1, 1:] = sums[1, :-1] + closeness
-    sums[0, 1:] = sums[0, :-1]
+    First the sums of k over the pairs, from `neighbours` (n, B), k to the n observations before, newest first: all of
+    them where fewer than W - 1 are given. Then those of `closeness` (B,), the mean of k to the reference."""
+    n, added = len(neighbours), np.empty((2, largest, len(closeness)), neighbours.dtype)
+    added[0, 0], added[1] = 0, closeness
     if n:
-        sums[0, 2:n + 2] += _running_sums(neighbours)
+        added[0, 1:n + 1] = _running_sums(neighbours)
+    added[0, n + 1:] = added[0, n]
+    return added
 
-# %% ../nbs/12_detector.ipynb #59673ec5
+# %% ../nbs/12_detector.ipynb #ad0ef325
 def _running_sums(values: np.ndarray) -> np.ndarray:
-    "Sums of the first 1, 2, ... n of `values` (n, ...); for many streams a matrix product is ten times as fast."
-    return values.cumsum() if values.ndim == 1 else np.tri(len(values), dtype=values.dtype) @ values
+    "Sums of the first 1, 2, ... n rows of `values` (n, B); for many streams a matrix product is ten times as fast."
+    return values.cumsum(axis=0) if values.shape[1] < 128 else np.tri(len(values), dtype=values.dtype) @ values
 
 # %% ../nbs/12_detector.ipynb #fc188002
 def _moments(kernel: np.ndarray, closeness: np.ndarray, reference_mean: float, largest: int
@@ -135,7 +136,7 @@ def _moments(kernel: np.ndarray, closeness: np.ndarray, reference_mean: float, l
     deviations = np.sqrt(np.concatenate([[1, 4 * closeness.var(dtype=np.float64)], variance]).clip(1e-12))
     return means[:largest + 1], deviations[:largest + 1]
 
-# %% ../nbs/12_detector.ipynb #d9c1aefc
+# %% ../nbs/12_detector.ipynb #29fa37ba
 @dataclass(frozen=True)
 class Calibration:
     "What an `OnlineMMD` knows before it has seen anything; W is its largest window."
@@ -157,21 +158,24 @@ class Calibration:
 
     @cached_property
     def _weights(self) -> np.ndarray:
-        "(3, W + 1): by number of observations, what makes `1, sums[0], sums[1]` the standardised MMD²."
+        "(3, windows, W + 1): for each time up to W, what makes `1, sums[0], sums[1]` the standardised MMD²."
         n = np.arange(self.largest + 1).clip(1)
-        return np.stack([self.reference_mean - self.means, 2 / (n * (n - 1)).clip(1), -2 / n]) / self.deviations
+        weights = np.stack([self.reference_mean - self.means, 2 / (n * (n - 1)).clip(1), -2 / n]) / self.deviations
+        return weights[:, np.minimum(self.windows[:, None], np.arange(self.largest + 1))]
 
-    def standardised(self, sums: np.ndarray, time: int) -> np.ndarray:
-        "Statistic of each window, (len(windows), ...); one that is not full yet takes what there is."
-        sizes = np.minimum(self.windows, time)
-        constant, pairs, near = self._weights[:, sizes].astype(sums.dtype).reshape(3, -1, *[1] * (sums.ndim - 2))
-        return constant + pairs * sums[0, sizes] + near * sums[1, sizes]
+    def standardised(self, sums: np.ndarray, times: np.ndarray) -> np.ndarray:
+        """Statistic of each window, (windows, B), from `sums` (2, W + 1, B) at `times` (B,) or (1,).
 
-    def threshold(self, time: int) -> float:
-        "What the statistic must exceed at `time` (1 is the first observation)."
-        return float(self.thresholds[min(time, len(self.thresholds)) - 1])
+        A window that is not full yet takes what there is."""
+        constant, pairs, near = self._weights[..., np.minimum(times, self.largest)].astype(sums.dtype, copy=False)
+        sums = sums[:, self.windows]
+        return constant + pairs * sums[0] + near * sums[1]
 
-# %% ../nbs/12_detector.ipynb #0e08286c
+    def threshold(self, times: int | np.ndarray) -> np.ndarray:
+        "What the statistic must exceed at `times` (1 is the first observation)."
+        return self.thresholds[np.minimum(times, len(self.thresholds)) - 1]
+
+# %% ../nbs/12_detector.ipynb #69de441a
 def stream_statistics(calibration: Calibration, kernel: np.ndarray, closeness: np.ndarray, streams: np.ndarray
                       ) -> np.ndarray:
     """The statistic (T, B) at times 1 to T of B streams, `streams` (T, B) being indices into P rows, without any alarm.
@@ -183,8 +187,8 @@ def stream_statistics(calibration: Calibration, kernel: np.ndarray, closeness: n
     found = np.empty((steps, width), np.float32)
     for t, (now, row) in enumerate(zip(streams, streams * len(kernel))):
         before = streams[max(0, t - back):t][::-1]
-        _push(sums, closeness[now], flat[row + before])
-        found[t] = calibration.standardised(sums, t + 1).max(axis=0)
+        sums[:, 1:] = sums[:, :-1] + _additions(closeness[now], flat[row + before], calibration.largest)
+        found[t] = calibration.standardised(sums, np.array([t + 1])).max(axis=0)
     return found
 
 # %% ../nbs/12_detector.ipynb #99c142a5
@@ -198,16 +202,38 @@ def _draw_streams(size: int, steps: int, width: int, rng: np.random.Generator) -
             order[lanes, t], order[lanes, other] = order[lanes, other], order[lanes, t]
         yield order[:, :steps].T.astype(np.int64)
 
-# %% ../nbs/12_detector.ipynb #2f4e3126
+# %% ../nbs/12_detector.ipynb #12eec99a
+TAIL, ENOUGH = 0.02, 500  # share of values that the law is fitted to; values beyond a quantile that need no law
+
+def _tail_shape(statistics: np.ndarray) -> float:
+    """Shape of the generalised Pareto law for the upper 2 % of each row of `statistics` (T, B), one for all of them.
+
+    From probability-weighted moments (Hosking and Wallis, Technometrics 29, 1987), whose ratio is averaged over the rows."""
+    count = max(2, math.ceil(TAIL * statistics.shape[1]))
+    upper = np.sort(np.partition(statistics, -count, axis=1)[:, -count:], axis=1).astype(np.float64)
+    excess = upper - upper[:, :1]
+    weighted = (excess * np.linspace(1, 0, count)).mean(axis=1).sum() / max(excess.mean(axis=1).sum(), 1e-12)
+    return float(np.clip(2 - 1 / max(1 - 2 * weighted, 1e-12), -1, .5))
+
+# %% ../nbs/12_detector.ipynb #63a9962a
+def _upper_quantile(values: np.ndarray, beyond: float, shape: float) -> float:
+    "What the share `beyond` of `values` exceeds; where these are few, by the law of that `shape` for the upper 2 %."
+    start, found = np.quantile(values, [1 - TAIL, 1 - beyond])
+    excess = values[values > start] - start
+    if beyond >= TAIL or beyond * len(values) >= ENOUGH or len(excess) < 50:
+        return found
+    scale, times = excess.mean(dtype=np.float64) * (1 - shape), beyond / TAIL
+    return start + (scale / shape * (times**-shape - 1) if abs(shape) > 1e-6 else -scale * math.log(times))
+
+# %% ../nbs/12_detector.ipynb #ca1c2f13
 def survivor_thresholds(statistics: np.ndarray, ert: float, separate: int) -> np.ndarray:
     "Thresholds (separate + 1,) from `statistics` (T, B): one a step for `separate` steps, then one for all later ones."
-    keep, thresholds = 1 - 1 / ert, []
-    alive = np.arange(statistics.shape[1])
+    alive, thresholds, shape = np.arange(statistics.shape[1]), [], _tail_shape(statistics)
     for row in statistics[:separate]:
-        thresholds.append(np.quantile(row[alive], keep))
+        thresholds.append(_upper_quantile(row[alive], 1 / ert, shape))
         alive = alive[row[alive] <= thresholds[-1]]
-    later = statistics[separate:, alive].max(axis=0)
-    return np.array([*thresholds, np.quantile(later, keep ** (len(statistics) - separate))])
+    later, steps = statistics[separate:, alive].max(axis=0), len(statistics) - separate
+    return np.array([*thresholds, _upper_quantile(later, 1 - (1 - 1 / ert)**steps, shape)])
 
 # %% ../nbs/12_detector.ipynb #0b2e15bd
 def calibrate(reference: np.ndarray, ert: float, windows: tuple[int, ...], n_bootstraps: int, pool: np.ndarray,
@@ -269,26 +295,37 @@ def _prepared(reference: np.ndarray, pool: np.ndarray | None, windows: tuple[int
         raise ValueError(f"ert must lie between 1 and n_bootstraps ({n_bootstraps}), not {ert}")
     return reference, pool
 
-# %% ../nbs/12_detector.ipynb #954ff387
+# %% ../nbs/12_detector.ipynb #a5812131
 class _Points:
-    "The reference (N, D) and the latest `largest` rows, both less `origin`, and a new row's kernel to all of them."
+    "The reference (N, D) and the latest W rows (oldest first), both less `origin`, and new rows' kernel to all of them."
     def __init__(self, reference: np.ndarray, largest: int, sigma: float):
         self.origin, self.scale = reference.mean(axis=0), np.float32(-0.5 / sigma**2)
-        self.reference = reference - self.origin
-        self.squares = np.einsum("ij,ij->i", self.reference, self.reference)
+        apart = reference - self.origin
+        self.columns = np.ascontiguousarray(-2 * self.scale * apart.T)  # scaled, as are their squares: exp is all that is left
+        self.squares = self.scale * np.einsum("ij,ij->i", apart, apart)
         self.latest = np.zeros((largest, reference.shape[1]), np.float32)
 
-    def kernel(self, row: np.ndarray, count: int) -> tuple[float, np.ndarray]:
-        "Mean kernel of `row` to the reference, its kernel to the latest `count` rows; then `row` is the latest."
-        row = row - self.origin
-        products = np.einsum("ij,j->i", self.reference, row)  # not BLAS, which would wake its threads for so little
-        near = np.exp((self.squares - 2 * products + np.einsum("i,i->", row, row)).clip(0) * self.scale)
-        apart = self.latest[:count] - row
-        neighbours = np.exp(np.einsum("ij,ij->i", apart, apart) * self.scale)
-        self.latest[1:], self.latest[0] = self.latest[:-1], row
-        return near.mean(dtype=np.float64), neighbours
+    def closeness(self, rows: np.ndarray) -> np.ndarray:
+        "Mean kernel (n,) of each of `rows` (n, D) to the reference."
+        near = np.einsum("ji,kj->ki", self.columns, rows)
+        near += self.squares
+        near += self.scale * np.einsum("ij,ij->i", rows, rows)[:, None]
+        np.exp(np.minimum(near, 0, out=near), out=near)
+        return np.add.reduce(near, axis=1, dtype=np.float64) / near.shape[1]
 
-# %% ../nbs/12_detector.ipynb #0609c08b
+    def neighbours(self, rows: np.ndarray, time: int) -> np.ndarray:
+        "Kernel (W - 1, n) of each of `rows` to those before it, the newest first; 0 where there were none."
+        (n, width), back = rows.shape, len(self.latest) - 1
+        known = np.concatenate([self.latest[1:], rows])
+        apart = np.ndarray((n, back, width), np.float32, known, 0, (4 * width, 4 * width, 4)) - rows[:, None]
+        kernel = np.exp(self.scale * np.einsum("nkd,nkd->kn", apart, apart)[::-1], dtype=np.float64)
+        return kernel if time >= back else np.where(np.arange(back)[:, None] < time + np.arange(n), kernel, 0)
+
+    def keep(self, rows: np.ndarray) -> None:
+        "Take `rows` among the latest."
+        self.latest = np.concatenate([self.latest[len(rows):], rows[-len(self.latest):]])
+
+# %% ../nbs/12_detector.ipynb #02c1ee50
 class OnlineMMD:
     """Online maximum mean discrepancy over several windows, calibrated to a mean run time of `ert` without drift.
 
@@ -308,17 +345,46 @@ class OnlineMMD:
 
     def update(self, features: np.ndarray) -> dict[str, float | int | bool]:
         "Take one observation (D,); its time, statistic, threshold, and if it is drift. A bad one changes nothing."
-        row = _row(features, self.calibration.reference.shape[1])
-        _push(self._sums, *self._points.kernel(row, min(self.time, self.calibration.largest - 1)))
-        self.time += 1
-        statistic, threshold = float(self.window_statistics.max()), self.calibration.threshold(self.time)
-        return {"time": self.time, "statistic": statistic, "threshold": threshold, "is_drift": statistic > threshold}
+        return self.update_many(np.asarray(features)[None])[0]
+
+    def update_many(self, features: np.ndarray, stop: bool = False) -> list[dict[str, float | int | bool]]:
+        """Take observations (n, D) in their order; a reading of each. A bad one among them changes nothing.
+
+        With `stop` those after an alarm are not taken, and there are only as many readings as were."""
+        known, points = self.calibration, self._points
+        rows = _rows(features, known.reference.shape[1]) - points.origin
+        n, sums = len(rows), np.zeros((2, known.largest + 1, len(rows) + 1))
+        added = _additions(points.closeness(rows), points.neighbours(rows, self.time), known.largest)
+        sums[..., 0] = self._sums
+        for k in range(n):
+            np.add(sums[:, :-1, k], added[..., k], out=sums[:, 1:, k + 1])
+        readings = _readings(known, sums[..., 1:], np.arange(self.time + 1, self.time + n + 1))
+        taken = next((k for k, r in enumerate(readings, 1) if stop and r["is_drift"]), n)
+        self.time, self._sums = self.time + taken, sums[..., taken].copy()
+        points.keep(rows[:taken])
+        return readings[:taken]
+
+    @property
+    def reading(self) -> dict[str, float | int | bool | None]:
+        "The latest reading; without numbers before the first observation."
+        if not self.time:
+            return {"time": 0, "statistic": None, "threshold": None, "is_drift": False}
+        return _readings(self.calibration, self._sums[..., None], np.array([self.time]))[0]
 
     @property
     def window_statistics(self) -> np.ndarray:
         "Standardised MMD² of each of `calibration.windows`; the statistic is the largest."
         known = self.calibration
-        return known.standardised(self._sums, self.time) if self.time else np.zeros(len(known.windows))
+        return known.standardised(self._sums[..., None], np.array([self.time]))[:, 0] if self.time else np.zeros(len(known.windows))
+
+    def state(self) -> bytes:
+        "What it has seen since the start, without the calibration: for `restore`, of a detector with the same one."
+        return _state_bytes(self.time, self._points.latest, self._sums)
+
+    def restore(self, state: bytes) -> None:
+        "Go on exactly where `state` was taken; raises `InputError` when it does not fit this detector."
+        time, rows, sums = _read_state(state, self.calibration)
+        self.time, self._sums, self._points.latest = time, sums, rows
 
     def save(self, path: str | Path) -> None:
         "Write calibration and state to one `.npz`, atomically."
@@ -329,16 +395,25 @@ class OnlineMMD:
         "The detector that `save` wrote, at the very observation; raises `InputError` when the file is not one."
         return _unpacked(cls, path)
 
-# %% ../nbs/12_detector.ipynb #8abc0c32
-def _row(features: np.ndarray, width: int) -> np.ndarray:
-    "One observation as float32 (width,), or `ValueError`."
-    with np.errstate(over="ignore"):
-        row = np.asarray(features, dtype=np.float32)
-    if row.shape != (width,):
-        raise ValueError(f"an observation has shape ({width},), not {row.shape}")
-    if not np.isfinite(row).all():
+# %% ../nbs/12_detector.ipynb #3179ecc1
+def _rows(features: np.ndarray, width: int) -> np.ndarray:
+    "Observations as float32 (n, width), or `ValueError`."
+    rows = np.asarray(features)
+    if rows.dtype != np.float32:
+        with np.errstate(over="ignore"):
+            rows = rows.astype(np.float32)
+    if rows.ndim != 2 or rows.shape[1] != width:
+        raise ValueError(f"an observation has shape ({width},), not {rows.shape[1:]}")
+    largest = np.abs(rows).max() if len(rows) else 0
+    if not largest < np.inf:  # as it is for NaN too
         raise ValueError("an observation with NaN or infinite features is refused")
-    return row.clip(-_FAR, _FAR)
+    return rows if largest <= _FAR else rows.clip(-_FAR, _FAR)
+
+# %% ../nbs/12_detector.ipynb #c3bc21a5
+def _readings(known: Calibration, sums: np.ndarray, times: np.ndarray) -> list[dict[str, float | int | bool]]:
+    "What is said about the observations at `times` (n,), after which the sums were `sums` (2, W + 1, n)."
+    found = zip(times.tolist(), np.maximum.reduce(known.standardised(sums, times)).tolist(), known.threshold(times).tolist())
+    return [{"time": t, "statistic": s, "threshold": limit, "is_drift": s > limit} for t, s, limit in found]
 
 # %% ../nbs/12_detector.ipynb #a93eb0c5
 def window_mmd2(detector: OnlineMMD) -> np.ndarray:
@@ -347,12 +422,13 @@ def window_mmd2(detector: OnlineMMD) -> np.ndarray:
     sizes = np.minimum(known.windows, detector.time)
     return detector.window_statistics * known.deviations[sizes] + known.means[sizes]
 
-# %% ../nbs/12_detector.ipynb #a94b58ff
+# %% ../nbs/12_detector.ipynb #1756aa12
 def latest_rows(detector: OnlineMMD) -> np.ndarray:
     "The observations (n, D) in the window with the largest statistic, oldest first; empty before the first."
     known = detector.calibration
     leading = int(known.windows[detector.window_statistics.argmax()])
-    return detector._points.latest[:min(leading, detector.time)][::-1] + detector._points.origin
+    count = min(leading, detector.time)
+    return detector._points.latest[len(detector._points.latest) - count:] + detector._points.origin
 
 # %% ../nbs/12_detector.ipynb #2de06941
 def feature_shift(detector: OnlineMMD) -> np.ndarray:
@@ -398,7 +474,7 @@ def _read_arrays(path: str | Path) -> dict[str, np.ndarray]:
             raise InputError(f"{path} is no drift detector ({name} is damaged); make the package again")
     return arrays
 
-# %% ../nbs/12_detector.ipynb #af28f20b
+# %% ../nbs/12_detector.ipynb #c9ff3ae7
 def _consistent(a: dict[str, np.ndarray]) -> bool:
     "Whether the arrays of a detector's file fit each other."
     windows, (n, width) = a["windows"], a["reference"].shape
@@ -408,7 +484,13 @@ def _consistent(a: dict[str, np.ndarray]) -> bool:
     shapes = {"thresholds": (largest + 1,), "means": (largest + 1,), "deviations": (largest + 1,),
               "rows": (largest, width), "sums": (2, largest + 1)}
     fits = all(a[name].shape == shape for name, shape in shapes.items())
-    return bool(fits and a["deviations"].min() > 0 and a["sigma"] > 0 and a["ert"] > 1 and a["time"] >= 0)
+    fits = fits and a["deviations"].min() > 0 and a["sigma"] > 0 and a["ert"] > 1
+    return bool(fits and _plausible(a["time"], a["rows"], a["sums"]))
+
+# %% ../nbs/12_detector.ipynb #cf414d29
+def _plausible(time: int, rows: np.ndarray, sums: np.ndarray) -> bool:
+    "Whether a detector could have been in that state: sums of at most W² kernel values, each between 0 and 1."
+    return bool(0 <= time < 2**53 and (np.abs(rows) <= 3 * _FAR).all() and sums.min() >= 0 and sums.max() <= len(rows)**2)
 
 # %% ../nbs/12_detector.ipynb #817fe4a1
 def _unpacked(cls: type[OnlineMMD], path: str | Path) -> OnlineMMD:
@@ -423,3 +505,21 @@ def _unpacked(cls: type[OnlineMMD], path: str | Path) -> OnlineMMD:
     detector.time, detector._sums = arrays["time"].item(), arrays["sums"]
     detector._points.latest = arrays["rows"]
     return detector
+
+# %% ../nbs/12_detector.ipynb #e47ee6ec
+def _state_bytes(time: int, rows: np.ndarray, sums: np.ndarray) -> bytes:
+    "A state of fixed layout, little endian."
+    return b"".join(np.asarray(v, kind).tobytes() for v, kind in ((time, "<i8"), (sums, "<f8"), (rows, "<f4")))
+
+# %% ../nbs/12_detector.ipynb #0c3dda84
+def _read_state(state: bytes, known: Calibration) -> tuple[int, np.ndarray, np.ndarray]:
+    "Time, rows and sums of `_state_bytes`, from wherever they come; raises `InputError`."
+    width, cut = known.reference.shape[1], 8 + 16 * (known.largest + 1)
+    if len(state) != cut + 4 * known.largest * width:
+        raise InputError(f"a state of {len(state)} bytes is none of this drift detector")
+    time = int(np.frombuffer(state[:8], "<i8")[0])
+    sums = np.frombuffer(state[8:cut], "<f8").astype(np.float64).reshape(2, -1)
+    rows = np.frombuffer(state[cut:], "<f4").astype(np.float32).reshape(known.largest, width)
+    if not _plausible(time, rows, sums):
+        raise InputError("the state of the drift detector is damaged")
+    return time, rows, sums
