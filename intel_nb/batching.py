@@ -59,10 +59,10 @@ class Queue:
     def __len__(self) -> int:
         return len(self._jobs)
 
-# %% ../nbs/14b_batching.ipynb #533af49e
+# %% ../nbs/14b_batching.ipynb #e96c7fba
 class Turnstile:
-    "Lets finished jobs through in the order of their tickets, one at a time."
-    def __init__(self, through: Callable[[Job], None]):
+    "Lets finished jobs through in the order of their tickets, as many at a time as are due."
+    def __init__(self, through: Callable[[list[Job]], None]):
         self._through, self._next, self._early, self._lock = through, 0, {}, threading.Lock()
 
     def finished(self, jobs: Sequence[Job]) -> list[Job]:
@@ -71,9 +71,9 @@ class Turnstile:
             self._early.update((job.ticket, job) for job in jobs)
             passed = []
             while job := self._early.pop(self._next, None):
-                self._through(job)
                 self._next += 1
                 passed.append(job)
+            self._through(passed)
             return passed
 
 # %% ../nbs/14b_batching.ipynb #295dfc48
@@ -84,12 +84,12 @@ def _attempt(function: Callable, *args: Any) -> Any:
     except Exception as e:
         return e
 
-# %% ../nbs/14b_batching.ipynb #b523bbe1
+# %% ../nbs/14b_batching.ipynb #048617ab
 def _results(work: Callable[[list], list], items: list) -> list:
     "One result an item, whatever `work` does."
     results = _attempt(work, items) if items else []
     if isinstance(results, list) and len(results) != len(items):
-        results = RuntimeError(f"the worker made {len(results)} results of {len(items)} items")
+        results = RuntimeError(f"{len(results)} results were made of {len(items)} items")
     if isinstance(results, Exception):
         logging.getLogger(__name__).error("a batch of %d failed", len(items), exc_info=results)
         return [results] * len(items)
@@ -112,16 +112,16 @@ def start_threads(queue: Queue, workers: Sequence[Callable], worked: Callable) -
         thread.start()
     return threads
 
-# %% ../nbs/14b_batching.ipynb #574d34c9
+# %% ../nbs/14b_batching.ipynb #d4e0bcc7
 class Batcher:
     """Answers items from an event loop with threads, one for each of `workers`.
 
     A worker maps a list of items to as many results, an exception being that of an item that failed; `finish` maps a
-    result to the answer. At most `limit` items are in hand; one more raises `Overloaded`."""
-    def __init__(self, workers: Sequence[Callable[[list], list]], finish: Callable[[Any], Any], batch: int = 8,
+    list of results to as many answers. At most `limit` items are in hand; one more raises `Overloaded`."""
+    def __init__(self, workers: Sequence[Callable[[list], list]], finish: Callable[[list], list], batch: int = 8,
                  limit: int = 128, on_batch: Callable[[int], None] = lambda size: None):
         self.limit, self.in_hand, self._arrivals, self._on_batch = limit, 0, 0, on_batch
-        self._queue, self._turnstile = Queue(len(workers), batch), Turnstile(lambda job: _finish(finish, job))
+        self._queue, self._turnstile = Queue(len(workers), batch), Turnstile(lambda jobs: _finish(finish, jobs))
         self.idle = asyncio.Event()  # set while nothing is in hand
         self.idle.set()
         self._threads = start_threads(self._queue, workers, self._worked)
@@ -153,8 +153,9 @@ class Batcher:
         for job in jobs:
             job.settle()
 
-# %% ../nbs/14b_batching.ipynb #fd73b45f
-def _finish(finish: Callable[[Any], Any], job: Job) -> None:
-    "Make the answer of a job's result, unless it was skipped or failed."
-    if job.result is not None and not isinstance(job.result, Exception):
-        job.result = _attempt(finish, job.result)
+# %% ../nbs/14b_batching.ipynb #fea7ce21
+def _finish(finish: Callable[[list], list], jobs: list[Job]) -> None:
+    "Make the answers of `jobs` from their results, but of those that were skipped or failed."
+    done = [job for job in jobs if job.result is not None and not isinstance(job.result, Exception)]
+    for job, answer in zip(done, _results(finish, [job.result for job in done])):
+        job.result = answer

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from intel_nb.endpoints import throwaway
+from intel_nb.endpoints import LocalEndpoints, throwaway
 from intel_nb.images import MAX_BYTES, encode_jpeg, sample_scene
 from intel_nb.model import load_package, sample_package
 
@@ -155,11 +155,49 @@ def test_other_routes(client):
     assert client.get("/ping").status_code == 200
     page = client.get("/")
     assert page.headers["content-type"].startswith("text/html") and "//" not in page.text
-    assert set(client.get("/drift").json()) == {"observations", "time", "statistic", "threshold", "is_drift", "alarms"}
+    assert set(client.get("/drift").json()) == {"observations", "time", "statistic", "threshold", "is_drift", "alarms", "last_alarm"}
+    assert client.get("/history").json()["readings"][-1][0] == client.get("/drift").json()["statistic"]
     assert "intel_nb_drift_observations" in client.get("/metrics").text
     for reply, code in ((client.get("/nowhere"), "not_found"), (client.get("/invocations"), "method_not_allowed"),
                         (client.get("/docs"), "not_found")):
         assert reply.json()["error"]["code"] == code
+
+
+@contextmanager
+def serving(package, folder: Path, **env: str):
+    "The URL of an endpoint with its files in `folder`."
+    endpoints = LocalEndpoints(folder, owned=True, first_port=0, env=env)
+    try:
+        yield endpoints.deploy("staging", package.path, "1").url
+    finally:
+        endpoints.stop("staging")
+
+
+def test_each_request_has_a_name_and_a_line(package, tmp_path):
+    with serving(package, tmp_path) as url, httpx.Client(base_url=url, timeout=60) as client:
+        named = client.post("/invocations", content=encode_jpeg(SCENES[0]), headers={"content-type": "image/jpeg", "x-request-id": "order-1"})
+        unnamed = client.post("/invocations", content=b"", headers={"content-type": "text/plain", "x-request-id": "bad name"})
+        log = tmp_path / "staging" / "requests.log"
+        lines = {line["id"]: line for line in map(json.loads, log.read_text().splitlines())}
+    assert named.headers["x-request-id"] == "order-1" and len(unnamed.headers["x-request-id"]) == 16
+    assert {k: lines["order-1"][k] for k in ("method", "path", "status", "version")} == {
+        "method": "POST", "path": "/invocations", "status": 200, "version": "1"}
+    assert lines["order-1"]["bytes"] == len(named.content) and lines["order-1"]["ms"] > 0
+    assert lines[unnamed.headers["x-request-id"]]["status"] == 415
+
+
+def test_a_token_opens_all_but_ping(package, tmp_path):
+    with serving(package, tmp_path, INTEL_NB_TOKEN="s3cret") as url, httpx.Client(base_url=url, timeout=60) as client:
+        assert client.get("/ping").status_code == 200
+        assert client.get("/").status_code == 401 and "password" in client.get("/").text, "it asks for the token"
+        for refused in (client.get("/drift"), client.get("/metrics"), post(client, encode_jpeg(SCENES[0]), "image/jpeg"),
+                        client.get("/drift", headers={"authorization": "Bearer s3creT"})):
+            assert (refused.status_code, refused.json()["error"]["code"]) == (401, "unauthorized")
+            assert refused.headers["www-authenticate"] == "Bearer"
+        client.headers["authorization"] = "Bearer s3cret"
+        assert post(client, encode_jpeg(SCENES[0]), "image/jpeg").status_code == 200
+        assert client.get("/drift").json()["observations"] == 1
+    assert not [p for p in tmp_path.rglob("*.*") if p.is_file() and b"s3cret" in p.read_bytes()]
 
 
 def test_answers_under_load_are_those_of_each_alone(client, url):
