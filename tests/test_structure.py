@@ -112,3 +112,11 @@ print(urllib.request.urlopen(request, timeout=20).read().decode())
     assert json.loads(done.stdout)["predictions"][0]["label"] == "sea", done.stderr
     installed = subprocess.run([python, "-m", "pip", "list"], capture_output=True, text=True).stdout
     assert not re.search(r"^(torch|mlflow|pyarrow|alibi)", installed, re.M)
+
+
+def test_the_readme_lists_all_settings():
+    from dataclasses import fields
+
+    from intel_nb.serving import Settings
+    text = (ROOT / "README.md").read_text()
+    assert [f.name for f in fields(Settings) if f"| `INTEL_NB_{f.name.upper()}` |" not in text] == []
