@@ -113,7 +113,7 @@ class Detects(Protocol):
     def history(self) -> list[list[Any]]: ...
     def release(self) -> None: ...
 
-# %% ../nbs/15_serving.ipynb #41160274
+# %% ../nbs/15_serving.ipynb #dcfb908a
 class Service:
     "A model package that answers requests, with its monitor, its threads and its metrics."
     def __init__(self, package: Package, version: str, settings: Settings, open_monitor: Callable[[], Detects]):
@@ -122,10 +122,10 @@ class Service:
         self.model, self.ready, self.leaving = {"name": package.name, "version": version}, False, False
 
     def warm(self) -> None:
-        "Open a session for each thread and run it once; a second call does nothing."
+        "Open a session for each thread and run a full batch once; a second call does nothing."
         while len(self.workers) < (self.settings.threads or cores()):
             run = partial(run_model, self.package.session(1), self.settings.batch)
-            run(np.zeros((1, *[self.package.image_size] * 2, 3), np.uint8))
+            run(np.zeros((self.settings.batch, *[self.package.image_size] * 2, 3), np.uint8))  # memory is at its size from here on
             self.workers.append(partial(run_requests, run, self.package.image_size))
 
     def start(self) -> None:
