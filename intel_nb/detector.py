@@ -136,7 +136,7 @@ def _moments(kernel: np.ndarray, closeness: np.ndarray, reference_mean: float, l
     deviations = np.sqrt(np.concatenate([[1, 4 * closeness.var(dtype=np.float64)], variance]).clip(1e-12))
     return means[:largest + 1], deviations[:largest + 1]
 
-# %% ../nbs/12_detector.ipynb #29fa37ba
+# %% ../nbs/12_detector.ipynb #da854df5
 @dataclass(frozen=True)
 class Calibration:
     "What an `OnlineMMD` knows before it has seen anything; W is its largest window."
@@ -157,6 +157,11 @@ class Calibration:
         return int(self.windows[-1])
 
     @cached_property
+    def kernel(self) -> _Kernel:
+        "Of new rows to the reference and to each other."
+        return _Kernel(self.reference, self.sigma)
+
+    @cached_property
     def _weights(self) -> np.ndarray:
         "(3, windows, W + 1): for each time up to W, what makes `1, sums[0], sums[1]` the standardised MMD²."
         n = np.arange(self.largest + 1).clip(1)
@@ -164,10 +169,12 @@ class Calibration:
         return weights[:, np.minimum(self.windows[:, None], np.arange(self.largest + 1))]
 
     def standardised(self, sums: np.ndarray, times: np.ndarray) -> np.ndarray:
-        """Statistic of each window, (windows, B), from `sums` (2, W + 1, B) at `times` (B,) or (1,).
+        """Statistic of each window, (windows, B), from `sums` (2, W + 1, B) at the rising `times` (B,) or (1,).
 
         A window that is not full yet takes what there is."""
-        constant, pairs, near = self._weights[..., np.minimum(times, self.largest)].astype(sums.dtype, copy=False)
+        full = times[0] >= self.largest  # as it nearly always is
+        weights = self._weights[..., -1:] if full else self._weights[..., np.minimum(times, self.largest)]
+        constant, pairs, near = weights.astype(sums.dtype, copy=False)
         sums = sums[:, self.windows]
         return constant + pairs * sums[0] + near * sums[1]
 
@@ -202,13 +209,13 @@ def _draw_streams(size: int, steps: int, width: int, rng: np.random.Generator) -
             order[lanes, t], order[lanes, other] = order[lanes, other], order[lanes, t]
         yield order[:, :steps].T.astype(np.int64)
 
-# %% ../nbs/12_detector.ipynb #12eec99a
+# %% ../nbs/12_detector.ipynb #7409f02d
 TAIL, ENOUGH = 0.02, 500  # share of values that the law is fitted to; values beyond a quantile that need no law
 
 def _tail_shape(statistics: np.ndarray) -> float:
     """Shape of the generalised Pareto law for the upper 2 % of each row of `statistics` (T, B), one for all of them.
 
-    From probability-weighted moments (Hosking and Wallis, Technometrics 29, 1987), whose ratio is averaged over the rows."""
+    From probability-weighted moments (Hosking and Wallis, Technometrics 29, 1987), summed over the rows."""
     count = max(2, math.ceil(TAIL * statistics.shape[1]))
     upper = np.sort(np.partition(statistics, -count, axis=1)[:, -count:], axis=1).astype(np.float64)
     excess = upper - upper[:, :1]
@@ -295,15 +302,14 @@ def _prepared(reference: np.ndarray, pool: np.ndarray | None, windows: tuple[int
         raise ValueError(f"ert must lie between 1 and n_bootstraps ({n_bootstraps}), not {ert}")
     return reference, pool
 
-# %% ../nbs/12_detector.ipynb #a5812131
-class _Points:
-    "The reference (N, D) and the latest W rows (oldest first), both less `origin`, and new rows' kernel to all of them."
-    def __init__(self, reference: np.ndarray, largest: int, sigma: float):
+# %% ../nbs/12_detector.ipynb #4107455b
+class _Kernel:
+    "The Gaussian kernel of new rows to the reference (N, D) and to each other; rows are less `origin`."
+    def __init__(self, reference: np.ndarray, sigma: float):
         self.origin, self.scale = reference.mean(axis=0), np.float32(-0.5 / sigma**2)
         apart = reference - self.origin
-        self.columns = np.ascontiguousarray(-2 * self.scale * apart.T)  # scaled, as are their squares: exp is all that is left
+        self.columns = np.ascontiguousarray(-2 * self.scale * apart.T)  # scaled, as are the squares, for exp
         self.squares = self.scale * np.einsum("ij,ij->i", apart, apart)
-        self.latest = np.zeros((largest, reference.shape[1]), np.float32)
 
     def closeness(self, rows: np.ndarray) -> np.ndarray:
         "Mean kernel (n,) of each of `rows` (n, D) to the reference."
@@ -313,19 +319,17 @@ class _Points:
         np.exp(np.minimum(near, 0, out=near), out=near)
         return np.add.reduce(near, axis=1, dtype=np.float64) / near.shape[1]
 
-    def neighbours(self, rows: np.ndarray, time: int) -> np.ndarray:
-        "Kernel (W - 1, n) of each of `rows` to those before it, the newest first; 0 where there were none."
-        (n, width), back = rows.shape, len(self.latest) - 1
-        known = np.concatenate([self.latest[1:], rows])
+    def neighbours(self, rows: np.ndarray, latest: np.ndarray, time: int) -> np.ndarray:
+        """Kernel (W - 1, n) of each of `rows` to those before it, the newest first; 0 where there were none.
+
+        `latest` (W, D) were seen before, the newest last, and all in all there were `time`."""
+        (n, width), back = rows.shape, len(latest) - 1
+        known = np.concatenate([latest[1:], rows])
         apart = np.ndarray((n, back, width), np.float32, known, 0, (4 * width, 4 * width, 4)) - rows[:, None]
         kernel = np.exp(self.scale * np.einsum("nkd,nkd->kn", apart, apart)[::-1], dtype=np.float64)
         return kernel if time >= back else np.where(np.arange(back)[:, None] < time + np.arange(n), kernel, 0)
 
-    def keep(self, rows: np.ndarray) -> None:
-        "Take `rows` among the latest."
-        self.latest = np.concatenate([self.latest[len(rows):], rows[-len(self.latest):]])
-
-# %% ../nbs/12_detector.ipynb #02c1ee50
+# %% ../nbs/12_detector.ipynb #f3f431ea
 class OnlineMMD:
     """Online maximum mean discrepancy over several windows, calibrated to a mean run time of `ert` without drift.
 
@@ -341,7 +345,7 @@ class OnlineMMD:
         "Forget all observations; the calibration stays."
         known = self.calibration
         self.time, self._sums = 0, np.zeros((2, known.largest + 1))
-        self._points = _Points(known.reference, known.largest, known.sigma)
+        self._latest = np.zeros((known.largest, known.reference.shape[1]), np.float32)
 
     def update(self, features: np.ndarray) -> dict[str, float | int | bool]:
         "Take one observation (D,); its time, statistic, threshold, and if it is drift. A bad one changes nothing."
@@ -351,17 +355,20 @@ class OnlineMMD:
         """Take observations (n, D) in their order; a reading of each. A bad one among them changes nothing.
 
         With `stop` those after an alarm are not taken, and there are only as many readings as were."""
-        known, points = self.calibration, self._points
-        rows = _rows(features, known.reference.shape[1]) - points.origin
+        known = self.calibration
+        rows = _rows(features, known.reference.shape[1]) - known.kernel.origin
+        if not len(rows):
+            return []
         n, sums = len(rows), np.zeros((2, known.largest + 1, len(rows) + 1))
-        added = _additions(points.closeness(rows), points.neighbours(rows, self.time), known.largest)
+        beside = known.kernel.neighbours(rows, self._latest, self.time)
+        added = _additions(known.kernel.closeness(rows), beside, known.largest)
         sums[..., 0] = self._sums
         for k in range(n):
             np.add(sums[:, :-1, k], added[..., k], out=sums[:, 1:, k + 1])
         readings = _readings(known, sums[..., 1:], np.arange(self.time + 1, self.time + n + 1))
-        taken = next((k for k, r in enumerate(readings, 1) if stop and r["is_drift"]), n)
+        taken = next((k for k, r in enumerate(readings, 1) if r["is_drift"]), n) if stop else n
         self.time, self._sums = self.time + taken, sums[..., taken].copy()
-        points.keep(rows[:taken])
+        self._latest = np.concatenate([self._latest[taken:], rows[:taken][-known.largest:]])
         return readings[:taken]
 
     @property
@@ -374,17 +381,18 @@ class OnlineMMD:
     @property
     def window_statistics(self) -> np.ndarray:
         "Standardised MMD² of each of `calibration.windows`; the statistic is the largest."
-        known = self.calibration
-        return known.standardised(self._sums[..., None], np.array([self.time]))[:, 0] if self.time else np.zeros(len(known.windows))
+        if not self.time:
+            return np.zeros(len(self.calibration.windows))
+        return self.calibration.standardised(self._sums[..., None], np.array([self.time]))[:, 0]
 
     def state(self) -> bytes:
         "What it has seen since the start, without the calibration: for `restore`, of a detector with the same one."
-        return _state_bytes(self.time, self._points.latest, self._sums)
+        return _state_bytes(self.time, self._latest, self._sums)
 
     def restore(self, state: bytes) -> None:
         "Go on exactly where `state` was taken; raises `InputError` when it does not fit this detector."
         time, rows, sums = _read_state(state, self.calibration)
-        self.time, self._sums, self._points.latest = time, sums, rows
+        self.time, self._sums, self._latest = time, sums, rows
 
     def save(self, path: str | Path) -> None:
         "Write calibration and state to one `.npz`, atomically."
@@ -409,10 +417,11 @@ def _rows(features: np.ndarray, width: int) -> np.ndarray:
         raise ValueError("an observation with NaN or infinite features is refused")
     return rows if largest <= _FAR else rows.clip(-_FAR, _FAR)
 
-# %% ../nbs/12_detector.ipynb #c3bc21a5
+# %% ../nbs/12_detector.ipynb #e8407b61
 def _readings(known: Calibration, sums: np.ndarray, times: np.ndarray) -> list[dict[str, float | int | bool]]:
     "What is said about the observations at `times` (n,), after which the sums were `sums` (2, W + 1, n)."
-    found = zip(times.tolist(), np.maximum.reduce(known.standardised(sums, times)).tolist(), known.threshold(times).tolist())
+    statistics = np.maximum.reduce(known.standardised(sums, times))
+    found = zip(times.tolist(), statistics.tolist(), known.threshold(times).tolist())
     return [{"time": t, "statistic": s, "threshold": limit, "is_drift": s > limit} for t, s, limit in found]
 
 # %% ../nbs/12_detector.ipynb #a93eb0c5
@@ -422,21 +431,25 @@ def window_mmd2(detector: OnlineMMD) -> np.ndarray:
     sizes = np.minimum(known.windows, detector.time)
     return detector.window_statistics * known.deviations[sizes] + known.means[sizes]
 
-# %% ../nbs/12_detector.ipynb #1756aa12
+# %% ../nbs/12_detector.ipynb #130b9507
 def latest_rows(detector: OnlineMMD) -> np.ndarray:
     "The observations (n, D) in the window with the largest statistic, oldest first; empty before the first."
     known = detector.calibration
     leading = int(known.windows[detector.window_statistics.argmax()])
     count = min(leading, detector.time)
-    return detector._points.latest[len(detector._points.latest) - count:] + detector._points.origin
+    return detector._latest[len(detector._latest) - count:] + known.kernel.origin
 
-# %% ../nbs/12_detector.ipynb #2de06941
-def feature_shift(detector: OnlineMMD) -> np.ndarray:
-    "Mean of `latest_rows` less the reference's (D,), each feature in the reference's deviations; 0 before the first."
+# %% ../nbs/12_detector.ipynb #da57bd11
+def feature_shift(detector: OnlineMMD, back: np.ndarray | None = None) -> np.ndarray:
+    """Mean of `latest_rows` less the reference's (D,), each feature in the reference's deviations; 0 before the first.
+
+    With `back` (D, m) that of the m quantities `features @ back`: whitened features mean little by themselves."""
     rows, reference = latest_rows(detector), detector.calibration.reference
+    if back is not None:
+        rows, reference = rows @ back, reference @ back
     if not len(rows):
         return np.zeros(reference.shape[1])
-    return (rows.mean(axis=0, dtype=np.float64) - reference.mean(axis=0)) / reference.std(axis=0).clip(1e-6)
+    return (rows.mean(axis=0) - reference.mean(axis=0)) / reference.std(axis=0).clip(1e-6)
 
 # %% ../nbs/12_detector.ipynb #a45f3be4
 _CALIBRATION = {"reference": (np.float32, 2), "ert": (np.float64, 0), "windows": (np.int64, 1),
@@ -446,10 +459,10 @@ _CALIBRATION = {"reference": (np.float32, 2), "ert": (np.float64, 0), "windows":
 _STATE = {"time": (np.int64, 0), "rows": (np.float32, 2), "sums": (np.float64, 2)}
 _MAX_FILE = 2**30  # bytes, unpacked
 
-# %% ../nbs/12_detector.ipynb #e234e7ae
+# %% ../nbs/12_detector.ipynb #cabc6670
 def _packed(detector: OnlineMMD) -> bytes:
     "The `.npz`: the same detector always gives the same bytes."
-    out, state = io.BytesIO(), {"time": detector.time, "rows": detector._points.latest, "sums": detector._sums}
+    out, state = io.BytesIO(), {"time": detector.time, "rows": detector._latest, "sums": detector._sums}
     values = {f.name: getattr(detector.calibration, f.name) for f in fields(Calibration)} | state
     np.savez(out, **{name: np.asarray(values[name], kind) for name, (kind, _) in (_CALIBRATION | _STATE).items()})
     return out.getvalue()
@@ -487,12 +500,13 @@ def _consistent(a: dict[str, np.ndarray]) -> bool:
     fits = fits and a["deviations"].min() > 0 and a["sigma"] > 0 and a["ert"] > 1
     return bool(fits and _plausible(a["time"], a["rows"], a["sums"]))
 
-# %% ../nbs/12_detector.ipynb #cf414d29
+# %% ../nbs/12_detector.ipynb #3fee307a
 def _plausible(time: int, rows: np.ndarray, sums: np.ndarray) -> bool:
     "Whether a detector could have been in that state: sums of at most W² kernel values, each between 0 and 1."
-    return bool(0 <= time < 2**53 and (np.abs(rows) <= 3 * _FAR).all() and sums.min() >= 0 and sums.max() <= len(rows)**2)
+    near = (np.abs(rows) <= 3 * _FAR).all()
+    return bool(0 <= time < 2**53 and near and sums.min() >= 0 and sums.max() <= len(rows)**2)
 
-# %% ../nbs/12_detector.ipynb #817fe4a1
+# %% ../nbs/12_detector.ipynb #1aec5c09
 def _unpacked(cls: type[OnlineMMD], path: str | Path) -> OnlineMMD:
     "The detector in the file, without calibrating anything."
     arrays = _read_arrays(path)
@@ -502,8 +516,7 @@ def _unpacked(cls: type[OnlineMMD], path: str | Path) -> OnlineMMD:
     fixed = {name: arrays[name] if ndim else arrays[name].item() for name, (_, ndim) in _CALIBRATION.items()}
     detector.calibration = Calibration(**fixed)
     detector.reset()
-    detector.time, detector._sums = arrays["time"].item(), arrays["sums"]
-    detector._points.latest = arrays["rows"]
+    detector.time, detector._sums, detector._latest = arrays["time"].item(), arrays["sums"], arrays["rows"]
     return detector
 
 # %% ../nbs/12_detector.ipynb #e47ee6ec

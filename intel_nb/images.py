@@ -134,11 +134,11 @@ def open_image(data: bytes) -> Image.Image:
     image.info["orientation"] = _orientation(slim.exif or image.info.get("exif", b""))
     return image
 
-# %% ../nbs/11_images.ipynb #014722b1
+# %% ../nbs/11_images.ipynb #afe08d7f
 def _check_work(image: Image.Image, data: bytes) -> None:
     "Raises `ImageError` for pixels that would take too long to decode."
-    most = 16 * MAX_PIXELS // max(image.width * image.height, 2**14)  # a scan over no pixels costs as much as one over 2**14
-    if image.format == "JPEG" and len(data) > 10 * most and data.count(b"\xff\xda") > most:  # 10 bytes are a scan's least
+    most = 16 * MAX_PIXELS // max(image.width * image.height, 2**14)  # a scan of none costs as much as one of 2**14
+    if image.format == "JPEG" and len(data) > 10 * most and data.count(b"\xff\xda") > most:  # none has below 10 bytes
         raise ImageError("too_large", f"more than {most:,} scans over {image.width}×{image.height} pixels")
     if image.tile and image.tile[0][0] == "bmp_rle":
         raise ImageError("unsupported_format", "a BMP with run-length compression is not accepted; save it as PNG")

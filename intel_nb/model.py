@@ -263,26 +263,28 @@ def to_yaml(values: dict[str, Any]) -> str:
     "A flat mapping as YAML, its keys sorted; values in JSON's syntax, which is YAML too."
     return "".join(f"{key}: {json.dumps(values[key])}\n" for key in sorted(values))
 
-# %% ../nbs/13_model.ipynb #69c22b24
+# %% ../nbs/13_model.ipynb #4c0c6d81
 def card_text(labels: Sequence[str], card: dict[str, Any], data: str, notes: str) -> str:
     "The model card in Markdown; its front matter holds the figures for programs."
+    card = {key: value for key, value in card.items() if key != "drift_unmixing"}  # for programs, in the manifest
     rows = "".join(f"| {key} | {value} |\n" for key, value in sorted(card.items()))
     return (f"---\n{to_yaml(card)}---\n\n# {card['model_name']} for {len(labels)} classes of scenes\n\n"
             f"Classes: {', '.join(labels)}. Input: uint8 images of {card['image_size']}×{card['image_size']} pixels, "
             f"normalised inside the graph.\n\nTrained on the data with fingerprint `{data[:16]}`.\n\n{notes}\n\n"
             f"| figure | value |\n| --- | --- |\n{rows}")
 
-# %% ../nbs/13_model.ipynb #124a0955
+# %% ../nbs/13_model.ipynb #b64505b6
 def sample_package(folder: str | Path, seed: int = 0) -> Path:
     "Write a small package trained on drawn scenes of 32×32 pixels to `folder`."
-    from intel_nb.graph import add_statistics, pooled_backbone, served_graph
+    from intel_nb.graph import STATISTICS, add_statistics, pooled_backbone, served_graph
     from intel_nb.images import SAMPLE_CLASSES
     labels, images = _drawn(60, seed)
     features = add_statistics(pooled_backbone(), 32)
     seen = run_batches(features.SerializeToString(), images, np.asarray)
     head, maps, detector = _ridge_head(seen["embedding"], labels), *_sample_drift(seen, seed)
     card = {"model_name": "pooled_pixels", "image_size": 32, "precision": "float32", "batch_tolerance": 1e-5, "profile": "sample",
-            "ert": 150, "windows": detector.calibration.windows.tolist(), "reference_size": 100, "pool_size": 180}
+            "ert": 150, "windows": detector.calibration.windows.tolist(), "reference_size": 100, "pool_size": 180,
+            "drift_statistics": list(STATISTICS), "drift_unmixing": np.linalg.pinv(maps[1][0]).round(6).tolist()}
     hparams = {"learning_rate": 0.0, "lr": 0.0, "model_name": "pooled_pixels", "num_classes": 6, "optimizer_name": "ridge"}
     graph = served_graph(features, head, *maps).SerializeToString(deterministic=True)
     tensors = dict(zip(("head.weight", "head.bias"), (head[0].T.copy(), head[1])))

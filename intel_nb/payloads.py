@@ -128,7 +128,7 @@ def _pixels(numbers: Any) -> np.ndarray:
         raise Refusal("values", "inputs must hold numbers from 0 to 255 only")
     return array.round().astype(np.uint8).reshape(len(rows), -1, 3)
 
-# %% ../nbs/14a_payloads.ipynb #dcceaf9c
+# %% ../nbs/14a_payloads.ipynb #b19ad21f
 _AT_MOST = {b",": 3 * 2**20, b"[": 2**20 + 2**15, b"{": 1000, b":": 1000, b'"': 1000}
 
 def _json_object(body: bytes) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def _json_object(body: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as e:
         raise Refusal("malformed", f"the body is not JSON ({str(e)[:100]})") from None
     if not isinstance(fields, dict):
-        raise Refusal("fields", f"the body must be a JSON object, as in {{\"instances\": […]}}")
+        raise Refusal("fields", 'the body must be a JSON object, as in {"instances": […]}')
     return fields
 
 # %% ../nbs/14a_payloads.ipynb #ce24a8ed
@@ -180,7 +180,7 @@ def read_npy(body: bytes, side: int) -> np.ndarray:
         raise Refusal("malformed", f"{len(data)} bytes follow the header, where shape {shape} needs another number")
     return _fitted(np.frombuffer(data, np.uint8).reshape(-1, *shape[-3:]), side)
 
-# %% ../nbs/14a_payloads.ipynb #a1c36695
+# %% ../nbs/14a_payloads.ipynb #95f4cd35
 _NPY = re.compile(rb"\{'descr': ?'([^']{1,9})', ?'fortran_order': ?(True|False), ?'shape': ?\(([\d, ]{0,99})\),? ?\}\s*")
 
 def _npy_header(body: bytes) -> tuple[tuple[int, ...], memoryview]:
@@ -193,7 +193,7 @@ def _npy_header(body: bytes) -> tuple[tuple[int, ...], memoryview]:
         raise Refusal("malformed", "the header of the .npy file is not what numpy.save writes for an array of numbers")
     dtype, fortran, shape = (part.decode("latin-1") for part in header.groups())
     if dtype.lstrip("|<>=") != "u1" or fortran == "True":
-        raise Refusal("values", f"the array must be uint8 in C order, not {dtype}{' in Fortran order' * (fortran == 'True')}")
+        raise Refusal("values", f"the array must be uint8 in C order, not {dtype}{', Fortran order' * (fortran == 'True')}")
     return tuple(int(n) for n in shape.replace(" ", "").split(",") if n), memoryview(body)[end:]
 
 # %% ../nbs/14a_payloads.ipynb #536b226f
@@ -211,9 +211,9 @@ def media_type(content_type: str) -> str:
         raise Refusal("unsupported_media_type", f"content type {kind[:60]!r}; {', '.join(FORMATS)} are accepted")
     return kind
 
-# %% ../nbs/14a_payloads.ipynb #7b7331e5
+# %% ../nbs/14a_payloads.ipynb #e88698bd
 def parse(content_type: str, body: bytes, side: int) -> np.ndarray:
-    "A request body as uint8 (N, side, side, 3); raises `Refusal` and nothing else: its batch-mates would share the blame."
+    "A request body as uint8 (N, side, side, 3); raises `Refusal` and nothing else, which would fail the whole batch."
     read = FORMATS[media_type(content_type)]
     try:
         return read(body, side)

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from intel_nb.serving import Service
 
 # %% auto #0
-__all__ = ['Assignment', 'die_with_parent', 'work', 'load', 'make_server', 'is_idle', 'hand_over', 'take_over', 'serve', 'leave']
+__all__ = ['Assignment', 'die_with_parent', 'give_memory_back', 'work', 'load', 'make_server', 'is_idle', 'hand_over',
+           'take_over', 'serve', 'leave']
 
 # %% ../nbs/15a_worker.ipynb #1c1d858d
 @dataclass(frozen=True)
@@ -49,7 +50,16 @@ def die_with_parent(parent: int) -> None:
     if os.getppid() != parent:  # it has died already
         os._exit(1)
 
-# %% ../nbs/15a_worker.ipynb #54171826
+# %% ../nbs/15a_worker.ipynb #9f80c428
+def give_memory_back() -> None:
+    "Have glibc return large blocks when they are freed; it would else learn from the first ones to keep them (100 to 340 MB here)."
+    if sys.platform == "linux":
+        import ctypes
+        m_mmap_threshold = -3
+        with suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**20)
+
+# %% ../nbs/15a_worker.ipynb #2eb2fdcd
 def work(assignment: str) -> None:
     "Load, wait for the word, serve, leave; `assignment` is an `Assignment` in JSON."
     import uvloop
@@ -57,6 +67,7 @@ def work(assignment: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     told = Assignment(**json.loads(assignment))
     die_with_parent(told.parent)
+    give_memory_back()
     log_requests_to(Path(told.state).parent / "requests.log")
     control = socket.socket(fileno=told.control)
     app = load(told, control)
@@ -80,31 +91,17 @@ def load(told: Assignment, control: socket.socket) -> FastAPI:
                                              exc_info=not isinstance(e, InputError))
         raise SystemExit(1) from None
 
-# %% ../nbs/15a_worker.ipynb #5eb8af56
+# %% ../nbs/15a_worker.ipynb #ea734414
 def make_server(app: FastAPI) -> uvicorn.Server:
     "The HTTP server for `app`."
     import uvicorn
-    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+    from intel_nb.connection import Connection
 
-    class Connection(HttpToolsProtocol):
-        hands: socket.socket | None = None  # where connections go as soon as they are idle, once the worker is leaving
-        between = True  # no part of a request has come that was not read to its end
-
-        def on_message_begin(self) -> None:
-            self.between = False
-            super().on_message_begin()
-
-        def on_message_complete(self) -> None:
-            self.between = True
-            super().on_message_complete()
-
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            if self.hands:  # not from within its own callback
-                self.loop.call_soon(hand_over, self, self.hands)
+    class Own(Connection):  # it gets a place to give its connections to, when this worker leaves
+        hand_over = hand_over
 
     return uvicorn.Server(uvicorn.Config(
-        app, http=Connection, lifespan="on", ws="none", access_log=False, proxy_headers=False, log_config=None, log_level="warning",
+        app, http=Own, lifespan="on", ws="none", access_log=False, proxy_headers=False, log_config=None, log_level="warning",
         server_header=False, timeout_keep_alive=75, timeout_graceful_shutdown=30))
 
 # %% ../nbs/15a_worker.ipynb #6b3b2057

@@ -1,5 +1,8 @@
-"The detector against its formula, its promise, damaged files, and alibi-detect as an oracle."
+"The detector against its formula, its promise, damaged files, and alibi-detect as an oracle; its monitor when it is killed."
 import dataclasses
+import math
+import subprocess
+import sys
 import tracemalloc
 from functools import cache
 
@@ -10,7 +13,10 @@ from hypothesis import strategies as st
 
 from intel_nb import detector as module
 from intel_nb.detector import OnlineMMD, closeness, gaussian_kernel, stream_statistics, survivor_thresholds, window_mmd2
+from intel_nb.model import load_package, sample_package
+from intel_nb.monitor import HISTORY, Monitor
 from intel_nb.storage import InputError
+from intel_nb.streams import first_alarms
 
 WINDOWS = (2, 3, 8)
 
@@ -64,6 +70,63 @@ def test_a_loaded_detector_goes_on_exactly(stop, seed, width, tmp_path_factory):
     again.save(path)
     assert path.read_bytes() == first
     assert [again.update(row) for row in live[stop:]] == [detector.update(row) for row in live[stop:]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes=st.lists(st.integers(0, 20), min_size=1, max_size=8), seed=st.integers(0, 10**6),
+       width=st.sampled_from([1, 5, 136]), shift=st.sampled_from([0, 3]), windows=st.sampled_from([(1,), (2, 3, 8), (3, 30)]))
+def test_batches_give_the_statistics_of_one_by_one(sizes, seed, width, shift, windows):
+    detector = OnlineMMD(normal(20, seed, width), 20, windows, 100, pool=normal(61, seed + 1, width))
+    live = normal(sum(sizes) + 1, seed + 2, width) + np.float32(shift)
+    alone = [detector.update(row) for row in live[:-1]]
+    after = detector.update(live[-1])
+    detector.reset()
+    batched = [seen for part in np.split(live[:-1], np.cumsum(sizes)[:-1]) for seen in detector.update_many(part)]
+    for found, expected in zip([*batched, detector.update(live[-1])], [*alone, after], strict=True):
+        assert found == expected | {"statistic": pytest.approx(expected["statistic"], rel=1e-6, abs=1e-9)}
+
+
+def test_stopping_at_an_alarm_leaves_the_rest_out():
+    detector, live = fresh(), np.concatenate([normal(12, seed=4), normal(20, seed=5) + 3])
+    readings = detector.update_many(live, stop=True)
+    assert [seen["is_drift"] for seen in readings] == [False] * (len(readings) - 1) + [True] and len(readings) < 20
+    state = detector.state()
+    detector.reset()
+    for row in live[:len(readings)]:
+        detector.update(row)
+    assert detector.state() == state and detector.reading == readings[-1]
+
+
+def test_a_bad_row_in_a_batch_changes_nothing():
+    detector = fresh()
+    detector.update_many(normal(11, seed=4))
+    before, batch = detector.state(), normal(4)
+    batch[2, 1] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        detector.update_many(batch)
+    assert detector.state() == before and detector.update_many(batch[:0]) == []
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_no_damaged_state_is_ever_fed_on(data):
+    detector = fresh()
+    detector.update_many(normal(6, seed=8))
+    state = bytearray(detector.state())
+    kind = data.draw(st.sampled_from(["flip", "cut", "random"]))
+    if kind == "flip":
+        for _ in range(data.draw(st.integers(1, 4))):
+            state[data.draw(st.integers(0, len(state) - 1))] = data.draw(st.integers(0, 255))
+    elif kind == "cut":
+        del state[data.draw(st.integers(0, len(state) - 1)):]
+    else:
+        state = data.draw(st.binary(min_size=len(state), max_size=len(state)))
+    before = detector.reading
+    try:
+        detector.restore(bytes(state))
+    except InputError:
+        assert detector.reading == before
+    assert math.isfinite(detector.update(np.zeros(5))["statistic"])
 
 
 BAD = [[np.nan, 0, 0, 0, 0], [0, 0, np.inf, 0, 0], [0, 0, 0, 0, -1e300], [0] * 4, [0] * 6, [[0] * 5], 0, [], ["x"] * 5]
@@ -129,6 +192,23 @@ def first_times(detector: OnlineMMD, rows: np.ndarray, steps: int, count: int, s
     statistics = stream_statistics(known, gaussian_kernel(rows, rows, known.sigma), near, streams)
     over = statistics > np.array([[known.threshold(t + 1)] for t in range(steps)])
     return np.where(over.any(axis=0), over.argmax(axis=0) + 1, steps)
+
+
+def test_streams_in_stretches_are_the_whole_streams():
+    detector, rows = fresh(), normal(700, seed=9)
+    streams = np.stack([np.random.default_rng(k).permutation(700) for k in range(60)], axis=1)
+    found = first_alarms(detector, rows, streams)
+    near = closeness(rows, detector.calibration.reference, detector.calibration.sigma)
+    kernel = gaussian_kernel(rows, rows, detector.calibration.sigma)
+    limits = detector.calibration.threshold(np.arange(1, 701))[:, None]
+    over = stream_statistics(detector.calibration, kernel, near, streams) > limits
+    assert (found == np.where(over.any(axis=0), over.argmax(axis=0) + 1, 0)).all() and (found > 128).any()
+
+
+def test_thresholds_beyond_the_number_of_streams_follow_the_tail():
+    noise = np.random.default_rng(0).normal(size=(40, 20_000))
+    found = survivor_thresholds(noise, 10_000, 20)
+    assert np.abs(found - 3.719).max() < 0.25 and abs(found.mean() - 3.719) < 0.06  # the normal law's
 
 
 @pytest.mark.parametrize("ert", [20, 60])
@@ -224,3 +304,62 @@ def test_alibi_detect_agrees():
     samples = [survivor_thresholds(full[:, i::4], ert, size - 1) for i in range(4)]  # of as many bootstraps as theirs
     tolerance = 5 * np.std(samples, axis=0, ddof=1).mean() + 0.03 * thresholds  # the latter: other rows in the pool
     assert (np.abs(thresholds - theirs.thresholds) < tolerance).all()
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    return load_package(sample_package(tmp_path_factory.mktemp("monitor") / "model"))
+
+
+def traffic(package, count: int) -> tuple[np.ndarray, np.ndarray]:
+    "Features that shift now and then, and classes."
+    rng = np.random.default_rng(0)
+    rows = package.detector().calibration.reference[rng.integers(0, 100, count)]
+    rows = rows + rng.normal(scale=0.3, size=rows.shape).astype(np.float32)
+    rows[np.arange(count) % 150 > 130] += 1.5
+    return rows, rng.integers(0, 6, count)
+
+
+FEED = """
+import sys, numpy as np
+from intel_nb.model import load_package
+from intel_nb.monitor import Monitor
+monitor = Monitor(load_package(sys.argv[1]), sys.argv[2])
+rows, classes, at = np.load(sys.argv[3]), np.load(sys.argv[4]), monitor.status()["observations"]
+rng = np.random.default_rng(at)
+while at < len(rows):
+    n = int(rng.integers(1, 9))
+    monitor.update(rows[at:at + n], classes[at:at + n])
+    at = monitor.status()["observations"]
+    print(at, flush=True)
+"""
+
+
+def test_a_killed_monitor_goes_on_where_an_undisturbed_one_would_be(package, tmp_path):
+    rows, classes = traffic(package, 3_000)
+    np.save(tmp_path / "rows.npy", rows)
+    np.save(tmp_path / "classes.npy", classes)
+    files = tmp_path / "rows.npy", tmp_path / "classes.npy"
+    command = [sys.executable, "-c", FEED, package.path, tmp_path / "state", *files]
+    for kills, lines in enumerate((9, 40, 71), 1):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            for _ in range(lines):
+                seen = int(process.stdout.readline())
+            process.kill()
+        status = Monitor(package, tmp_path / "state").status()
+        assert seen - 16 <= status["observations"] and status["observations"] <= len(rows)
+        undisturbed = Monitor(package, tmp_path / f"other{kills}")
+        undisturbed.update(rows[:status["observations"]], classes[:status["observations"]])
+        expected = undisturbed.status()
+        assert {**status, "last_alarm": None} == {**expected, "last_alarm": None}
+        assert (status["last_alarm"] is None) == (status["alarms"] == 0)
+    assert status["alarms"] > 0
+
+
+def test_history_has_the_latest_observations(package, tmp_path):
+    monitor, (rows, classes) = Monitor(package, tmp_path), traffic(package, HISTORY + 40)
+    readings = [seen for i in range(0, len(rows), 7) for seen in monitor.update(rows[i:i + 7], classes[i:i + 7])]
+    assert monitor.history() == [[r["statistic"], r["threshold"], r["is_drift"]] for r in readings[-HISTORY:]]
+    assert monitor.status()["alarms"] == sum(r["is_drift"] for r in readings) > 0
+    after = [b["time"] for a, b in zip(readings, readings[1:]) if a["is_drift"]]
+    assert set(after) == {1}  # also within a batch

@@ -2,11 +2,13 @@
 import numpy as np
 import pytest
 
-from intel_nb.drift import CORRUPTIONS, Delay, RunTime, check_inputs, corrupted, delay, drift_features, first_alarms
-from intel_nb.drift import largest_difference, mean_delay, replay, run_time
+from intel_nb.detector import OnlineMMD
+from intel_nb.drift import (CORRUPTIONS, STRANGERS, case_table, cases_of, check_inputs, chosen_images, corrupted,
+                            drift_features, largest_difference, mean_delay, mix_table, replay, text_table, unseen_delay)
 from intel_nb.images import decode, encode_jpeg, encode_png, sample_scene
 from intel_nb.model import load_package, sample_package
 from intel_nb.storage import InputError
+from intel_nb.streams import Delay, RunTime, delay, first_alarms, run_time
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +21,13 @@ def images():
     return [encode_jpeg(sample_scene(k % 6, np.random.default_rng([3, k])), 90) for k in range(60)]
 
 
+def seen(package, images, n_clean, n_shifted, severities, slow=(), over=30):
+    which = chosen_images(len(images), n_clean, n_shifted, seed=0)
+    return drift_features(package, images, *which, cases_of(severities, slow), over)
+
+
 @pytest.mark.parametrize("name", CORRUPTIONS)
-@pytest.mark.parametrize("severity", [1, 2, 3])
+@pytest.mark.parametrize("severity", [0.05, 1, 2, 3])
 def test_every_corruption_takes_every_shape(name, severity):
     rng = np.random.default_rng(0)
     for shape in ((1, 1), (1, 40), (37, 5), (150, 150)):
@@ -36,11 +43,11 @@ def test_amounts_grow_with_severity():
         if name != "rotation":
             images = [corruption(scene, amount, np.random.default_rng(0)) for amount in amounts]
             changes = [np.abs(image.astype(int) - scene).mean() for image in images]
-            assert changes == sorted(changes), name
+            assert changes == sorted(changes) and (changes[0] == 0 or name == "jpeg"), name
 
 
 def test_streams_are_those_of_the_packaged_detector(package, images):
-    clean, shifted = drift_features(package, images, 40, 20, [2], seed=0)
+    clean, shifted = seen(package, images, 40, 20, [2])
     rows, detector = np.concatenate([clean, shifted["dark", 2]]), package.detector()
     order = np.stack([np.random.default_rng(k).permutation(len(rows)) for k in range(8)], axis=1)
     found = first_alarms(detector, rows, order)
@@ -51,14 +58,18 @@ def test_streams_are_those_of_the_packaged_detector(package, images):
 
 
 def test_a_dark_stream_is_caught_and_a_clean_one_runs_long(package, images):
-    clean, shifted = drift_features(package, images, 40, 20, [3], seed=0)
+    clean, shifted = seen(package, images, 40, 20, [3])
     assert delay(package.detector(), clean, shifted["dark", 3], 50, seed=0).summary()["mean"] < 10
     assert (run_time(package.detector(), clean, 200, seed=0).mean or 1e9) > 50
 
 
 def test_few_images_are_enough(package, images):
-    clean, shifted = drift_features(package, images[:2], 0, 2, [1, 2], seed=0)
-    assert clean.shape[0] == 2 and all(len(rows) == 2 for rows in shifted.values()) and len(shifted) == 18
+    clean, shifted = seen(package, images[:2], 0, 2, [1, 2], ["fog"], over=7)
+    assert clean.shape[0] == 2 and len(shifted) == 18 + 1 + len(STRANGERS)
+    assert all(len(rows) == (7 if how == "slow" else 2) for (_, how), rows in shifted.items())
+    tables = case_table(package.detector(), clean, shifted, 3, seed=0)
+    assert [len(tables[kind]) for kind in ("delays", "slow", "strangers")] == [18, 1, len(STRANGERS)]
+    assert len(text_table(tables["slow"], ["corruption"]).split("\n")) == 1
     assert run_time(package.detector(), clean, 3, seed=0).summary()["length"] == 2
     delay(package.detector(), clean, shifted["fog", 1], 3, seed=0).summary()
 
@@ -69,7 +80,24 @@ def test_nothing_to_measure_is_said_so():
     assert mean_delay([{"severity": 2, "mean": None}, {"severity": 2, "mean": 1.0}], 2) is None
 
 
-BAD = ([], 1, 1, 1), ([0], 1, 1, 1), (["2"], 1, 1, 1), ([2], 0, 1, 1), ([2], 1, -1, 1), ([2], 1, 1, 0)
+def test_a_slow_change_is_seen_later_than_a_sudden_one(package, images):
+    clean, shifted = seen(package, images, 40, 20, [2], ["dark"], over=60)
+    both = {case: shifted[case] for case in (("dark", 2), ("dark", "slow"))}
+    tables = case_table(package.detector(), clean, both, 60, seed=0)
+    assert tables["delays"][0]["mean"] < tables["slow"][0]["mean"] < 60
+
+
+def test_a_mix_names_its_classes_and_needs_images_of_them():
+    rng = np.random.default_rng(0)
+    rows, labels = rng.normal(size=(90, 17)).astype(np.float32), np.repeat([0, 1], 45)
+    found = unseen_delay(rows, labels, 1, 20, (2, 4), 20, seed=0)
+    assert found["streams"] > 0 and found["limit"] == 45
+    table = mix_table(OnlineMMD(rows, 20, (2, 4), 500), rows, labels, ["a", "b", "none"], 20, seed=0)
+    assert [row["classes"] for row in table] == [["a"], ["b"], ["a", "b"], ["b", "none"], ["none", "a"]]
+
+
+BAD = (([], 1, 1, 1, [], 1), ([0], 1, 1, 1, [], 1), (["2"], 1, 1, 1, [], 1), ([2], 0, 1, 1, [], 1), ([2], 1, -1, 1, [], 1),
+       ([2], 1, 1, 0, [], 1), ([2], 1, 1, 1, ["snow"], 1), ([2], 1, 1, 1, [], 0))
 
 
 @pytest.mark.parametrize("bad", BAD)
