@@ -133,11 +133,11 @@ def withdraw(workspace: Workspace, stage: str, tell: Tell = silent) -> list[Run]
     workspace.registry().set_alias(stage, None)
     return []
 
-# %% ../nbs/18a_approval.ipynb #2c69c270
-def start(workspace: Workspace, stage: str) -> Any:
-    "Start `stage`, unless it runs; returns its endpoint. Raises `NotAllowed` when its version is rejected."
+# %% ../nbs/18a_approval.ipynb #b7123256
+def start(workspace: Workspace, stage: str, engine: str | None = None) -> Any:
+    "Start `stage`, unless it runs, with another `engine` if one is given; returns its endpoint. Raises `NotAllowed` when its version is rejected."
     endpoint = check_stage(workspace, stage)
     versions = {v.version: v for v in workspace.registry().versions()}
     if endpoint.version in versions and versions[endpoint.version].status == "Rejected":
         raise NotAllowed(f"{stage} served version {endpoint.version}, which is rejected; intel-nb rollback {stage}")
-    return workspace.endpoints().start(stage)
+    return workspace.endpoints().start(stage, engine=engine)

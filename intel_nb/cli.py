@@ -264,13 +264,13 @@ def rollback(stage: Stage) -> None:
     workspace = open_workspace()
     conclude(workspace, [watched(lambda tell: approval.rollback(workspace, stage, tell))])
 
-# %% ../nbs/20_cli.ipynb #44c5391c
+# %% ../nbs/20_cli.ipynb #d527099d
 @app.command()
-def start(stage: Stage) -> None:
+def start(stage: Stage, engine: Annotated[Optional[str], typer.Option(help="What serves: process or ray; by default as before.")] = None) -> None:
     "Start the endpoint of a stage, with the version that it served last."
     from intel_nb import approval
     from intel_nb.plan import open_workspace
-    endpoint = approval.start(open_workspace(), stage)
+    endpoint = approval.start(open_workspace(), stage, engine)
     print(f"{stage} serves version {endpoint.version} at {endpoint.url}")
 
 # %% ../nbs/20_cli.ipynb #d3806177

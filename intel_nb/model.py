@@ -216,29 +216,23 @@ def run_batches(model: str | Path | bytes, items: Sequence, load: Callable[[Sequ
             progress(min(len(parts) * batch_size, len(items)))
     return {name: np.concatenate(column) for name, column in zip(names, zip(*parts))}
 
-# %% ../nbs/13_model.ipynb #609c4327
-CONFIG = """# Ray Serve's configuration, as SageMaker's Ray Serve container loads it from /opt/ml/model.
+# %% ../nbs/13_model.ipynb #29f04f36
+CONFIG = """# Ray Serve's configuration of this model package: for `serve run config.yaml` here, and for SageMaker's Ray Serve
+# container, which starts Serve itself, with its own http_options.
+http_options:
+  host: 127.0.0.1
+  port: 8000
 applications:
   - name: intel-nb
     route_prefix: /
     import_path: deployment:app
 """
-DEPLOYMENT = '''"""The Ray Serve application of this model package."""
-import os
+DEPLOYMENT = '''"""The Ray Serve application of this model package. It needs intel-nb[ray]; INTEL_NB_… variables set it up."""
 from pathlib import Path
 
-from ray import serve
+from intel_nb.cluster import build_app
 
-from intel_nb.serving import create_app
-
-
-@serve.deployment(num_replicas=1)  # one replica: it owns the drift detector
-@serve.ingress(lambda: create_app(Path(__file__).parent, os.environ.get("INTEL_NB_STATE", "/tmp/intel-nb")))
-class Endpoint:
-    pass
-
-
-app = Endpoint.bind()
+app = build_app(Path(__file__).parent)
 '''
 
 # %% ../nbs/13_model.ipynb #a72566db

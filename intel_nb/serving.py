@@ -113,7 +113,7 @@ class Detects(Protocol):
     def history(self) -> list[list[Any]]: ...
     def release(self) -> None: ...
 
-# %% ../nbs/15_serving.ipynb #dcfb908a
+# %% ../nbs/15_serving.ipynb #20e19718
 class Service:
     "A model package that answers requests, with its monitor, its threads and its metrics."
     def __init__(self, package: Package, version: str, settings: Settings, open_monitor: Callable[[], Detects]):
@@ -148,7 +148,7 @@ class Service:
     async def release(self) -> None:
         "Answer what is in hand, then write the detector's state for the last time."
         await self.batcher.idle.wait()
-        self.monitor.release()
+        await asyncio.to_thread(self.monitor.release)
 
     def _answers(self, results: list[Outputs]) -> list[bytes]:
         probabilities, drift = (results[0] if len(results) == 1 else map(np.concatenate, zip(*results)))

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     import asyncio
 
 # %% auto #0
-__all__ = ['START_SECONDS', 'LEAVE_SECONDS', 'Request', 'Record', 'read_record', 'extended', 'is_alive', 'last_line',
+__all__ = ['START_SECONDS', 'LEAVE_SECONDS', 'ENGINES', 'Request', 'Record', 'read_record', 'extended', 'is_alive', 'last_line',
            'neighbours_ports', 'listen', 'WorkerFailed', 'Worker', 'launch', 'Stage', 'answer', 'revive', 'watch',
            'run', 'open_stage', 'close', 'supervise', 'command']
 
-# %% ../nbs/15b_supervisor.ipynb #13597af6
+# %% ../nbs/15b_supervisor.ipynb #b45d85ff
 @dataclass(frozen=True)
 class Request:
     "What a stage shall serve."
@@ -31,6 +31,7 @@ class Request:
     package: str
     version: str
     back: bool = False  # a return to an earlier version of this stage
+    engine: str = "process"
 
 @dataclass(frozen=True)
 class Record:
@@ -98,11 +99,14 @@ def listen(remembered: int | None, first: int, taken: set[int], patience: float 
                 return socket.create_server(("127.0.0.1", port), backlog=2048)
     raise InputError(f"no port from {first} up is free on 127.0.0.1")
 
-# %% ../nbs/15b_supervisor.ipynb #bcc3dd60
+# %% ../nbs/15b_supervisor.ipynb #1bc74ba4
 class WorkerFailed(Exception):
     "A worker did not do what it was told; the message is its own last word, or the log's."
 
 START_SECONDS, LEAVE_SECONDS = 120, 15
+
+# What a worker is told of its application, which it alone imports: no supervisor pays for what an engine needs.
+ENGINES = {"process": (), "ray": ("intel_nb.cluster:create_app",)}
 
 # %% ../nbs/15b_supervisor.ipynb #1d601800
 @dataclass(eq=False)
@@ -143,14 +147,14 @@ class Worker:
         await self.process.wait()
         self.writer.close()
 
-# %% ../nbs/15b_supervisor.ipynb #0a0f0aa3
-async def launch(package: str, version: str, folder: Path, sockets: list[socket.socket]) -> Worker:
+# %% ../nbs/15b_supervisor.ipynb #25e2385e
+async def launch(package: str, version: str, engine: str, folder: Path, sockets: list[socket.socket]) -> Worker:
     "Start a worker and wait until it is ready to serve; raises `WorkerFailed`. `sockets`: listener, give, take."
     import asyncio
     ours, theirs = socket.socketpair()
     listener, *hands = (s.fileno() for s in sockets)
     numbers = listener, theirs.fileno(), *hands
-    told = Assignment(package, version, str(folder / "state"), *numbers, os.getpid())
+    told = Assignment(package, version, str(folder / "state"), *numbers, os.getpid(), *ENGINES[engine])
     process = await asyncio.create_subprocess_exec(*told.command(), stdin=asyncio.subprocess.DEVNULL, pass_fds=numbers)
     theirs.close()
     worker = Worker(process, *await asyncio.open_connection(sock=ours), folder / "supervisor.log")
@@ -161,7 +165,7 @@ async def launch(package: str, version: str, folder: Path, sockets: list[socket.
         raise
     return worker
 
-# %% ../nbs/15b_supervisor.ipynb #bd1bd407
+# %% ../nbs/15b_supervisor.ipynb #f6a63901
 class Stage:
     "What stands behind the socket of one stage: the present worker, those on their way out, and the record of it all."
     def __init__(self, folder: Path, listener: socket.socket):
@@ -175,9 +179,9 @@ class Stage:
         self.record = replace(self.record, **changes)
         write_json(self.folder / "endpoint.json", asdict(self.record))
 
-    async def replace(self, package: str, version: str) -> None:
+    async def replace(self, package: str, version: str, engine: str) -> None:
         "Put a worker for `package` in the place of the present one, which serves until then; raises `WorkerFailed`."
-        new = await launch(package, version, self.folder, self.sockets)
+        new = await launch(package, version, engine, self.folder, self.sockets)
         try:
             await self.retire()
             await new.tell("serve", "serving", START_SECONDS)
@@ -192,6 +196,8 @@ class Stage:
         old, self.worker = self.worker, None
         if old is None:
             return
+        if old.process.returncode is not None:  # it died
+            return await old.end()
         try:
             await old.tell("leave", "left", LEAVE_SECONDS)
         except WorkerFailed as e:
@@ -201,23 +207,23 @@ class Stage:
         self.leaving.add(end)
         end.add_done_callback(self.leaving.discard)
 
-# %% ../nbs/15b_supervisor.ipynb #ab195194
+# %% ../nbs/15b_supervisor.ipynb #a702127f
 async def answer(stage: Stage) -> None:
     "Do what `request.json` asks for, unless that is done; a failure is noted, and what served before serves on."
     request = Request(**read_json(stage.folder / "request.json"))
     if request.id == stage.record.answered:
         return
     try:
-        await stage.replace(request.package, request.version)
+        await stage.replace(request.package, request.version, request.engine)
     except WorkerFailed as e:
         logging.getLogger(__name__).error("version %s does not serve: %s", request.version, e)
         stage.note(answered=request.id, error=str(e))
     else:
         history = extended(stage.record.history, request.version, request.back)
-        stage.note(answered=request.id, error="", version=request.version, package=request.package, status="running",
-                   history=history, since=utc_now())
+        stage.note(answered=request.id, error="", version=request.version, package=request.package,
+                   engine=request.engine, status="running", history=history, since=utc_now())
 
-# %% ../nbs/15b_supervisor.ipynb #c0eadd22
+# %% ../nbs/15b_supervisor.ipynb #735f815c
 async def revive(stage: Stage, pauses: tuple[float, ...] = (0, 0.5, 1, 2, 4)) -> None:
     "Bring the present version back; raises `WorkerFailed` when it does not come after several tries."
     import asyncio
@@ -225,7 +231,7 @@ async def revive(stage: Stage, pauses: tuple[float, ...] = (0, 0.5, 1, 2, 4)) ->
     for last, pause in enumerate(pauses, 1):
         await asyncio.sleep(pause)
         try:
-            await stage.replace(stage.record.package, stage.record.version)
+            await stage.replace(stage.record.package, stage.record.version, stage.record.engine)
             return stage.note(status="running")
         except WorkerFailed as e:
             logging.getLogger(__name__).error("version %s does not come back: %s", stage.record.version, e)

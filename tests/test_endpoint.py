@@ -258,7 +258,7 @@ def test_two_deployments_at_once_take_turns(endpoints, packages):
 def test_wrong_input(endpoints, packages, tmp_path):
     for wrong, match in ((lambda: endpoints.start("nowhere"), "no endpoint nowhere"), (lambda: endpoints.describe("x"), "no endpoint"),
                          (lambda: endpoints.deploy("a/b", packages[0], "1"), "no name for a stage"),
-                         (lambda: endpoints.deploy("s", packages[0], "1", engine="ray"), "not built yet"),
+                         (lambda: endpoints.deploy("s", packages[0], "1", engine="thread"), "there are process and ray"),
                          (lambda: open_endpoints("sagemaker://"), "cloud"), (lambda: open_endpoints("ftp://x"), "folder")):
         with pytest.raises(InputError, match=match):
             wrong()

@@ -1,0 +1,272 @@
+"""Engine ray: real clusters on this machine, whose processes are killed while clients wait for answers."""
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from intel_nb.endpoints import LocalEndpoints, drift_status, invoke
+from intel_nb.images import encode_jpeg, sample_scene
+from intel_nb.model import load_package, sample_package, write_manifest
+from intel_nb.storage import InputError
+
+pytest.importorskip("ray", reason="engine ray is the extra intel-nb[ray]")
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+
+PHOTOS = [encode_jpeg(sample_scene(i % 6, np.random.default_rng(i))) for i in range(48)]
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("packages")
+    shutil.copytree(sample_package(folder / "a"), folder / "b")
+    write_manifest(folder / "b", load_package(folder / "a").card | {"profile": "another"}, "other data")
+    return folder / "a", folder / "b"
+
+
+@pytest.fixture
+def endpoints(tmp_path):
+    made = LocalEndpoints(tmp_path / "endpoints", owned=True, first_port=18700, env={"INTEL_NB_REPLICAS": "2"})
+    yield made
+    for endpoint in made.list():
+        made.stop(endpoint.stage)
+
+
+def processes() -> dict[int, tuple[int, int, str]]:
+    "Parent, session and command line of each process that runs."
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            state, parent, _, session = (path / "stat").read_text().rpartition(")")[2].split()[:4]
+            line = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if state not in "ZX":
+            found[int(path.name)] = int(parent), int(session), line
+    return found
+
+
+def session_of(endpoint) -> int:
+    "The session in which the worker of an endpoint has its cluster: its own process id."
+    return next(pid for pid, (parent, session, _) in processes().items() if parent == endpoint.pid and session == pid)
+
+
+def named(session: int, name: str) -> list[int]:
+    "Processes of `session` whose title begins with `name`, the oldest first."
+    return sorted(pid for pid, (_, of, line) in processes().items() if of == session and line.startswith(name))
+
+
+def left_of(session: int) -> list[str]:
+    "What still runs of a session, the process that sweeps it up among it."
+    sweeper = f"sweep_up(int(sys.argv[1]), sys.argv[2]) {session} "
+    return [line for _, of, line in processes().values() if of == session or sweeper in line]
+
+
+def wait(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.02)
+
+
+class Load:
+    "Eight clients that keep their connections, and what they were answered; they may pause between two requests."
+    def __init__(self, url: str, pause: float = 0, clients: int = 8):
+        self.port, self.stop, self.answers, self.failures = int(url.rpartition(":")[2]), threading.Event(), [], []
+        self.pause = pause
+        self.threads = [threading.Thread(target=self.run, args=[k]) for k in range(clients)]
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stop.set()
+        for thread in self.threads:
+            thread.join()
+
+    def run(self, k: int) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=90)
+        while not self.stop.wait(self.pause):
+            k += 1
+            try:
+                connection.request("POST", "/invocations", PHOTOS[k % len(PHOTOS)], {"Content-Type": "image/jpeg"})
+                reply = connection.getresponse()
+                body = reply.read()
+                if reply.status == 200:
+                    self.answers.append((k % len(PHOTOS), json.loads(body)))
+                else:
+                    self.failures.append((reply.status, body))
+            except Exception as e:
+                self.failures.append(repr(e))
+                connection.close()
+
+    def more(self, count: int) -> None:
+        "Wait for so many answers from now on."
+        wanted = len(self.answers) + count
+        wait(lambda: len(self.answers) >= wanted or self.failures, 120)
+        assert self.failures == []
+
+
+def told(endpoints, url: str, load: Load) -> None:
+    "Every image was counted once, in an order in which the detector's time goes on or starts anew after an alarm."
+    assert drift_status(url)["observations"] == len(load.answers)
+    times = [reading["time"] for _, answer in load.answers for reading in answer["drift"]]
+    alarms = sum(reading["is_drift"] for _, answer in load.answers for reading in answer["drift"])
+    runs = [sum(t == k for t in times) for k in range(1, max(times) + 1)]
+    assert runs == sorted(runs, reverse=True), "each run counts 1, 2, 3, …, whatever died"
+    assert runs[0] in (alarms, alarms + 1)
+
+
+@pytest.mark.slow
+def test_whatever_dies_no_request_is_lost_and_each_image_counts_once(endpoints, packages):
+    endpoint = endpoints.deploy("staging", packages[0], "1", engine="ray")
+    session = session_of(endpoint)
+    expected = load_package(packages[0]).predict_bytes(PHOTOS)["probabilities"]
+    with Load(endpoint.url) as load:
+        load.more(50)
+        replicas, (detector,) = named(session, "ray::ServeReplica"), named(session, "ray::Detector")
+        assert len(replicas) == 2
+        os.kill(replicas[0], signal.SIGKILL)
+        load.more(100)
+        os.kill(detector, signal.SIGKILL)
+        load.more(100)
+        wait(lambda: len(named(session, "ray::ServeReplica")) == 2 and named(session, "ray::Detector"))
+        for pid in named(session, "ray::ServeReplica") + named(session, "ray::Detector"):
+            os.kill(pid, signal.SIGKILL)
+        load.more(100)
+    told(endpoints, endpoint.url, load)
+    assert endpoints.describe("staging") == endpoint and session_of(endpoint) == session
+    for k, answer in load.answers:
+        assert list(answer["predictions"][0]["probabilities"].values()) == pytest.approx(expected[k], abs=1e-5)
+    assert open_ports(session) and all(address == "127.0.0.1" for address in open_ports(session))
+    endpoints.stop("staging")
+    assert left_of(session) == []
+
+
+def open_ports(session: int) -> list[str]:
+    "Addresses on which the processes of `session` listen."
+    import psutil
+    found = []
+    for pid, (_, of, _) in processes().items():
+        if of == session:
+            connections = psutil.Process(pid).net_connections("inet")
+            found += [c.laddr.ip.removeprefix("::ffff:") for c in connections if c.status == psutil.CONN_LISTEN]
+    return found
+
+
+@pytest.mark.slow
+def test_versions_and_engines_change_under_load(endpoints, packages):
+    url = endpoints.deploy("production", packages[0], "1").url
+    sessions = []
+    with Load(url, pause=0.1) as load:  # a cluster needs some of the processor to start
+        for version, k, engine in (("2", 0, "ray"), ("3", 1, "ray"), ("4", 0, "process")):
+            load.more(20)
+            endpoint = endpoints.deploy("production", packages[k], version, engine=engine)
+            assert (endpoint.url, endpoint.engine) == (url, engine)
+            sessions += [session_of(endpoint)] if engine == "ray" else []
+            assert invoke(url, PHOTOS[0], "image/jpeg")["model"]["version"] == version
+        load.more(20)
+    assert {answer["model"]["version"] for _, answer in load.answers} == {"1", "2", "3", "4"}
+    assert drift_status(url)["observations"] == len(load.answers) + 3
+    for session in sessions:
+        wait(lambda: not left_of(session))
+
+
+@pytest.mark.slow
+def test_the_cluster_dies_with_the_endpoint_and_the_endpoint_survives_the_cluster(endpoints, packages):
+    first = endpoints.deploy("staging", packages[0], "1", engine="ray")
+    session = session_of(first)
+    (raylet,) = [pid for pid, (_, of, line) in processes().items() if of == session and "/raylet " in line]
+    for k in range(21):
+        invoke(first.url, PHOTOS[k], "image/jpeg")
+    os.kill(raylet, signal.SIGKILL)
+    wait(lambda: not left_of(session))
+    answer = invoke(first.url, PHOTOS[0], "image/jpeg", timeout=120)  # it waits in the socket's queue
+    assert answer["model"]["version"] == "1"
+    assert 21 - 16 <= drift_status(first.url)["observations"] - 1 <= 21
+    session = session_of(first)
+    (folder,) = [line.split()[-1] for line in left_of(session) if "sweep_up" in line]
+    assert Path(folder).is_dir()
+    os.kill(first.pid, signal.SIGKILL)
+    wait(lambda: not left_of(session), 10)
+    assert not Path(folder).exists()
+    endpoint = endpoints.start("staging")
+    assert (endpoint.url, endpoint.engine, endpoint.status) == (first.url, "ray", "running")
+    assert endpoints.start("staging", engine="process").engine == "process"
+
+
+HOST = """
+import os, subprocess, sys
+from intel_nb.cluster import start_cluster
+os.environ["PYTHONPATH"] = os.pathsep.join([sys.argv[1], os.environ["PYTHONPATH"]])
+start_cluster()
+import ray
+from ray import serve
+serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
+os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+serve_command = os.path.join(os.path.dirname(sys.executable), "serve")
+subprocess.run([serve_command, "run", os.path.join(sys.argv[1], "config.yaml")])
+"""
+
+
+@pytest.mark.slow
+def test_a_package_is_an_application_of_ray_serve(packages, tmp_path):
+    "As SageMaker's Ray Serve container does it: Serve is there, the folder is on the path, `serve run config.yaml`."
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    package = tmp_path / "model"
+    shutil.copytree(packages[0], package)
+    (package / "code").mkdir()  # where the container looks for requirements
+    assert "/" not in (package / "deployment.py").read_text()  # a package may lie anywhere
+    given = {"INTEL_NB_STATE": str(tmp_path / "state"), "INTEL_NB_VERSION": "7", "INTEL_NB_QUEUE": "64"}
+    path = os.pathsep.join([str(Path(sys.modules["intel_nb"].__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    with open(tmp_path / "log", "wb") as log:
+        host = subprocess.Popen([sys.executable, "-c", HOST, package, str(port)], stdin=subprocess.DEVNULL, stdout=log,
+                                stderr=log, cwd="/", env=os.environ | given | {"PYTHONPATH": path})
+    try:
+        wait(lambda: ask(port, "GET", "/ping")[0] == 200 or host.poll() is not None, 120)
+        assert host.poll() is None, (tmp_path / "log").read_text()[-3000:]
+        for k, path in enumerate(("/", "/invocations")):  # the container's adapter posts to /
+            status, answer = ask(port, "POST", path, PHOTOS[0])
+            assert (status, answer["model"]["version"], answer["drift"][0]["time"]) == (200, "7", k + 1)
+        status, answer = ask(port, "POST", "/", b"no image")
+        assert (status, answer["error"]["code"]) == (400, "undecodable")
+        assert ask(port, "GET", "/drift")[1]["observations"] == 2
+    finally:
+        host.kill()
+        host.wait()
+    wait(lambda: not left_of(host.pid))
+
+
+def ask(port: int, method: str, path: str, body: bytes | None = None) -> tuple[int, dict]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request(method, path, body, {"Content-Type": "image/jpeg"} if body else {})
+        reply = connection.getresponse()
+        return reply.status, json.loads(reply.read())
+    except (OSError, ValueError):  # nobody there yet, or the proxy, which knows no route yet
+        return 0, {}
+    finally:
+        connection.close()
+
+
+def test_engines_that_are_not_there(endpoints, packages, tmp_path):
+    with pytest.raises(InputError, match="'thread' is unknown; there are process and ray"):
+        endpoints.deploy("staging", packages[0], "1", engine="thread")
+    assert not (tmp_path / "endpoints").exists()
+    code = "from intel_nb.endpoints import check_engine; check_engine('ray')"
+    source = str(Path(sys.modules["intel_nb"].__file__).parents[1])
+    bare = subprocess.run([sys.executable, "-S", "-c", code], env={"PYTHONPATH": source}, capture_output=True,
+                          text=True)  # without site-packages
+    assert "pip install 'intel-nb[ray]'" in bare.stderr.splitlines()[-1]
