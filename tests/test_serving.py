@@ -177,8 +177,8 @@ def test_each_request_has_a_name_and_a_line(package, tmp_path):
     with serving(package, tmp_path) as url, httpx.Client(base_url=url, timeout=60) as client:
         named = client.post("/invocations", content=encode_jpeg(SCENES[0]), headers={"content-type": "image/jpeg", "x-request-id": "order-1"})
         unnamed = client.post("/invocations", content=b"", headers={"content-type": "text/plain", "x-request-id": "bad name"})
-        log = tmp_path / "staging" / "requests.log"
-        lines = {line["id"]: line for line in map(json.loads, log.read_text().splitlines())}
+    log = tmp_path / "staging" / "requests.log"  # whole once the endpoint has ended
+    lines = {line["id"]: line for line in map(json.loads, log.read_text().splitlines())}
     assert named.headers["x-request-id"] == "order-1" and len(unnamed.headers["x-request-id"]) == 16
     assert {k: lines["order-1"][k] for k in ("method", "path", "status", "version")} == {
         "method": "POST", "path": "/invocations", "status": 200, "version": "1"}
