@@ -19,8 +19,8 @@ from .storage import InputError, _cloud, write_json
 from .supervisor import ENGINES, Request, command, is_alive, last_line, read_record
 
 # %% auto #0
-__all__ = ['Endpoint', 'EndpointError', 'Endpoints', 'open_endpoints', 'Refused', 'invoke', 'drift_status', 'spawn', 'is_gone',
-           'as_endpoint', 'check_stage', 'check_engine', 'known_stage', 'request', 'settled', 'answers',
+__all__ = ['Endpoint', 'EndpointError', 'Endpoints', 'open_endpoints', 'Refused', 'ask', 'invoke', 'drift_status', 'spawn',
+           'is_gone', 'as_endpoint', 'check_stage', 'check_engine', 'known_stage', 'request', 'settled', 'answers',
            'end_processes', 'LocalEndpoints', 'throwaway']
 
 # %% ../nbs/16_endpoints.ipynb #1630776e
@@ -72,18 +72,22 @@ class Refused(InputError):
         super().__init__(f"the endpoint refused it ({status} {code}): {message}")
         self.status, self.code = status, code
 
-# %% ../nbs/16_endpoints.ipynb #d67f5764
-def invoke(url: str, body: bytes, content_type: str, timeout: float = 60) -> dict[str, Any]:
-    "The endpoint's answer to one request; raises `Refused`, or `EndpointError` where it is not the caller's fault."
+# %% ../nbs/16_endpoints.ipynb #3dd2a09d
+def ask(url: str, body: bytes | None = None, content_type: str | None = None, timeout: float = 60) -> Any:
+    """The JSON answer to a GET of `url`, or to a POST of `body`, with the token that `INTEL_NB_TOKEN` holds, if it does.
+
+    Raises `Refused`, or `EndpointError` where it is not the caller's fault."""
     from http.client import HTTPException
     from urllib.error import HTTPError
-    from urllib.request import Request as Post, urlopen
+    from urllib.request import Request as Question, urlopen
+    token = os.environ.get("INTEL_NB_TOKEN")
+    headers = {"Content-Type": content_type, "Authorization": token and f"Bearer {token}"}
     try:
-        with urlopen(Post(f"{url}/invocations", body, {"Content-Type": content_type}), timeout=timeout) as reply:
+        with urlopen(Question(url, body, {k: v for k, v in headers.items() if v}), timeout=timeout) as reply:
             return json.load(reply)
     except HTTPError as e:
         raise _refused(e.code, e.read()) from None
-    except (OSError, HTTPException) as e:
+    except (OSError, HTTPException, ValueError) as e:
         raise EndpointError(f"{url} does not answer ({e}); intel-nb endpoints shows what runs") from None
 
 # %% ../nbs/16_endpoints.ipynb #4db24138
@@ -97,15 +101,19 @@ def _refused(status: int, body: bytes) -> Exception:
         return EndpointError(f"the endpoint cannot answer now ({status} {error['code']}): {error['message']}")
     return Refused(status, error["code"], error["message"])
 
-# %% ../nbs/16_endpoints.ipynb #b841d69b
+# %% ../nbs/16_endpoints.ipynb #958efbb3
+def invoke(url: str, body: bytes, content_type: str, timeout: float = 60) -> dict[str, Any]:
+    "The endpoint's answer to one request; raises as `ask` does."
+    if url.startswith("sagemaker://"):
+        return _cloud().invoke(url, body, content_type, timeout)
+    return ask(f"{url}/invocations", body, content_type, timeout)
+
+# %% ../nbs/16_endpoints.ipynb #56160eaf
 def drift_status(url: str, timeout: float = 10) -> dict[str, Any]:
     "What the endpoint's detector has counted: the answer of `GET /drift`."
-    from urllib.request import urlopen
-    try:
-        with urlopen(f"{url}/drift", timeout=timeout) as reply:
-            return json.load(reply)
-    except OSError as e:
-        raise EndpointError(f"{url} does not answer ({e}); intel-nb endpoints shows what runs") from None
+    if url.startswith("sagemaker://"):
+        return _cloud().drift_status(url, timeout)
+    return ask(f"{url}/drift", timeout=timeout)
 
 # %% ../nbs/16_endpoints.ipynb #30753c86
 def spawn(folder: Path, first_port: int, owned: bool, env: dict[str, str]) -> subprocess.Popen:
@@ -199,9 +207,11 @@ def settled(folder: Path, patience: float = 60) -> Endpoint:
         time.sleep(0.05)
     return found
 
-# %% ../nbs/16_endpoints.ipynb #e7cbe976
+# %% ../nbs/16_endpoints.ipynb #3e73a24d
 def answers(url: str) -> bool:
     "Whether the endpoint at `url` is ready."
+    if url.startswith("sagemaker://"):
+        return _cloud().answers(url)
     from urllib.request import urlopen
     try:
         with urlopen(f"{url}/ping", timeout=5) as reply:

@@ -29,10 +29,11 @@ from .storage import InputError
 from .telemetry import Metrics, log_request, request_id
 
 # %% auto #0
-__all__ = ['LINGER_SECONDS', 'router', 'Settings', 'Outputs', 'run_requests', 'run_model', 'predictions_of', 'Detects', 'Service',
-           'watch_service', 'read_body', 'held_bytes', 'Farewell', 'while_connected', 'invoke', 'check_method',
-           'refuse_unread', 'ping', 'drift', 'history', 'exposition', 'front_page', 'front', 'headers_of', 'refused',
-           'on_refusal', 'on_http_error', 'Application', 'admits', 'turn_away', 'create_app', 'lifespan']
+__all__ = ['LINGER_SECONDS', 'router', 'DRIFT_TYPE', 'Settings', 'Outputs', 'run_requests', 'run_model', 'predictions_of',
+           'Detects', 'Service', 'watch_service', 'read_body', 'held_bytes', 'Farewell', 'while_connected', 'invoke',
+           'check_method', 'refuse_unread', 'ping', 'drift', 'history', 'exposition', 'front_page', 'front',
+           'headers_of', 'refused', 'on_refusal', 'on_http_error', 'Application', 'admits', 'turn_away', 'create_app',
+           'lifespan']
 
 # %% ../nbs/15_serving.ipynb #a0c34a5b
 @dataclass(frozen=True)
@@ -338,7 +339,9 @@ async def on_http_error(request: Request, error: HTTPException) -> Response:
     refusal = Refusal(code, f"{request.method} {request.url.path[:100]}: {error.detail}")
     return JSONResponse(refusal.body(), error.status_code, error.headers)
 
-# %% ../nbs/15_serving.ipynb #035452a7
+# %% ../nbs/15_serving.ipynb #cdabbd1f
+DRIFT_TYPE = b"application/x-intel-nb-drift"
+
 class Application(FastAPI):
     "The routes around a `service`. It names, admits, counts and logs each request, and takes invocations past the router."
     service: Service
@@ -367,6 +370,8 @@ class Application(FastAPI):
     def _route(self, scope: dict, headers: dict[bytes, bytes]) -> Callable:
         if not admits(self.service.settings.token, scope["path"], headers):
             return turn_away
+        if scope["path"] == "/invocations" and headers.get(b"content-type") == DRIFT_TYPE:
+            scope |= {"path": "/drift", "raw_path": b"/drift", "method": "GET"}
         if scope["path"] == "/invocations":
             return partial(invoke, self.service)
         return super().__call__

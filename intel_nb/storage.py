@@ -14,7 +14,7 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['InputError', 'written_aside', 'remove', 'write_bytes', 'write_text', 'write_json', 'read_json', 'sha256_file',
-           'files_of', 'tree_digest', 'is_remote', 'fetch', 'utc_now', 'output_folder']
+           'files_of', 'tree_digest', 'is_remote', 'fetch', 'put', 'utc_now', 'output_folder']
 
 # %% ../nbs/10_storage.ipynb #57c23216
 class InputError(ValueError):
@@ -98,11 +98,11 @@ def is_remote(uri: str | Path) -> bool:
     "Whether `uri` names something that must be fetched before a program can open it."
     return str(uri).startswith("s3://")
 
-# %% ../nbs/10_storage.ipynb #7be5d9c0
+# %% ../nbs/10_storage.ipynb #502c5046
 def fetch(uri: str | Path, folder: str | Path) -> Path:
     "`uri` as a local path: itself where it is one, else a copy below `folder`; raises `InputError` when it is not there."
     if is_remote(uri):
-        return _cloud().download(str(uri), Path(folder))
+        return _cloud().fetch(str(uri), Path(folder))
     if "://" in str(uri):
         raise InputError(f"{uri}: only paths and s3:// URIs are understood")
     if not Path(uri).exists():
@@ -117,6 +117,21 @@ def _cloud():
         return import_module("intel_nb.aws.platform")
     except ModuleNotFoundError as e:
         raise InputError(f"s3:// and sagemaker:// need the cloud part of intel-nb, which is not here ({e})") from None
+
+# %% ../nbs/10_storage.ipynb #8545e90d
+def put(path: str | Path, uri: str | Path) -> str:
+    "Copy a file, or a folder's files but hidden ones, to `uri`, a path or an s3:// URI; returns it. A folder must not be there yet."
+    if is_remote(uri):
+        return _cloud().put(Path(path), str(uri))
+    if "://" in str(uri):
+        raise InputError(f"{uri}: only paths and s3:// URIs are understood")
+    if Path(path).is_dir() and Path(uri).exists():
+        raise InputError(f"{uri} is there already; give a place where nothing lies")
+    with written_aside(uri) as aside:
+        for name in files_of(path) if Path(path).is_dir() else [""]:
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(Path(path) / name, aside / name)
+    return str(uri)
 
 # %% ../nbs/10_storage.ipynb #df2fb5aa
 def utc_now() -> str:
