@@ -19,10 +19,11 @@ if TYPE_CHECKING:  # what a command needs it imports itself: --help should not w
     from intel_nb.runs import Run
 
 # %% auto #0
-__all__ = ['app', 'STATUS', 'AsJson', 'Version', 'Stage', 'TYPES', 'Rest', 'STOPPED', 'options', 'table', 'show', 'Lines', 'Bars',
-           'watched', 'summary', 'conclude', 'request_from', 'run', 'runs', 'report', 'models', 'endpoints', 'approve',
-           'reject', 'promote', 'rollback', 'start', 'stop', 'predict', 'ask', 'watch', 'cloud', 'call', 'fail',
-           'quiet_pipe', 'main']
+__all__ = ['app', 'STATUS', 'AsJson', 'Version', 'Stage', 'TYPES', 'Rest', 'aws', 'Named', 'Parameter', 'Option', 'Yes',
+           'STOPPED', 'options', 'table', 'show', 'Lines', 'Bars', 'watched', 'summary', 'conclude', 'request_from',
+           'run', 'runs', 'report', 'models', 'endpoints', 'approve', 'reject', 'promote', 'rollback', 'start', 'stop',
+           'predict', 'ask', 'watch', 'cloud', 'ask_unless', 'template', 'definition', 'rehearse', 'cost',
+           'deploy_stack', 'start_pipeline', 'cloud_status', 'destroy', 'call', 'fail', 'quiet_pipe', 'main']
 
 # %% ../nbs/20_cli.ipynb #9c9f57fc
 app = typer.Typer(name="intel-nb", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
@@ -324,11 +325,80 @@ def watch() -> None:
     "Follow an inbox for uploads (not yet)."
     raise InputError("intel-nb watch is not there yet; run intel-nb run --data on what was uploaded")
 
-# %% ../nbs/20_cli.ipynb #5f6783f1
-@app.command(name="aws", **Rest)
-def cloud() -> None:
-    "The same chain on SageMaker (not yet)."
-    raise InputError("intel-nb aws is not there yet; the chain runs on this machine with intel-nb run")
+# %% ../nbs/20_cli.ipynb #663f7db8
+aws = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The same chain on SageMaker.")
+app.add_typer(aws, name="aws")
+
+def cloud():
+    "The module behind the aws commands, imported when one is given."
+    try:
+        from intel_nb.aws import commands
+    except ModuleNotFoundError as e:
+        raise InputError(f"intel-nb aws needs what is not installed here ({e}): pip install 'intel-nb[aws]'") from None
+    return commands
+
+Named = Annotated[str, typer.Option("--name", help="What the deployment is called.")]
+Parameter = Annotated[Optional[list[str]], typer.Option(metavar="NAME=VALUE", help="Set a parameter of the pipeline.")]
+Option = Annotated[Optional[list[str]], typer.Option(metavar="NAME=VALUE", help="Set an option of the stack, as in email=ann@example.org.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Agree without being asked.")]
+
+# %% ../nbs/20_cli.ipynb #b1f75a0c
+def ask_unless(yes: bool) -> Callable[[str], bool]:
+    "What asks a person a question; with `yes` the answer is known."
+    return lambda question: yes or typer.confirm(question, err=True)
+
+# %% ../nbs/20_cli.ipynb #6eedc1db
+@aws.command()
+def template(option: Option = None, name: Named = "intel-nb",
+             output: Annotated[str, typer.Option(help="A file to write it to.")] = "") -> None:
+    "Print the stack's template; needs no account."
+    raise typer.Exit(cloud().template(option or [], name, output))
+
+# %% ../nbs/20_cli.ipynb #b10d6176
+@aws.command()
+def definition(parameter: Parameter = None) -> None:
+    "Print the pipeline's definition, checked; needs no account."
+    raise typer.Exit(cloud().definition(parameter or []))
+
+# %% ../nbs/20_cli.ipynb #487422f3
+@aws.command()
+def rehearse(data: Annotated[str, typer.Option(help="Zip, folder or s3:// URI of labelled images. Without: drawn sample scenes.")] = "",
+             parameter: Parameter = None, as_json: AsJson = False) -> None:
+    "Carry the pipeline's definition out on this machine; needs no account."
+    raise typer.Exit(cloud().rehearse(data, parameter or [], as_json))
+
+# %% ../nbs/20_cli.ipynb #16d89337
+@aws.command()
+def cost(option: Annotated[Optional[list[str]], typer.Option(metavar="NAME=VALUE", help="How much is used, as in runs=4.")] = None,
+         as_json: AsJson = False) -> None:
+    "Show what a run and a month cost; needs no account."
+    raise typer.Exit(cloud().cost(option or [], as_json))
+
+# %% ../nbs/20_cli.ipynb #eca30813
+@aws.command(name="deploy")
+def deploy_stack(option: Option = None, name: Named = "intel-nb", yes: Yes = False) -> None:
+    "Make the stack in the account, or change it."
+    raise typer.Exit(cloud().deploy(option or [], name, ask_unless(yes)))
+
+# %% ../nbs/20_cli.ipynb #3b9ddb94
+@aws.command(name="start")
+def start_pipeline(name: Named = "intel-nb", parameter: Parameter = None,
+                   watch: Annotated[bool, typer.Option(help="Follow it to its end.")] = True, as_json: AsJson = False) -> None:
+    "Start the pipeline, and follow it."
+    raise typer.Exit(cloud().start(parameter or [], name, watch, as_json))
+
+# %% ../nbs/20_cli.ipynb #7c539175
+@aws.command(name="status")
+def cloud_status(name: Named = "intel-nb", as_json: AsJson = False) -> None:
+    "Show the last execution with its steps, the endpoints and the alarms."
+    raise typer.Exit(cloud().status(name, as_json))
+
+# %% ../nbs/20_cli.ipynb #21c155b0
+@aws.command()
+def destroy(name: Named = "intel-nb", option: Option = None, yes: Yes = False,
+            keep: Annotated[Optional[list[str]], typer.Option(metavar="BUCKET", help="A bucket to leave: data, annotations, …")] = None) -> None:
+    "Delete the stack, and all that bills."
+    raise typer.Exit(cloud().destroy(option or [], name, keep or [], ask_unless(yes)))
 
 # %% ../nbs/20_cli.ipynb #65b57475
 STOPPED = "interrupted; the same command goes on where it stopped"
