@@ -325,17 +325,17 @@ def watch() -> None:
     "Follow an inbox for uploads (not yet)."
     raise InputError("intel-nb watch is not there yet; run intel-nb run --data on what was uploaded")
 
-# %% ../nbs/20_cli.ipynb #663f7db8
+# %% ../nbs/20_cli.ipynb #db2d2245
 aws = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The same chain on SageMaker.")
 app.add_typer(aws, name="aws")
 
 def cloud():
     "The module behind the aws commands, imported when one is given."
+    from importlib import import_module
     try:
-        from intel_nb.aws import commands
+        return import_module("intel_nb.aws.commands")
     except ModuleNotFoundError as e:
         raise InputError(f"intel-nb aws needs what is not installed here ({e}): pip install 'intel-nb[aws]'") from None
-    return commands
 
 Named = Annotated[str, typer.Option("--name", help="What the deployment is called.")]
 Parameter = Annotated[Optional[list[str]], typer.Option(metavar="NAME=VALUE", help="Set a parameter of the pipeline.")]
