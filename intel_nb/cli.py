@@ -109,7 +109,7 @@ def watched(work: Callable[[Callable[[Event], None]], Any]) -> Any:
     finally:
         shown.close()
 
-# %% ../nbs/20_cli.ipynb #da9bf470
+# %% ../nbs/20_cli.ipynb #cb4630f1
 STATUS = {"succeeded": 0, "failed": 1, "rejected": 1, "waiting": 3}
 
 def summary(workspace: Workspace, run: Run) -> str:
@@ -118,7 +118,7 @@ def summary(workspace: Workspace, run: Run) -> str:
     if run.model_version:
         version = workspace.registry().get(run.model_version)
         lines.append(f"version   {version.version}, accuracy {version.accuracy:.4f}, {version.status}")
-        if run.status == "rejected":
+        if run.status in ("rejected", "waiting"):
             lines.append(f"reason    {version.reason}")
     if run.endpoint:
         lines.append(f"endpoint  {run.endpoint}")
@@ -206,13 +206,14 @@ def report(run: Annotated[str, typer.Argument(metavar="RUN", help="A run id.")],
     show(rows, False, "")
     print(summary(workspace, found))
 
-# %% ../nbs/20_cli.ipynb #4376e0dc
+# %% ../nbs/20_cli.ipynb #b74b69b5
 @app.command()
 def models(as_json: AsJson = False) -> None:
     "List the versions, newest first."
     from intel_nb.plan import open_workspace
     fields = ("version", "status", "accuracy", "aliases", "run_id")
-    rows = [{name: getattr(v, name) for name in fields} for v in open_workspace().registry().versions()]
+    shown = fields if as_json else (*fields, "reason")
+    rows = [{name: getattr(v, name) for name in shown} for v in open_workspace().registry().versions()]
     show(rows, as_json, "no versions yet: intel-nb run makes one")
 
 # %% ../nbs/20_cli.ipynb #d2816b46
