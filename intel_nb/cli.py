@@ -21,9 +21,10 @@ if TYPE_CHECKING:  # what a command needs it imports itself: --help should not w
 # %% auto #0
 __all__ = ['app', 'STATUS', 'AsJson', 'Version', 'Stage', 'TYPES', 'Rest', 'aws', 'Named', 'Parameter', 'Option', 'Yes',
            'STOPPED', 'options', 'table', 'show', 'Lines', 'Bars', 'watched', 'summary', 'conclude', 'request_from',
-           'run', 'runs', 'report', 'models', 'endpoints', 'approve', 'reject', 'promote', 'rollback', 'start', 'stop',
-           'predict', 'ask', 'watch', 'cloud', 'ask_unless', 'template', 'definition', 'rehearse', 'cost',
-           'deploy_stack', 'start_pipeline', 'cloud_status', 'destroy', 'call', 'fail', 'quiet_pipe', 'main']
+           'run', 'runs', 'report', 'models', 'endpoints', 'drift_of', 'drift_words', 'approve', 'reject', 'promote',
+           'rollback', 'start', 'stop', 'predict', 'ask', 'watch', 'cloud', 'ask_unless', 'template', 'definition',
+           'rehearse', 'cost', 'deploy_stack', 'start_pipeline', 'cloud_status', 'destroy', 'call', 'fail',
+           'quiet_pipe', 'main']
 
 # %% ../nbs/20_cli.ipynb #9c9f57fc
 app = typer.Typer(name="intel-nb", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
@@ -215,14 +216,33 @@ def models(as_json: AsJson = False) -> None:
     rows = [{name: getattr(v, name) for name in fields} for v in open_workspace().registry().versions()]
     show(rows, as_json, "no versions yet: intel-nb run makes one")
 
-# %% ../nbs/20_cli.ipynb #d2816b46
+# %% ../nbs/20_cli.ipynb #bbeae75a
 @app.command()
 def endpoints(as_json: AsJson = False) -> None:
-    "List the endpoints of the stages."
+    "List the endpoints of the stages, with how their drift detectors stand."
     from intel_nb.plan import open_workspace
-    fields = ("stage", "url", "version", "status", "pid")
-    rows = [{name: getattr(e, name) for name in fields} for e in open_workspace().endpoints().list()]
-    show(rows, as_json, "no endpoints yet: intel-nb run --approve makes one")
+    fields = ("stage", "url", "version", "status", "engine", "pid")
+    rows = [{**{name: getattr(e, name) for name in fields}, "drift": drift_of(e)} for e in open_workspace().endpoints().list()]
+    show(rows if as_json else [r | {"drift": drift_words(r["drift"])} for r in rows], as_json,
+         "no endpoints yet: intel-nb run --approve makes one")
+
+# %% ../nbs/20_cli.ipynb #80a74605
+def drift_of(endpoint: Any) -> dict[str, Any] | None:
+    "What the detector of a running endpoint has counted."
+    from intel_nb.endpoints import EndpointError, drift_status
+    try:
+        return drift_status(endpoint.url) if endpoint.status == "running" else None
+    except (EndpointError, InputError):  # it ended meanwhile, or wants a token that we have not
+        return None
+
+# %% ../nbs/20_cli.ipynb #faae6a16
+def drift_words(found: dict[str, Any] | None) -> str:
+    "The same in a few words."
+    if not found:
+        return ""
+    last = f", last {found['last_alarm']}" if found["last_alarm"] else ""
+    near = f"statistic {found['statistic']:.2f} of {found['threshold']:.2f} at {found['time']}" if found["time"] else "nothing seen since"
+    return f"{near}, {found['alarms']} alarms{last}"
 
 # %% ../nbs/20_cli.ipynb #a0918e90
 Version = Annotated[str, typer.Argument(metavar="VERSION", help="A version, as intel-nb models lists them.")]
