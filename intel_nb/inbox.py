@@ -15,7 +15,7 @@ from .storage import files_of, sha256_file
 
 # %% auto #0
 __all__ = ['PASSING', 'LABELS', 'LABEL_BYTES', 'Mark', 'uploads', 'passing', 'being_written', 'open_read', 'Watched',
-           'content_of', 'Inbox', 'keep_file', 'link', 'picture', 'add_captured']
+           'content_of', 'Inbox', 'keep_file', 'link', 'picture', 'named_captures', 'add_captured']
 
 # %% ../nbs/18b_inbox.ipynb #e103cf2b
 class Mark(NamedTuple):
@@ -151,20 +151,25 @@ def picture(inbox: Path, wanted: Mapping[str, str], into: Path, earlier: Mapping
     return {key: digest for key, digest in wanted.items()
             if keep_file(inbox / key, into / key, digest, earlier.get(digest))}
 
-# %% ../nbs/18b_inbox.ipynb #c2fcdbc0
+# %% ../nbs/18b_inbox.ipynb #164d7bab
 LABELS, LABEL_BYTES = (".json", ".jsonl", ".ndjson", ".manifest", ".csv", ".tsv"), 2**26
-_CAPTURED = re.compile(rb"images/([0-9a-f]{64}\.(?:jpg|png|webp|bmp))")
+_CAPTURED = re.compile(rb"(images(?:/|%2[Ff]))?([0-9a-f]{64}\.(?:jpg|png|webp|bmp))")
 
+def named_captures(data: bytes) -> set[str]:
+    "The paths, beside a label file of that content, at which captured images would be found."
+    return {("images/" if folder else "") + name.decode() for folder, name in _CAPTURED.findall(data)}
+
+# %% ../nbs/18b_inbox.ipynb #49955368
 def add_captured(folder: Path, sources: Iterable[Path]) -> int:
     "Put the captured images that label files below `folder` name beside them, from below `sources`; returns how many."
-    known, count = {}, 0
-    for path in (folder / name for name in files_of(folder) if name.lower().endswith(LABELS)):
-        named = _CAPTURED.findall(path.read_bytes()) if path.stat().st_size <= LABEL_BYTES else []
-        known = known or (named and {p.name: p for source in sources for p in source.glob("**/images/*") if p.is_file()}) or {}
-        for name in sorted({name.decode() for name in named}):
-            target = path.parent / "images" / name
-            if name in known and not target.exists():
-                target.parent.mkdir(exist_ok=True)
-                link(known[name], target)
-                count += 1
-    return count
+    labels = [folder / name for name in files_of(folder) if name.lower().endswith(LABELS)]
+    wanted = [path.parent / name for path in labels if path.stat().st_size <= LABEL_BYTES
+              for name in named_captures(path.read_bytes())]
+    missing = {path for path in wanted if not path.exists()}
+    names = {path.name for path in missing}
+    known = {p.name: p for source in sources if names for p in source.rglob("*.*") if p.name in names and p.is_file()}
+    found = [path for path in missing if path.name in known]
+    for path in found:
+        path.parent.mkdir(exist_ok=True)
+        link(known[path.name], path)
+    return len(found)

@@ -91,11 +91,11 @@ def scene(tmp_path):
     made.close()
 
 
-def until(true, seconds: float = 60) -> None:
+def until(true, seconds: float = 60, pause: float = 0.02) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
+        time.sleep(pause)
 
 
 def content(number: int) -> bytes:
@@ -214,6 +214,22 @@ def test_a_watcher_that_is_told_to_end_takes_its_command_along(scene):
     assert [note["run"] for note in scene.notes()] == [order["id"]]
 
 
+def test_labels_of_a_capture_get_its_images(scene):
+    "A person drops the export of Label Studio, without images; a later run has them still, though the capture has gone."
+    image = b"pixels"
+    kept = scene.root / "workspace" / "captures" / "staging" / "2026-01-31T120000Z-00000042" / "images" / f"{digest(image)}.jpg"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(image)
+    scene.watch()
+    (scene.inbox / "annotations" / "export.json").write_text(json.dumps([{"data": {"image": f"images/{kept.name}"}}]))
+    until(lambda: len(scene.notes()) == 1)
+    assert digest(image) in scene.notes()[0]["digests"]
+    shutil.rmtree(kept.parent.parent)
+    (scene.inbox / "annotations" / "1.csv").write_bytes(content(1))
+    until(lambda: len(scene.notes()) == 2 and scene.idle())
+    assert {digest(image), digest(content(1))} <= set(scene.notes()[1]["digests"])
+
+
 @pytest.mark.slow
 def test_an_upload_becomes_a_run_and_an_approval_a_live_endpoint(empty):
     inbox = empty.root / "inbox"
@@ -222,12 +238,12 @@ def test_an_upload_becomes_a_run_and_an_approval_a_live_endpoint(empty):
         watcher = subprocess.Popen([COMMAND, "watch", "inbox", *QUICK], env=empty.environ, cwd=empty.root, stdout=log, stderr=log)
     try:
         shutil.copy(empty.archive, inbox / "intel.zip")
-        until(lambda: empty("runs", "--json").json and empty.newest()["status"] not in ("running", "failed"), 240)
+        until(lambda: empty("runs", "--json").json and empty.newest()["status"] not in ("running", "failed"), 240, 1)
         run = empty.newest()
         assert (run["status"], run["trigger"], run["model_version"]) == ("waiting", "data-uploaded", "1")
         from intel_nb.registry import open_registry
         open_registry(f"sqlite:///{empty.home / 'mlflow.db'}").set_status("1", "Approved", "by another way than the command")
-        until(lambda: empty.newest()["status"] == "succeeded", 240)
+        until(lambda: empty.newest()["status"] == "succeeded", 240, 1)
         assert len(empty("runs", "--json").json) == 1
         assert [(e["stage"], e["version"], e["status"]) for e in empty("endpoints", "--json").json] == [("staging", "1", "running")]
         watcher.terminate()
