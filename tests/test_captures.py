@@ -117,3 +117,17 @@ def test_a_full_disk_does_not_stop_the_endpoint(tmp_path, package):
     assert [invoke(url, fogged(300 + k), "image/jpeg")["model"]["version"] for k in range(5)] == ["7"] * 5
     endpoints.stop("staging")
     assert "a capture is given up" in (tmp_path / "workspace" / "endpoints" / "staging" / "supervisor.log").read_text()
+
+
+@pytest.mark.slow
+def test_on_a_cluster_the_front_keeps_them(tmp_path, package):
+    "The detector is a process of its own there; the bodies are with the application in front of it."
+    pytest.importorskip("ray")
+    endpoints = LocalEndpoints(tmp_path / "workspace" / "endpoints", owned=True, first_port=18500, env={"INTEL_NB_REPLICAS": "1"})
+    url = endpoints.deploy("staging", package, "7", engine="ray").url
+    sent = until_alarm(url)
+    endpoints.stop("staging")
+    kept, = list_captures(tmp_path / "workspace" / "captures")
+    tasks = json.loads((kept.where / "tasks.json").read_text())
+    assert tasks[-1]["data"]["image"] == f"images/{hashlib.sha256(sent[-1]).hexdigest()}.jpg"
+    assert (tmp_path / "workspace" / "endpoints" / "staging" / "state" / "alarms" / f"{kept.where.name}.json").exists()
