@@ -219,15 +219,16 @@ def models(as_json: AsJson = False) -> None:
     rows = [{name: getattr(v, name) for name in fields} for v in open_workspace().registry().versions()]
     show(rows, as_json, "no versions yet: intel-nb run makes one")
 
-# %% ../nbs/20_cli.ipynb #bbeae75a
+# %% ../nbs/20_cli.ipynb #466ec6c7
 @app.command()
 def endpoints(as_json: AsJson = False) -> None:
     "List the endpoints of the stages, with how their drift detectors stand."
     from intel_nb.plan import open_workspace
-    fields = ("stage", "url", "version", "status", "engine", "pid")
-    rows = [{**{name: getattr(e, name) for name in fields}, "drift": drift_of(e)} for e in open_workspace().endpoints().list()]
-    show(rows if as_json else [r | {"drift": drift_words(r["drift"])} for r in rows], as_json,
-         "no endpoints yet: intel-nb run --approve makes one")
+    found = open_workspace().endpoints().list()
+    rows = [{name: getattr(e, name) for name in ("stage", "url", "version", "status", "pid")} for e in found]
+    if not as_json:
+        rows = [row | {"engine": e.engine, "drift": drift_words(drift_of(e))} for row, e in zip(rows, found)]
+    show(rows, as_json, "no endpoints yet: intel-nb run --approve makes one")
 
 # %% ../nbs/20_cli.ipynb #80a74605
 def drift_of(endpoint: Any) -> dict[str, Any] | None:
