@@ -59,7 +59,7 @@ def ground_truth(line: dict[str, Any], voter: str) -> Said:
              for vote in _job_votes(line.get(name.removesuffix("-metadata")), about, f"{voter} {name}")]
     return Said(_image(line.get("source-ref", line.get("source"))), _some(votes))
 
-# %% ../nbs/17_annotations.ipynb #5cf6d803
+# %% ../nbs/17_annotations.ipynb #fbf6cfcc
 def _job_votes(value: Any, about: dict[str, Any], voter: str) -> Iterator[Vote]:
     "The votes of one job; `value` is the class index, or a list of them where an image may have several labels."
     if "image-classification" not in str(about.get("type", "image-classification")):
@@ -69,7 +69,8 @@ def _job_votes(value: Any, about: dict[str, Any], voter: str) -> Iterator[Vote]:
     classes, sure = about.get("class-map"), about.get("confidence-map")
     if isinstance(classes, dict):
         for index in value if isinstance(value, list) else []:
-            yield Vote(_label(classes.get(str(index))), _confidence(sure.get(str(index)) if isinstance(sure, dict) else None), voter)
+            confidence = sure.get(str(index)) if isinstance(sure, dict) else None
+            yield Vote(_label(classes.get(str(index))), _confidence(confidence), voter)
     elif "class-name" in about:
         yield Vote(_label(about["class-name"]), _confidence(about.get("confidence")), voter)
 
@@ -102,7 +103,7 @@ def _some(votes: Iterable[Vote]) -> tuple[Vote, ...]:
         raise Unusable("no_label", "nobody has labelled it")
     return votes
 
-# %% ../nbs/17_annotations.ipynb #33ff36ae
+# %% ../nbs/17_annotations.ipynb #bc7c0d3b
 def label_studio(task: dict[str, Any], voter: str) -> Said:
     "What a task says; raises `Unusable`. Annotations that were cancelled are passed over."
     data, given = task.get("data"), task.get("annotations", task.get("completions", []))
@@ -110,8 +111,8 @@ def label_studio(task: dict[str, Any], voter: str) -> Said:
         raise Unusable("malformed", "is no task: it needs an object as data and a list of annotations")
     texts = [value for value in data.values() if isinstance(value, str)]
     image = _image(data.get("image", texts[0] if len(texts) == 1 else None))
-    votes = [Vote(_label(label), None, _annotator(a, f"{voter} {k}")) for k, a in enumerate(given) if not a.get("was_cancelled")
-             for label in _choices(a.get("result"))]
+    votes = [Vote(_label(label), None, _annotator(a, f"{voter} {k}")) for k, a in enumerate(given)
+             if not a.get("was_cancelled") for label in _choices(a.get("result"))]
     return Said(image, _some(votes), _source(task.get("meta")))
 
 # %% ../nbs/17_annotations.ipynb #9dd1fb20
@@ -120,11 +121,12 @@ def _annotator(annotation: dict[str, Any], otherwise: str) -> str:
     parts = [annotation.get(name) for name in ("id", "completed_by", "created_at")]
     return short(f"Label Studio {parts}") if parts[0] is not None else otherwise
 
-# %% ../nbs/17_annotations.ipynb #8420730e
+# %% ../nbs/17_annotations.ipynb #86843cda
 def _choices(results: Any) -> list[Any]:
     "What was chosen, of all controls that are choices."
     try:
-        return [choice for r in results or [] if r.get("type", "choices") == "choices" for choice in r["value"].get("choices", [])]
+        chosen = [r["value"].get("choices", []) for r in results or [] if r.get("type", "choices") == "choices"]
+        return [choice for some in chosen for choice in some]
     except (TypeError, AttributeError, KeyError):
         raise Unusable("malformed", "has an annotation whose result cannot be read") from None
 
@@ -139,8 +141,9 @@ def _source(meta: Any) -> str:
         pass
     return "annotations"
 
-# %% ../nbs/17_annotations.ipynb #de6d2159
-IMAGE, LABEL, CONFIDENCE = ("image", "source-ref", "path", "file", "filename"), ("label", "class-name", "class", "choice", "category"), ("confidence",)
+# %% ../nbs/17_annotations.ipynb #ce63318e
+IMAGE = ("image", "source-ref", "path", "file", "filename")
+LABEL, CONFIDENCE = ("label", "class-name", "class", "choice", "category"), ("confidence",)
 
 def flat(row: dict[str, Any], voter: str) -> Said:
     "What a row with an image and a label says, whichever of their usual names the columns have; raises `Unusable`."
@@ -196,7 +199,7 @@ def said_in(entry: Any, voter: str) -> tuple[str, Said]:
         return "label-studio", flat(entry, voter)
     raise Unusable("malformed", "is neither a line of a Ground Truth manifest nor a task of Label Studio")
 
-# %% ../nbs/17_annotations.ipynb #5d7ce2bf
+# %% ../nbs/17_annotations.ipynb #b9b503cd
 def entries(data: bytes) -> Iterator[tuple[int, Any]]:
     "The entries of a JSON file by number: the items of its list, its one object, or its lines; an `Unusable` for what is no JSON."
     try:
@@ -205,7 +208,8 @@ def entries(data: bytes) -> Iterator[tuple[int, Any]]:
     except (ValueError, RecursionError) as e:
         if data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
             raise Unusable("malformed", f"is no JSON ({short(e)}); was it cut short?") from None
-        yield from ((number, _json(line)) for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").splitlines(), 1) if line.strip())
+        lines = data.removeprefix(b"\xef\xbb\xbf").splitlines()
+        yield from ((number, _json(line)) for number, line in enumerate(lines, 1) if line.strip())
 
 # %% ../nbs/17_annotations.ipynb #8e2eb0a9
 def _json(line: bytes) -> Any:
@@ -224,8 +228,9 @@ class Place(NamedTuple):
     def __str__(self) -> str:
         return f"{self.file}:{self.number}" if self.number else self.file
 
-# %% ../nbs/17_annotations.ipynb #99f94831
-FORMS = {".manifest": "ground-truth", ".jsonl": "ground-truth", ".ndjson": "ground-truth", ".json": "label-studio", ".csv": "csv", ".tsv": "csv"}
+# %% ../nbs/17_annotations.ipynb #ee9f6f63
+FORMS = {".manifest": "ground-truth", ".jsonl": "ground-truth", ".ndjson": "ground-truth", ".json": "label-studio",
+         ".csv": "csv", ".tsv": "csv"}
 
 def read_labels(file: str, data: bytes) -> Iterator[tuple[Place, Said | Unusable]]:
     "What the lines of a label file say, one by one; raises `InputError` when it has too many."
@@ -268,9 +273,9 @@ def embedded(image: str) -> bytes | None:
     except (binascii.Error, ValueError) as e:
         raise Unusable("malformed", f"holds an image that is no base64 ({e})") from None
 
-# %% ../nbs/17_annotations.ipynb #56494f81
+# %% ../nbs/17_annotations.ipynb #0578e1a7
 def path_of(image: str) -> tuple[str, str]:
-    "How `image` names a file (`here`, `file` or `s3`), and the path; raises `Unusable` for what would have to be fetched from elsewhere."
+    "How `image` names a file (`here`, `file` or `s3`), and the path; raises `Unusable` for other URIs."
     image = image.replace("\\", "/")
     scheme, _, rest = image.partition("://")
     if "\0" in image or len(image) > 2048:
@@ -280,14 +285,14 @@ def path_of(image: str) -> tuple[str, str]:
     if upload := _UPLOAD.search(image):
         return "file", upload[1]
     if rest and scheme.lower() not in ("s3", "file"):
-        raise Unusable("unsupported_reference", f"{short(image)} is not fetched; hand the image over, or give a path, file:// or s3://")
+        raise Unusable("unsupported_reference", f"{short(image)} is not fetched; hand the image over, or name it by s3://")
     if rest:
         return scheme.lower(), unquote(rest.partition("/")[2]) if scheme.lower() == "file" else rest
     return ("file" if re.match(r"/|[A-Za-z]:/", image) else "here"), image
 
-# %% ../nbs/17_annotations.ipynb #0a59bd3c
+# %% ../nbs/17_annotations.ipynb #a2982684
 def candidates(kind: str, path: str, folder: str) -> Iterator[str]:
-    "Where the image may lie that a label file in `folder` names, the likeliest place first; raises `Unusable` for a path that leads outside."
+    "Where the image may lie that a label file in `folder` names, likeliest first; raises `Unusable` for a path that leads out."
     beside = posixpath.normpath(posixpath.join(folder, path))
     if beside.split("/")[0] == ".." or (kind != "here" and ".." in path.split("/")):
         raise Unusable("outside", f"{short(path)} leads out of what was handed over")
@@ -310,9 +315,9 @@ class Delivery:
         "The label files."
         return [path for path in self.files if Path(path).suffix.lower() in FORMS]
 
-# %% ../nbs/17_annotations.ipynb #caed5cb8
+# %% ../nbs/17_annotations.ipynb #342d547f
 def deliveries(source: str | Path) -> tuple[list[Delivery], list[Outcome]]:
-    "What the folder, zip or label file `source` holds, and the zips within that cannot be read; raises `InputError` when it is none of these."
+    "What the folder, zip or label file `source` holds, and the zips within that cannot be read; raises `InputError`."
     source, bad = Path(source), []
     if source.is_file() and source.suffix.lower() in FORMS:
         return [_delivery(source.name, [Member(source.name, source.stat().st_size, source.read_bytes)])], []
@@ -370,14 +375,15 @@ def same_place(paths: Collection[str]) -> bool:
     parts = sorted(([p for p in path.split("/") if p] for path in paths), key=len)
     return all(parts[-1][-len(p):] == p for p in parts)
 
-# %% ../nbs/17_annotations.ipynb #37030d60
+# %% ../nbs/17_annotations.ipynb #7b8054c4
 def located_in(delivery: Delivery, label_file: str, remote: Callable[[str], Member]) -> Iterator[tuple[Located, str] | Outcome]:
     "The lines of one label file, each with its image (and the path that found it) or with what is wrong."
     member = delivery.files[label_file]
     try:
         data = _read(member)
     except Unusable as e:
-        return (yield Outcome(Place(member.path, 0, FORMS[Path(label_file).suffix.lower()]), "quarantined", e.reason, str(e)))
+        yield Outcome(Place(member.path, 0, FORMS[Path(label_file).suffix.lower()]), "quarantined", e.reason, str(e))
+        return
     for place, said in read_labels(member.path, data):
         try:
             if isinstance(said, Unusable):
@@ -396,7 +402,7 @@ def _read(member: Member) -> bytes:
     except UNREADABLE as e:
         raise Unusable("unreadable", short(e)) from None
 
-# %% ../nbs/17_annotations.ipynb #65da8d84
+# %% ../nbs/17_annotations.ipynb #239623fb
 def read_delivery(delivery: Delivery, remote: Callable[[str], Member]) -> tuple[list[Located], list[Outcome]]:
     "All lines of all label files of `delivery`: those whose image was found, and the others."
     found = [one for label_file in delivery.labels for one in located_in(delivery, label_file, remote)]
@@ -404,15 +410,22 @@ def read_delivery(delivery: Delivery, remote: Callable[[str], Member]) -> tuple[
     for located, path in (one for one in found if isinstance(one, tuple)):
         paths[located.member].update({path} - {""})
     clear = {member: not some or same_place(some) for member, some in paths.items()}
-    ambiguous = lambda located: Outcome(located.place, "quarantined", "ambiguous", f"{short(located.said.image)} and another path, "
-                                        f"which is another place, both lead to {located.member.path}")
-    good = [one[0] for one in found if isinstance(one, tuple) and (not one[1] or clear[one[0].member])]
-    bad = [ambiguous(one[0]) for one in found if isinstance(one, tuple) and one[1] and not clear[one[0].member]]
-    return good, [one for one in found if isinstance(one, Outcome)] + bad
+    good, bad = [], []
+    for one in found:
+        if isinstance(one, Outcome):
+            bad.append(one)
+        elif one[1] and not clear[one[0].member]:
+            detail = f"{short(one[0].said.image)} and a path to another place both lead to {one[0].member.path}"
+            bad.append(Outcome(one[0].place, "quarantined", "ambiguous", detail))
+        else:
+            good.append(one[0])
+    return good, bad
 
-# %% ../nbs/17_annotations.ipynb #dba8afbd
+# %% ../nbs/17_annotations.ipynb #a7eaf66a
 def read_annotations(sources: Iterable[str | Path], scratch: str | Path) -> tuple[list[Located], list[Outcome]]:
-    "The lines of all `sources`; images under s3:// that were not handed over are fetched to `scratch` when they are read. Raises `InputError`."
+    """The lines of all `sources` with their images, and those that have none; raises `InputError`.
+
+    Images under s3:// that were not handed over are fetched to `scratch` when they are read."""
     located, outcomes, known = [], [], {}
     for source in sources:
         found, bad = deliveries(source)
@@ -420,7 +433,8 @@ def read_annotations(sources: Iterable[str | Path], scratch: str | Path) -> tupl
             more, others = read_delivery(delivery, lambda uri: known.setdefault(uri, _remote(uri, Path(scratch))))
             located, bad = located + more, bad + others
         if not any(delivery.labels for delivery in found):
-            bad.append(Outcome(Place(short(Path(source).name), 0, ""), "quarantined", "no_labels", f"holds no file of {', '.join(FORMS)}"))
+            detail = f"holds no file of {', '.join(FORMS)}"
+            bad.append(Outcome(Place(short(Path(source).name), 0, ""), "quarantined", "no_labels", detail))
         outcomes += bad
     return located, outcomes
 
@@ -456,10 +470,10 @@ class Settled(NamedTuple):
     label: str
     source: str
 
-# %% ../nbs/17_annotations.ipynb #73ef8bc5
+# %% ../nbs/17_annotations.ipynb #0fe43f41
 def settle(lines: Sequence[tuple[Located, str]], dataset: Mapping[str, tuple[str, str]], classes: Collection[str]
            ) -> tuple[dict[str, Settled], list[Outcome]]:
-    "What `lines`, with the SHA-256 of their images, add to `dataset` (label and path by SHA-256), by SHA-256; and what became of each."
+    "What `lines` (with their images' SHA-256) add to `dataset` (label and path by SHA-256), by SHA-256; what became of each."
     votes, sources, rows, outcomes = defaultdict(set), defaultdict(set), {}, []
     for line, sha256 in lines:
         if own := {v for v in line.said.votes if v.label in classes}:
@@ -474,23 +488,24 @@ def settle(lines: Sequence[tuple[Located, str]], dataset: Mapping[str, tuple[str
         outcomes.append(Outcome(line.place, kind, reason, f"{short(line.said.image)}: {detail}" if detail else ""))
     return rows, outcomes
 
-# %% ../nbs/17_annotations.ipynb #cea6dff2
+# %% ../nbs/17_annotations.ipynb #54f81df3
 def _settled(own: set[str], classes: Collection[str], known: tuple[str, str] | None, first: Settled | None,
              elected: str | None) -> tuple[str, str, str]:
     "What becomes of a line with the labels `own`: kind, reason, detail."
-    said = " and ".join(sorted(map(short, own)))
+    said, same = " and ".join(sorted(map(short, own))), known and f"the same image as {known[1]} in the dataset"
     if not own & set(classes):
         return "quarantined", "unknown_label", f"{said} is none of {', '.join(classes)}"
+    if known and known[0] not in own:
+        return "quarantined", "contradictory", f"{said}, but {same}, which is {known[0]}"
     if known:
-        same = f"the same image as {known[1]} in the dataset"
-        return ("duplicate", "duplicate", same) if known[0] in own else ("quarantined", "contradictory", f"{said}, but {same}, which is {known[0]}")
+        return "duplicate", "duplicate", same
     if elected is None:
         return "quarantined", "contradictory", f"{said}, and as much speaks for another class"
     if elected not in own:
         return "quarantined", "outvoted", f"{said}, but more speaks for {elected}"
     return ("duplicate", "duplicate", f"the same image as {first.member.path}") if first else ("added", "", "")
 
-# %% ../nbs/17_annotations.ipynb #5d24623e
+# %% ../nbs/17_annotations.ipynb #5edf9319
 KINDS = ("added", "duplicate", "quarantined")
 
 def account(outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -500,4 +515,5 @@ def account(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         files[o.place.file, o.place.form][o.kind] += 1
     return {"annotations": {kind: total[kind] for kind in KINDS},
             "annotation_reasons": dict(sorted(Counter(o.reason for o in outcomes if o.reason).items())),
-            "annotation_files": [{"file": file, "form": form} | {kind: n[kind] for kind in KINDS} for (file, form), n in sorted(files.items())]}
+            "annotation_files": [{"file": file, "form": form} | {kind: n[kind] for kind in KINDS}
+                                 for (file, form), n in sorted(files.items())]}

@@ -161,32 +161,35 @@ def _unopened(line: Located, image: Rejected) -> Outcome:
     "What becomes of a line whose image is none."
     return Outcome(line.place, "quarantined", image.reason, short(f"{image.path}: {image.detail}", 300))
 
-# %% ../nbs/00_data.ipynb #8fc330ae
-def spread(splits: dict[str, list[Candidate]], added: Iterable[Candidate], bounds: dict[str, float], seed: int) -> dict[str, list[Candidate]]:
+# %% ../nbs/00_data.ipynb #84dbb52b
+def spread(splits: dict[str, list[Candidate]], added: Iterable[Candidate], bounds: dict[str, float], seed: int
+           ) -> dict[str, list[Candidate]]:
     "`splits` with the images `added`: each goes into the first of `bounds` that its number (see `draw`) is below, else into train."
     into = {split: list(candidates) for split, candidates in splits.items()}
     for c in added:
         into[next((split for split, bound in bounds.items() if draw(c.sha256, seed) < bound), "train")].append(c)
     return {split: sorted(candidates, key=lambda c: c.sha256) for split, candidates in into.items()}
 
-# %% ../nbs/00_data.ipynb #e666f2cb
+# %% ../nbs/00_data.ipynb #ad95ce68
 def build_dataset(source: str | Path, out: str | Path, classes: Iterable[str] = (), val_fraction: float = .1, test_fraction: float = .1,
                   seed: int = 0, progress: Callable[[int], None] = lambda done: None, annotations: Iterable[str | Path] = (),
                   test_annotations: bool = False, scratch: str | Path = "") -> dict:
-    """Write `dataset/`, `report.json`, `quarantine.csv` and `index.csv` for the archive `source` and the `annotations` to `out`; the report.
+    """Write `dataset/`, `report.json`, `quarantine.csv` and `index.csv` for the archive `source` and `annotations` to `out`.
 
-    `scratch` is a folder for images that have to be fetched. Raises `InputError`."""
+    Returns the report. `scratch` is a folder for images that have to be fetched. Raises `InputError`."""
     out = Path(out)
     found, rejected = check_all(members(source), progress)
     found = _only(found, list(classes))
     kept, left = resolve(found)
     added, outcomes = annotated(annotations, kept, scratch or out / ".scratch")
-    bounds = {"test": test_fraction, "validation": test_fraction + val_fraction} if test_annotations else {"validation": val_fraction}
+    asked = {"test": test_fraction, "validation": test_fraction + val_fraction}
+    bounds = asked if test_annotations else {"validation": val_fraction}
     splits = spread(assign(kept, val_fraction, test_fraction, seed), added, bounds, seed)
     names = sorted({c.label for c in kept})
     for split, candidates in splits.items():
         write_split(out / "dataset", split, _rows(candidates, names), len(candidates), names)
-    aside = [(r.path, r.reason, r.detail) for r in rejected + left] + [(str(o.place), o.reason, o.detail) for o in outcomes if o.kind != "added"]
+    aside = [(r.path, r.reason, r.detail) for r in rejected + left]
+    aside += [(str(o.place), o.reason, o.detail) for o in outcomes if o.kind != "added"]
     write_text(out / "quarantine.csv", _table(("path", "reason", "detail"), aside))
     write_text(out / "index.csv", _table(("sha256", "split", "label", "path"),
                                          ((c.sha256, s, c.label, c.member.path) for s, cs in splits.items() for c in cs)))
