@@ -19,9 +19,11 @@ if TYPE_CHECKING:  # what a command needs it imports itself: --help should not w
     from intel_nb.runs import Run
 
 # %% auto #0
-__all__ = ['app', 'STATUS', 'AsJson', 'Version', 'Stage', 'TYPES', 'Rest', 'STOPPED', 'options', 'table', 'show', 'Lines', 'Bars',
-           'watched', 'summary', 'conclude', 'request_from', 'run', 'runs', 'report', 'models', 'endpoints', 'approve',
-           'reject', 'promote', 'rollback', 'start', 'stop', 'predict', 'ask', 'watch', 'cloud', 'call', 'fail',
+__all__ = ['app', 'STATUS', 'AsJson', 'Version', 'Stage', 'TYPES', 'aws', 'Named', 'Parameter', 'Option', 'Yes', 'STOPPED',
+           'options', 'table', 'show', 'Lines', 'Bars', 'watched', 'summary', 'conclude', 'request_from', 'run', 'runs',
+           'report', 'models', 'endpoints', 'drift_of', 'drift_words', 'captures', 'approve', 'reject', 'promote',
+           'rollback', 'start', 'stop', 'predict', 'ask', 'watch', 'cloud', 'ask_unless', 'template', 'definition',
+           'rehearse', 'cost', 'deploy_stack', 'start_pipeline', 'cloud_status', 'destroy', 'call', 'fail',
            'quiet_pipe', 'main']
 
 # %% ../nbs/20_cli.ipynb #9c9f57fc
@@ -154,7 +156,7 @@ def request_from(workspace: Workspace, settings: list[str], named: dict[str, Any
             parameters.setdefault(step, {})[parameter] = value
     return Request(parameters, **fields)
 
-# %% ../nbs/20_cli.ipynb #15b8724e
+# %% ../nbs/20_cli.ipynb #65c71d7d
 @app.command()
 def run(
     data: Annotated[Optional[str], typer.Option(help="Zip, folder or s3:// URI of labelled images. "
@@ -170,6 +172,7 @@ def run(
     last: Annotated[str, typer.Option("--to", metavar="STEP", help="Stop after this step.")] = "",
     engine: Annotated[Optional[str], typer.Option(help="What serves: process or ray.")] = None,
     approve: Annotated[bool, typer.Option("--approve", help="Approve a version that passes its gate.")] = False,
+    trigger: Annotated[str, typer.Option(hidden=True)] = "run",
 ) -> None:
     "Run the chain; what is done already is taken from the store. Without --approve it stops before staging, to wait."
     from intel_nb.chain import run_chain
@@ -178,7 +181,8 @@ def run(
     check_engine(engine or "process")
     workspace = open_workspace()
     named = {"data.archive": data, "data.annotations": annotations or None, "train.profile": profile, "deploy.engine": engine}
-    request = request_from(workspace, param or [], named, run_id=run_id, first=first, last=last, approve=approve)
+    request = request_from(workspace, param or [], named, run_id=run_id, first=first, last=last, approve=approve,
+                           trigger=trigger)
     conclude(workspace, [watched(lambda tell: run_chain(workspace, request, tell=tell))])
 
 # %% ../nbs/20_cli.ipynb #0f888b40
@@ -197,17 +201,18 @@ def runs(as_json: AsJson = False) -> None:
            "steps": ", ".join(f"{s.name} {s.status}" for s in r.steps if s.status != "skipped")} for r in found],
          False, "no runs yet: intel-nb run starts one")
 
-# %% ../nbs/20_cli.ipynb #4ecdf67e
+# %% ../nbs/20_cli.ipynb #d280b005
 @app.command()
 def report(run: Annotated[str, typer.Argument(metavar="RUN", help="A run id.")], as_json: AsJson = False) -> None:
     "Show what a run did, and write its page."
     import json
     from dataclasses import asdict
     from intel_nb.plan import open_workspace
+    from intel_nb.captures import captures_section
     from intel_nb.runs import read_run, write_report
     workspace = open_workspace()
     found = read_run(workspace.executed, run)
-    write_report(workspace.executed, found)
+    write_report(workspace.executed, found, captures_section(workspace.home / "captures"))
     if as_json:
         return print(json.dumps(asdict(found), indent=2))
     rows = [{"step": s.name, "status": s.status, "seconds": f"{s.seconds:.1f}", "notebook": s.notebook}
@@ -224,14 +229,45 @@ def models(as_json: AsJson = False) -> None:
     rows = [{name: getattr(v, name) for name in fields} for v in open_workspace().registry().versions()]
     show(rows, as_json, "no versions yet: intel-nb run makes one")
 
-# %% ../nbs/20_cli.ipynb #d2816b46
+# %% ../nbs/20_cli.ipynb #bbeae75a
 @app.command()
 def endpoints(as_json: AsJson = False) -> None:
-    "List the endpoints of the stages."
+    "List the endpoints of the stages, with how their drift detectors stand."
     from intel_nb.plan import open_workspace
-    fields = ("stage", "url", "version", "status", "pid")
-    rows = [{name: getattr(e, name) for name in fields} for e in open_workspace().endpoints().list()]
-    show(rows, as_json, "no endpoints yet: intel-nb run --approve makes one")
+    fields = ("stage", "url", "version", "status", "engine", "pid")
+    rows = [{**{name: getattr(e, name) for name in fields}, "drift": drift_of(e)} for e in open_workspace().endpoints().list()]
+    show(rows if as_json else [r | {"drift": drift_words(r["drift"])} for r in rows], as_json,
+         "no endpoints yet: intel-nb run --approve makes one")
+
+# %% ../nbs/20_cli.ipynb #80a74605
+def drift_of(endpoint: Any) -> dict[str, Any] | None:
+    "What the detector of a running endpoint has counted."
+    from intel_nb.endpoints import EndpointError, drift_status
+    try:
+        return drift_status(endpoint.url) if endpoint.status == "running" else None
+    except (EndpointError, InputError):  # it ended meanwhile, or wants a token that we have not
+        return None
+
+# %% ../nbs/20_cli.ipynb #faae6a16
+def drift_words(found: dict[str, Any] | None) -> str:
+    "The same in a few words."
+    if not found:
+        return ""
+    last = f", last {found['last_alarm']}" if found["last_alarm"] else ""
+    near = f"statistic {found['statistic']:.2f} of {found['threshold']:.2f} at {found['time']}" if found["time"] else "nothing seen since"
+    return f"{near}, {found['alarms']} alarms{last}"
+
+# %% ../nbs/20_cli.ipynb #886a7ca1
+@app.command()
+def captures(as_json: AsJson = False) -> None:
+    "List what endpoints kept at drift alarms, newest first."
+    from intel_nb.captures import list_captures, next_step
+    from intel_nb.plan import open_workspace
+    found = list_captures(open_workspace().home / "captures")
+    show([{"stage": k.stage, "time": k.time, "version": k.version, "images": k.images, "where": str(k.where)} for k in found],
+         as_json, "no captures yet: an endpoint keeps images when it alarms")
+    if found and not as_json:
+        print(f"to do: {next_step(found[0])}")
 
 # %% ../nbs/20_cli.ipynb #a0918e90
 Version = Annotated[str, typer.Argument(metavar="VERSION", help="A version, as intel-nb models lists them.")]
@@ -326,19 +362,107 @@ def ask(url: str, image: str) -> dict[str, Any]:
         raise InputError(f"{image} is no image that the endpoint takes; it takes {', '.join(TYPES)}")
     return invoke(url, Path(image).read_bytes(), f"image/{kind}")["predictions"][0]
 
-# %% ../nbs/20_cli.ipynb #d2558479
-Rest = {"context_settings": {"allow_extra_args": True, "ignore_unknown_options": True}}
+# %% ../nbs/20_cli.ipynb #0ef79378
+@app.command()
+def watch(
+    inbox: Annotated[str, typer.Argument(metavar="INBOX", help="A folder for intel.zip and annotations/.")],
+    profile: Annotated[Optional[str], typer.Option(help="As for run.")] = None,
+    param: Annotated[Optional[list[str]], typer.Option(metavar="STEP.NAME=VALUE", help="As for run.")] = None,
+    engine: Annotated[Optional[str], typer.Option(help="As for run.")] = None,
+    approve: Annotated[bool, typer.Option("--approve", help="As for run.")] = False,
+    rest: Annotated[float, typer.Option(help="Seconds that a file must not have changed.", min=0)] = 2,
+    poll: Annotated[bool, typer.Option("--poll", help="Do not rely on the system to tell of changes (network disks).")] = False,
+) -> None:
+    "Follow a folder: what is uploaded there starts a run, once. Approvals and drift alarms are followed too."
+    from intel_nb import triggers
+    from intel_nb.plan import PLAN, check_request, declared_parameters, open_workspace
+    from intel_nb.storage import utc_now
+    workspace = open_workspace()
+    triggers.check_inbox(inbox)
+    request = request_from(workspace, param or [], {"train.profile": profile, "deploy.engine": engine})
+    check_request(request, declared_parameters(PLAN, workspace.notebooks), PLAN)
+    given = {"--profile": [profile], "--param": param or [], "--engine": [engine]}
+    options = [text for name, values in given.items() for value in values if value for text in (name, value)]
+    try:
+        triggers.watch(inbox, workspace, options + ["--approve"] * approve, times=triggers.Times(rest), poll=poll,
+                       tell=lambda text: print(utc_now(), text, flush=True))
+    except KeyboardInterrupt:
+        print(utc_now(), "ended; the next watcher goes on from here", flush=True)
 
-@app.command(**Rest)
-def watch() -> None:
-    "Follow an inbox for uploads (not yet)."
-    raise InputError("intel-nb watch is not there yet; run intel-nb run --data on what was uploaded")
+# %% ../nbs/20_cli.ipynb #db2d2245
+aws = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The same chain on SageMaker.")
+app.add_typer(aws, name="aws")
 
-# %% ../nbs/20_cli.ipynb #5f6783f1
-@app.command(name="aws", **Rest)
-def cloud() -> None:
-    "The same chain on SageMaker (not yet)."
-    raise InputError("intel-nb aws is not there yet; the chain runs on this machine with intel-nb run")
+def cloud():
+    "The module behind the aws commands, imported when one is given."
+    from importlib import import_module
+    try:
+        return import_module("intel_nb.aws.commands")
+    except ModuleNotFoundError as e:
+        raise InputError(f"intel-nb aws needs what is not installed here ({e}): pip install 'intel-nb[aws]'") from None
+
+Named = Annotated[str, typer.Option("--name", help="What the deployment is called.")]
+Parameter = Annotated[Optional[list[str]], typer.Option(metavar="NAME=VALUE", help="Set a parameter of the pipeline.")]
+Option = Annotated[Optional[list[str]], typer.Option(metavar="NAME=VALUE", help="Set an option of the stack, as in email=ann@example.org.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Agree without being asked.")]
+
+# %% ../nbs/20_cli.ipynb #b1f75a0c
+def ask_unless(yes: bool) -> Callable[[str], bool]:
+    "What asks a person a question; with `yes` the answer is known."
+    return lambda question: yes or typer.confirm(question, err=True)
+
+# %% ../nbs/20_cli.ipynb #6eedc1db
+@aws.command()
+def template(option: Option = None, name: Named = "intel-nb",
+             output: Annotated[str, typer.Option(help="A file to write it to.")] = "") -> None:
+    "Print the stack's template; needs no account."
+    raise typer.Exit(cloud().template(option or [], name, output))
+
+# %% ../nbs/20_cli.ipynb #b10d6176
+@aws.command()
+def definition(parameter: Parameter = None) -> None:
+    "Print the pipeline's definition, checked; needs no account."
+    raise typer.Exit(cloud().definition(parameter or []))
+
+# %% ../nbs/20_cli.ipynb #487422f3
+@aws.command()
+def rehearse(data: Annotated[str, typer.Option(help="Zip, folder or s3:// URI of labelled images. Without: drawn sample scenes.")] = "",
+             parameter: Parameter = None, as_json: AsJson = False) -> None:
+    "Carry the pipeline's definition out on this machine; needs no account."
+    raise typer.Exit(cloud().rehearse(data, parameter or [], as_json))
+
+# %% ../nbs/20_cli.ipynb #16d89337
+@aws.command()
+def cost(option: Annotated[Optional[list[str]], typer.Option(metavar="NAME=VALUE", help="How much is used, as in runs=4.")] = None,
+         as_json: AsJson = False) -> None:
+    "Show what a run and a month cost; needs no account."
+    raise typer.Exit(cloud().cost(option or [], as_json))
+
+# %% ../nbs/20_cli.ipynb #eca30813
+@aws.command(name="deploy")
+def deploy_stack(option: Option = None, name: Named = "intel-nb", yes: Yes = False) -> None:
+    "Make the stack in the account, or change it."
+    raise typer.Exit(cloud().deploy(option or [], name, ask_unless(yes)))
+
+# %% ../nbs/20_cli.ipynb #3b9ddb94
+@aws.command(name="start")
+def start_pipeline(name: Named = "intel-nb", parameter: Parameter = None,
+                   watch: Annotated[bool, typer.Option(help="Follow it to its end.")] = True, as_json: AsJson = False) -> None:
+    "Start the pipeline, and follow it."
+    raise typer.Exit(cloud().start(parameter or [], name, watch, as_json))
+
+# %% ../nbs/20_cli.ipynb #7c539175
+@aws.command(name="status")
+def cloud_status(name: Named = "intel-nb", as_json: AsJson = False) -> None:
+    "Show the last execution with its steps, the endpoints and the alarms."
+    raise typer.Exit(cloud().status(name, as_json))
+
+# %% ../nbs/20_cli.ipynb #21c155b0
+@aws.command()
+def destroy(name: Named = "intel-nb", option: Option = None, yes: Yes = False,
+            keep: Annotated[Optional[list[str]], typer.Option(metavar="BUCKET", help="A bucket to leave: data, annotations, …")] = None) -> None:
+    "Delete the stack, and all that bills."
+    raise typer.Exit(cloud().destroy(option or [], name, keep or [], ask_unless(yes)))
 
 # %% ../nbs/20_cli.ipynb #65b57475
 STOPPED = "interrupted; the same command goes on where it stopped"

@@ -20,8 +20,8 @@ from .supervisor import ENGINES, Request, command, is_alive, last_line, read_rec
 
 # %% auto #0
 __all__ = ['Endpoint', 'EndpointError', 'Endpoints', 'open_endpoints', 'Refused', 'ask', 'invoke', 'drift_status', 'spawn',
-           'is_gone', 'as_endpoint', 'check_stage', 'check_engine', 'known_stage', 'request', 'settled', 'answers',
-           'end_processes', 'LocalEndpoints', 'throwaway']
+           'captures_of', 'is_gone', 'as_endpoint', 'check_stage', 'check_engine', 'known_stage', 'request', 'settled',
+           'answers', 'end_processes', 'LocalEndpoints', 'throwaway']
 
 # %% ../nbs/16_endpoints.ipynb #1630776e
 @dataclass(frozen=True)
@@ -115,19 +115,25 @@ def drift_status(url: str, timeout: float = 10) -> dict[str, Any]:
         return _cloud().drift_status(url, timeout)
     return ask(f"{url}/drift", timeout=timeout)
 
-# %% ../nbs/16_endpoints.ipynb #30753c86
+# %% ../nbs/16_endpoints.ipynb #51e3dee7
 def spawn(folder: Path, first_port: int, owned: bool, env: dict[str, str]) -> subprocess.Popen:
     "A new supervisor process for the stage in `folder`."
     source = Path(intel_nb.__file__).parents[1]  # importable there too when it is not installed here
     path = os.pathsep.join(p for p in (str(source), os.environ.get("PYTHONPATH")) if p)
+    known = {**os.environ, "PYTHONPATH": path, "INTEL_NB_CAPTURE_DIR": str(captures_of(folder))}
     with open(folder / "supervisor.log", "ab") as log:
         process = subprocess.Popen(
             command(folder, first_port, owned), stdin=subprocess.PIPE if owned else subprocess.DEVNULL, stdout=log,
-            stderr=log, cwd=folder, start_new_session=True, env={**os.environ, "PYTHONPATH": path, **env})
+            stderr=log, cwd=folder, start_new_session=True, env=known | env)
     _STARTED.append(process)
     return process
 
 _STARTED: list[subprocess.Popen] = []  # children of this process, to be reaped when they end
+
+# %% ../nbs/16_endpoints.ipynb #271e75ec
+def captures_of(stage: Path) -> Path:
+    "Where the images of a stage's alarms go, whose folder among the endpoints is `stage`."
+    return stage.parent.parent / "captures" / stage.name
 
 # %% ../nbs/16_endpoints.ipynb #0baea053
 def is_gone(pid: int) -> bool:
@@ -276,13 +282,13 @@ class LocalEndpoints:
         *earlier, now = self.history(stage)
         return next((v for v in reversed(earlier) if v != now and allowed(v)), None)
 
-# %% ../nbs/16_endpoints.ipynb #796acc3e
+# %% ../nbs/16_endpoints.ipynb #84099e76
 @contextmanager
 def throwaway(package: str | Path, **env: str) -> Iterator[str]:
-    "The URL of an endpoint that serves `package` inside the block; it captures nothing and raises no events."
+    "The URL of an endpoint that serves `package` inside the block; it captures nothing, and its alarms end with it."
     with tempfile.TemporaryDirectory(prefix="intel-nb-") as folder:
-        quiet = {"INTEL_NB_CAPTURE": "0", "INTEL_NB_EVENTS": "0"}
-        endpoints = LocalEndpoints(folder, owned=True, first_port=0, env=quiet | env)
+        quiet = {"INTEL_NB_CAPTURE": "0"}
+        endpoints = LocalEndpoints(Path(folder) / "endpoints", owned=True, first_port=0, env=quiet | env)
         try:
             yield endpoints.deploy("throwaway", Path(package), "throwaway").url
         finally:

@@ -103,19 +103,21 @@ def alarm_report(state: State, detector: OnlineMMD, package: Package, version: s
             "observations": state.observations, **detector.reading, **what_moved(detector, package.card),
             "classes": {package.labels[k]: n for k, n in Counter(state.recent).most_common()}}
 
-# %% ../nbs/14c_monitor.ipynb #95124387
-def raise_alarm(folder: Path, state: State, detector: OnlineMMD, package: Package, version: str) -> bool:
-    "Count the alarm and have `detector` start anew; whether a report was kept in `folder`, as the first of this minute is."
+# %% ../nbs/14c_monitor.ipynb #9eddf438
+def raise_alarm(folder: Path, state: State, detector: OnlineMMD, package: Package, version: str) -> dict[str, Any]:
+    """Count the alarm and have `detector` start anew; returns its `name`, when it was `raised`, after how many `observations`, the
+    `window` that moved, and whether it is `reported` in `folder`, as the first of this minute is."""
     now = utc_now()
-    new = now[:16] != (state.last_alarm or "")[:16]
-    if new:
+    alarm = {"name": f"{now.replace(':', '')}-{state.observations:08}", "raised": now, "observations": state.observations,
+             "window": len(latest_rows(detector)), "reported": now[:16] != (state.last_alarm or "")[:16]}
+    if alarm["reported"]:
         report = {"raised": now, **alarm_report(state, detector, package, version)}
-        write_json(folder / f"{now.replace(':', '')}-{state.observations:08}.json", report)
+        write_json(folder / f"{alarm['name']}.json", report)
     state.alarms, state.last_alarm, state.recent = state.alarms + 1, now, []
     detector.reset()
-    return new
+    return alarm
 
-# %% ../nbs/14c_monitor.ipynb #59723883
+# %% ../nbs/14c_monitor.ipynb #bfc43cdc
 HISTORY = 300  # observations that are remembered for the page
 
 class Monitor:
@@ -131,7 +133,7 @@ class Monitor:
         self._alarm = partial(raise_alarm, Path(folder) / "alarms", self.state, self.detector, package, version)
 
     def update(self, features: np.ndarray, classes: np.ndarray) -> list[dict[str, Any]]:
-        "Readings of the images with drift features (N, D) and predicted `classes` (N,), in that order."
+        "Readings of the images with drift features (N, D) and predicted `classes` (N,), in order; one that alarms has an `alarm`."
         readings, predicted = [], [int(k) for k in classes]
         with self._lock:
             while len(readings) < len(predicted):
@@ -162,8 +164,10 @@ class Monitor:
         readings = self.detector.update_many(rows, stop=self._owner)
         self.state.note(predicted[:len(readings)], self.detector.calibration.largest)
         self._latest.extend([r["statistic"], r["threshold"], r["is_drift"]] for r in readings)
-        reported = self._owner and readings[-1]["is_drift"] and self._alarm()
-        if reported or self.state.observations - self._saved >= self._every:
+        alarm = self._alarm() if self._owner and readings[-1]["is_drift"] else {}
+        if alarm:
+            readings[-1]["alarm"] = alarm
+        if alarm.get("reported") or self.state.observations - self._saved >= self._every:
             self._save()
         return readings
 

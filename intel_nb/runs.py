@@ -113,14 +113,14 @@ def held(executed: Path, run_id: str) -> Iterator[Path]:
     except BlockingIOError:
         raise InputError(f"another command works on run {run_id}; wait for it, or use another --run-id") from None
 
-# %% ../nbs/17d_runs.ipynb #e51effab
+# %% ../nbs/17d_runs.ipynb #aa44443b
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:.3rem .8rem .3rem 0;vertical-align:top}
 tr{border-bottom:1px solid #ddd}img{max-width:100%}code{font-size:.9em}.succeeded,.cached{color:#176d2c}
 .failed,.rejected{color:#b00020}.waiting,.running{color:#8a5a00}.skipped{color:#777}"""
 
-def render_report(run: Run) -> str:
-    "The page of `run` as HTML."
+def render_report(run: Run, more: str = "") -> str:
+    "The page of `run` as HTML; `more` is HTML that stands at its end."
     facts = {"status": _status(run.status), "set off by": html.escape(run.trigger), "started": run.started,
              "finished": run.finished or "", "version": html.escape(run.model_version or ""),
              "endpoint": _link(run.endpoint)}
@@ -129,7 +129,7 @@ def render_report(run: Run) -> str:
     plots = "".join(map(_step_plots, run.steps))
     return (f"<!doctype html><html lang=en><meta charset=utf-8><title>Run {run.run_id}</title><style>{STYLE}</style>"
             f"<h1>Run <code>{run.run_id}</code></h1><table>{rows}</table><h2>Steps</h2><table>"
-            f"<tr><th>step</th><th>status</th><th>seconds</th><th>result</th></tr>{steps}</table>{plots}</html>\n")
+            f"<tr><th>step</th><th>status</th><th>seconds</th><th>result</th></tr>{steps}</table>{plots}{more}</html>\n")
 
 # %% ../nbs/17d_runs.ipynb #bec2172d
 def _status(status: str) -> str:
@@ -169,7 +169,7 @@ def _step_plots(step: StepRecord) -> str:
                      f'</figcaption></figure>' for p in shown)
     return f"<h2>{step.name}</h2>{images}" if images else ""
 
-# %% ../nbs/17d_runs.ipynb #c7e85a86
-def write_report(executed: Path, run: Run) -> Path:
-    "Write the page of `run` beside its record; returns its path."
-    return write_text(executed / run.run_id / "report.html", render_report(run))
+# %% ../nbs/17d_runs.ipynb #c74ecacf
+def write_report(executed: Path, run: Run, more: str = "") -> Path:
+    "Write the page of `run` beside its record, with `more` at its end; returns its path."
+    return write_text(executed / run.run_id / "report.html", render_report(run, more))

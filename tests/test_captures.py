@@ -1,0 +1,133 @@
+"""What an alarm keeps: a real endpoint, scenes in fog, and a folder that Label Studio imports."""
+import base64
+import hashlib
+import io
+import json
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from intel_nb.captures import list_captures
+from intel_nb.endpoints import LocalEndpoints, invoke
+from intel_nb.images import SAMPLE_CLASSES, encode_jpeg, sample_scene
+from intel_nb.model import sample_package
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory) -> Path:
+    return sample_package(tmp_path_factory.mktemp("package") / "model")
+
+
+def fogged(number: int) -> bytes:
+    "A scene in fog: all colours drawn towards grey."
+    scene = sample_scene(number % 6, np.random.default_rng([7, number])).astype(np.float32)
+    return encode_jpeg((0.45 * scene + 0.55 * 200).astype(np.uint8))
+
+
+def serve(tmp_path: Path, package: Path, **env: str):
+    endpoints = LocalEndpoints(tmp_path / "workspace" / "endpoints", owned=True, first_port=18500, env=env)
+    return endpoints, endpoints.deploy("staging", package, "7").url
+
+
+def until_alarm(url: str, first: int = 0) -> list[bytes]:
+    "Send scenes in fog until the endpoint alarms; returns them."
+    sent = []
+    while len(sent) < 200:
+        sent.append(fogged(first + len(sent)))
+        if invoke(url, sent[-1], "image/jpeg")["drift"][0]["is_drift"]:
+            return sent
+    raise AssertionError("no alarm in fog")
+
+
+def test_an_alarm_keeps_its_window_and_what_follows(tmp_path, package):
+    endpoints, url = serve(tmp_path, package, INTEL_NB_CAPTURE="30")
+    calm = [encode_jpeg(sample_scene(k % 6, np.random.default_rng([5, k]))) for k in range(20)]
+    answers = [invoke(url, image, "image/jpeg") for image in calm]
+    assert not any(a["drift"][0]["is_drift"] for a in answers)
+    sent = until_alarm(url)
+    deadline = time.monotonic() + 30
+    while not list_captures(tmp_path / "workspace" / "captures") and time.monotonic() < deadline:
+        time.sleep(0.05)  # they appear while the endpoint serves
+    assert list_captures(tmp_path / "workspace" / "captures")[0].images > 0
+    follow = [fogged(1000 + k) for k in range(40)]
+    labels = {hashlib.sha256(image).hexdigest(): invoke(url, image, "image/jpeg")["predictions"][0] for image in follow}
+    again = invoke(url, sent[-1], "image/jpeg")
+    assert set(again["drift"][0]) == {"time", "statistic", "threshold", "is_drift"}
+    endpoints.stop("staging")
+
+    kept, = list_captures(tmp_path / "workspace" / "captures")
+    assert (kept.stage, kept.version, kept.images) == ("staging", "7", 30)
+    alarm, = (tmp_path / "workspace" / "endpoints" / "staging" / "state" / "alarms").glob(f"{kept.where.name}.json")
+    window = json.loads(alarm.read_text())["window"]
+    tasks = json.loads((kept.where / "tasks.json").read_text())
+    expected = [*[*calm, *sent][-window:], *follow][:30]
+    assert [t["data"]["image"] for t in tasks] == [f"images/{hashlib.sha256(i).hexdigest()}.jpg" for i in expected]
+    for task, image in zip(tasks, expected):
+        assert (kept.where / task["data"]["image"]).read_bytes() == image
+        assert task["meta"] == {"source": "capture", "captured": kept.time, "endpoint": "staging", "version": "7"}
+        (guess,) = task["predictions"]
+        assert 0 <= guess["score"] <= 1 and guess["model_version"] == "pooled_pixels 7"
+        (result,) = guess["result"]
+        assert (result["type"], result["from_name"], result["to_name"]) == ("choices", "label", "image")
+        said = labels.get(hashlib.sha256(image).hexdigest())
+        assert said is None or (result["value"]["choices"], guess["score"]) == ([said["label"]], round(said["confidence"], 4))
+    view = ElementTree.fromstring((kept.where / "labels.xml").read_text())
+    assert [c.get("value") for c in view.iter("Choice")] == list(SAMPLE_CLASSES)
+    assert (view.find("Choices").get("name"), view.find("Choices").get("toName"), view.find("Image").get("value")) == ("label", "image", "$image")
+
+
+@pytest.mark.slow
+def test_what_came_as_json_or_as_an_array_is_kept_too(tmp_path, package):
+    endpoints, url = serve(tmp_path, package, INTEL_NB_CAPTURE="200", INTEL_NB_CAPTURES="3")
+    until_alarm(url)
+    texts = [base64.b64encode(fogged(500 + k)).decode() for k in range(3)]
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(fogged(600 + k)))) for k in range(2)])
+    array = io.BytesIO()
+    np.save(array, pixels)
+    invoke(url, json.dumps({"instances": texts}).encode(), "application/json")
+    invoke(url, array.getvalue(), "application/x-npy")
+    invoke(url, json.dumps({"inputs": pixels[0].tolist()}).encode(), "application/json")
+    endpoints.stop("staging")
+    kept, = list_captures(tmp_path / "workspace" / "captures")
+    names = [t["data"]["image"] for t in json.loads((kept.where / "tasks.json").read_text())][-5:]
+    assert [(kept.where / n).read_bytes() for n in names[:3]] == [base64.b64decode(t) for t in texts]
+    assert [n.rpartition(".")[2] for n in names[3:]] == ["png", "png"]  # and the same pixels as JSON are not kept twice
+    assert [np.array_equal(np.asarray(Image.open(kept.where / n)), p) for n, p in zip(names[3:], pixels)] == [True, True]
+
+
+@pytest.mark.slow
+def test_nothing_is_kept_where_nothing_is_wanted(tmp_path, package):
+    endpoints, url = serve(tmp_path, package, INTEL_NB_CAPTURE="0")
+    until_alarm(url)
+    endpoints.stop("staging")
+    assert not (tmp_path / "workspace" / "captures").exists()
+
+
+@pytest.mark.slow
+def test_a_full_disk_does_not_stop_the_endpoint(tmp_path, package):
+    "Here: the folder for captures cannot be made, as a file stands in its place."
+    (tmp_path / "workspace").mkdir()
+    (tmp_path / "workspace" / "captures").write_text("in the way")
+    endpoints, url = serve(tmp_path, package)
+    until_alarm(url)
+    assert [invoke(url, fogged(300 + k), "image/jpeg")["model"]["version"] for k in range(5)] == ["7"] * 5
+    endpoints.stop("staging")
+    assert "a capture is given up" in (tmp_path / "workspace" / "endpoints" / "staging" / "supervisor.log").read_text()
+
+
+@pytest.mark.slow
+def test_on_a_cluster_the_front_keeps_them(tmp_path, package):
+    "The detector is a process of its own there; the bodies are with the application in front of it."
+    pytest.importorskip("ray")
+    endpoints = LocalEndpoints(tmp_path / "workspace" / "endpoints", owned=True, first_port=18500, env={"INTEL_NB_REPLICAS": "1"})
+    url = endpoints.deploy("staging", package, "7", engine="ray").url
+    sent = until_alarm(url)
+    endpoints.stop("staging")
+    kept, = list_captures(tmp_path / "workspace" / "captures")
+    tasks = json.loads((kept.where / "tasks.json").read_text())
+    assert tasks[-1]["data"]["image"] == f"images/{hashlib.sha256(sent[-1]).hexdigest()}.jpg"
+    assert (tmp_path / "workspace" / "endpoints" / "staging" / "state" / "alarms" / f"{kept.where.name}.json").exists()
