@@ -315,12 +315,12 @@ class Delivery:
         "The label files."
         return [path for path in self.files if Path(path).suffix.lower() in FORMS]
 
-# %% ../nbs/17_annotations.ipynb #342d547f
+# %% ../nbs/17_annotations.ipynb #ffbbef89
 def deliveries(source: str | Path) -> tuple[list[Delivery], list[Outcome]]:
     "What the folder, zip or label file `source` holds, and the zips within that cannot be read; raises `InputError`."
     source, bad = Path(source), []
     if source.is_file() and source.suffix.lower() in FORMS:
-        return [_delivery(source.name, [Member(source.name, source.stat().st_size, source.read_bytes)])], []
+        return [Delivery(source.name, {source.name: Member(short(source.name), source.stat().st_size, source.read_bytes)})], []
     found = members(source, "label files and their images")
     zips = [m.path for m in found if m.path.lower().endswith(".zip") and not is_hidden(m.path)]
     whole = [_delivery(source.name, found)]

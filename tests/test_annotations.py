@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cloud import cloud, cloud_once  # noqa: F401
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,7 @@ from intel_nb.annotations import Said, read_annotations, read_labels
 from intel_nb.data import build_dataset
 from intel_nb.dataset import read_split
 from intel_nb.images import SAMPLE_CLASSES, encode_jpeg, sample_scene
-from intel_nb.storage import InputError, read_json
+from intel_nb.storage import InputError, fetch, put, read_json
 
 
 def scene(label: int, number: int) -> bytes:
@@ -315,6 +316,25 @@ def test_whatever_a_label_file_holds_each_line_is_told(suffix, data):
             assert said.source == "annotations" or said.source.startswith("capture:")
         else:
             assert said.reason in ("malformed", "no_label") and "\n" not in str(said)
+
+
+# In a bucket
+
+
+def test_labels_and_images_in_a_bucket(cloud, build, tmp_path):  # noqa: F811
+    "A prefix of a bucket is a folder; and images that a manifest names are fetched where they do not lie beside it."
+    bucket = cloud.bucket("labels")
+    some = dict(list(LABELS.items())[::8])
+    folder = batch(tmp_path / "b", {"labels.csv": table(some)}, {name: SCENES[name] for name in some})
+    put(folder, f"{bucket}/new")
+    plain, report = build(folder)
+    _, same = build(fetch(f"{bucket}/new/", tmp_path / "fetched"))
+    assert (same["annotations"], same["fingerprint"]) == ({"added": 6, "duplicate": 0, "quarantined": 0}, report["fingerprint"])
+    (tmp_path / "out.manifest").write_text(manifest(some | {"none.jpg": "sea"}, f"{bucket}/new/batch/images/"))
+    out, same = build(tmp_path / "out.manifest")
+    assert (same["annotations"], same["fingerprint"]) == ({"added": 6, "duplicate": 0, "quarantined": 1}, report["fingerprint"])
+    reason, detail = quarantine(out)["out.manifest:7"]
+    assert reason == "missing" and "none.jpg does not exist" in detail
 
 
 # What an endpoint captured
