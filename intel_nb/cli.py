@@ -110,12 +110,12 @@ def watched(work: Callable[[Callable[[Event], None]], Any]) -> Any:
     finally:
         shown.close()
 
-# %% ../nbs/20_cli.ipynb #cb4630f1
+# %% ../nbs/20_cli.ipynb #7b778937
 STATUS = {"succeeded": 0, "failed": 1, "rejected": 1, "waiting": 3}
 
 def summary(workspace: Workspace, run: Run) -> str:
     "The last lines about `run`."
-    lines = [f"run {run.run_id} {run.status}"]
+    lines = [f"run {run.run_id} {run.status}", *_annotated(run)]
     if run.model_version:
         version = workspace.registry().get(run.model_version)
         lines.append(f"version   {version.version}, accuracy {version.accuracy:.4f}, {version.status}")
@@ -127,6 +127,16 @@ def summary(workspace: Workspace, run: Run) -> str:
     if run.status == "waiting":
         lines.append(f"waiting   for approval: intel-nb approve {run.model_version}")
     return "\n".join(lines)
+
+# %% ../nbs/20_cli.ipynb #44fb819d
+def _annotated(run: Run) -> list[str]:
+    "What became of the annotations, where any were given."
+    from pathlib import Path
+    step = run.step("data")
+    counts = {kind: (step and step.result or {}).get(f"annotations_{kind}", 0) for kind in ("added", "duplicate", "quarantined")}
+    if not any(counts.values()):
+        return []
+    return [f"annotated {', '.join(f'{n:,} {kind}' for kind, n in counts.items())}: {Path(step.out_dir) / 'quarantine.csv'}"]
 
 # %% ../nbs/20_cli.ipynb #7417c360
 def conclude(workspace: Workspace, runs: list[Run]) -> None:
@@ -146,12 +156,14 @@ def request_from(workspace: Workspace, settings: list[str], named: dict[str, Any
             parameters.setdefault(step, {})[parameter] = value
     return Request(parameters, **fields)
 
-# %% ../nbs/20_cli.ipynb #e79f49be
+# %% ../nbs/20_cli.ipynb #65c71d7d
 @app.command()
 def run(
     data: Annotated[Optional[str], typer.Option(help="Zip, folder or s3:// URI of labelled images. "
                                                 "Without: drawn sample scenes.")] = None,
-    annotations: Annotated[Optional[list[str]], typer.Option(help="Further labelled images (not yet).")] = None,
+    annotations: Annotated[Optional[list[str]], typer.Option(
+        help="Further labelled images: a folder, zip or s3:// URI of Ground Truth manifests, Label Studio exports or CSV files "
+        "with their images; may be given more than once.")] = None,
     profile: Annotated[Optional[str], typer.Option(help="How to train: quick, full or original.")] = None,
     param: Annotated[Optional[list[str]], typer.Option(metavar="STEP.NAME=VALUE",
                                                        help="Set a parameter of a step.")] = None,
@@ -166,11 +178,9 @@ def run(
     from intel_nb.chain import run_chain
     from intel_nb.endpoints import check_engine
     from intel_nb.plan import open_workspace
-    if annotations:
-        raise InputError("--annotations is not there yet; put the images into the class folders of the archive")
     check_engine(engine or "process")
     workspace = open_workspace()
-    named = {"data.archive": data, "train.profile": profile, "deploy.engine": engine}
+    named = {"data.archive": data, "data.annotations": annotations or None, "train.profile": profile, "deploy.engine": engine}
     request = request_from(workspace, param or [], named, run_id=run_id, first=first, last=last, approve=approve,
                            trigger=trigger)
     conclude(workspace, [watched(lambda tell: run_chain(workspace, request, tell=tell))])
@@ -228,15 +238,16 @@ def trace(version: Version, as_json: AsJson = False) -> None:
     found = traced(open_workspace(), version)
     print(json.dumps(found, indent=2) if as_json else trace_in_words(found))
 
-# %% ../nbs/20_cli.ipynb #bbeae75a
+# %% ../nbs/20_cli.ipynb #466ec6c7
 @app.command()
 def endpoints(as_json: AsJson = False) -> None:
     "List the endpoints of the stages, with how their drift detectors stand."
     from intel_nb.plan import open_workspace
-    fields = ("stage", "url", "version", "status", "engine", "pid")
-    rows = [{**{name: getattr(e, name) for name in fields}, "drift": drift_of(e)} for e in open_workspace().endpoints().list()]
-    show(rows if as_json else [r | {"drift": drift_words(r["drift"])} for r in rows], as_json,
-         "no endpoints yet: intel-nb run --approve makes one")
+    found = open_workspace().endpoints().list()
+    rows = [{name: getattr(e, name) for name in ("stage", "url", "version", "status", "pid")} for e in found]
+    if not as_json:
+        rows = [row | {"engine": e.engine, "drift": drift_words(drift_of(e))} for row, e in zip(rows, found)]
+    show(rows, as_json, "no endpoints yet: intel-nb run --approve makes one")
 
 # %% ../nbs/20_cli.ipynb #80a74605
 def drift_of(endpoint: Any) -> dict[str, Any] | None:
