@@ -1,9 +1,14 @@
 """A challenger beside the champion: how they are compared, who passes the gate, and what a person is shown."""
 
 import json
+import random
+import time
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+from test_endpoint import Load, wait_until
 
 from intel_nb.dataset import Row, class_names, read_split, sample_dataset, write_split
 from intel_nb.evaluate import decide, on_annotations
@@ -76,3 +81,74 @@ def test_a_person_sees_by_how_much_and_how_sure(waiting):
         assert found["accuracy"] == found["champion"] == report["per_class"][name]["recall"] and found["difference"] == 0
     page = (waiting.executed / waiting.newest()["run_id"] / "report.html").read_text()
     assert "95 % interval" in page and 'alt="champion"' in page
+
+
+def shuffled(archive: Path, out: Path, share: float = 1.0) -> Path:
+    "`archive` with the classes of that share of its training images handed round at random; the test images keep theirs."
+    rng = random.Random(0)
+    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(out, "w") as new:
+        names = [n for n in old.namelist() if not n.endswith("/")]
+        wrong = [n for n in names if "seg_train" in n and rng.random() < share]
+        folders = [n.rpartition("/")[0] for n in wrong]
+        rng.shuffle(folders)
+        moved = {name: f"{folder}/shuffled-{k}-{Path(name).name}" for k, (name, folder) in enumerate(zip(wrong, folders))}
+        for name in names:
+            new.writestr(moved.get(name, name), old.read(name))
+    assert len(wrong) > len(names) / 3
+    return out
+
+
+@pytest.mark.slow
+def test_a_challenger_of_shuffled_labels_never_passes(waiting, tmp_path):
+    "Not by its accuracy, nor, where that is not asked for, beside the champion on the same test images; whoever approves."
+    assert waiting("approve", "1").status == 0 and waiting("promote", "1").status == 0
+    before = waiting("endpoints", "--json").json
+    waiting.archive = shuffled(waiting.archive, tmp_path / "shuffled.zip")
+    for version, threshold, reason in (("2", "0.0", "worse than champion 1"), ("3", "0.8", "is below 0.8")):
+        answer = waiting.run("--param", f"evaluate.min_accuracy={threshold}", "--approve")
+        assert answer.status == 1 and reason in answer.out
+        run, models = waiting.newest(), waiting("models", "--json").json
+        assert (run["status"], run["model_version"], run["became"].split(":")[0]) == ("rejected", version, "Rejected")
+        assert [(m["version"], m["status"], m["aliases"]) for m in models[:1]] == [(version, "Rejected", [])]
+        assert waiting("approve", version).status == waiting("promote", version).status == waiting("shadow", version).status == 1
+    assert waiting("endpoints", "--json").json == before
+
+
+@pytest.mark.slow
+def test_commands_go_back_under_load(waiting):
+    "Promote, shadow, rollback and reject by the command, while clients ask: no failed request; a package that is damaged goes nowhere."
+    house, lower = waiting, lambda x: ("--param", f"evaluate.min_accuracy={x}", "--approve")
+    assert house("approve", "1").status == 0 and house("promote", "1").status == 0
+    assert house.run(*lower(0.1)).status == 0
+    serving = lambda: {e["stage"]: e["version"] for e in house("endpoints", "--json").json}
+    url = next(e["url"] for e in house("endpoints", "--json").json if e["stage"] == "production")
+    with Load(url) as load:
+        assert house("shadow", "2").status == 0
+        shadow = lambda: {e["stage"]: e.get("shadow") for e in house("endpoints", "--json").json}["production"]
+        wait_until(lambda: shadow()["images"] >= 20)
+        assert shadow()["version"] == "2" and shadow()["agreement"] == 1
+        assert "version 2 agrees on 100.00%" in house("endpoints").out
+        assert house("promote", "2").status == 0 and serving()["production"] == "2"
+        assert "shadow" not in house("endpoints", "--json").json[0], "what is promoted is no shadow"
+        began = time.monotonic()
+        answer = house("rollback", "production")
+        print(f"rollback took {time.monotonic() - began:.1f} s")
+        assert answer.status == 0 and "production goes back from version 2 to 1" in answer.out and serving()["production"] == "1"
+        assert house("promote", "2").status == 0
+        assert house("reject", "2").status == 0 and serving() == {"production": "1", "staging": "1"}
+        load.wait_for(20)
+    assert load.failures == [] and set(load.versions) == {"1", "2"}
+    assert [r["trigger"] for r in house("runs", "--json").json[:2]] == ["reject", "reject"]
+    page = house("report", house("models", "--json").json[0]["run_id"])
+    assert page.status == 0
+    text = (house.executed / house("models", "--json").json[0]["run_id"] / "report.html").read_text()
+    assert "as a shadow of production" in text and "Rejected: rejected with intel-nb reject" in text
+
+    assert house.run("--param", "evaluate.min_accuracy=0.2").status == 3
+    (package,) = {p.parent for p in house.home.glob("artifacts/*/artifacts/package/model.onnx")} - {
+        p.parent for p in house.home.glob("artifacts/*/artifacts/package/model.onnx") if json.loads(
+            (p.parent.parent / "evaluation.json").read_text())["gate"]["min_accuracy"] != 0.2}
+    (package / "model.onnx").write_bytes(b"no graph")
+    failed = house("approve", "3")
+    assert failed.status == 1 and serving() == {"production": "1", "staging": "1"}
+    assert house("models", "--json").json[0]["aliases"] == [] and house.newest()["status"] == "failed"
