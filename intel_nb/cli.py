@@ -19,10 +19,12 @@ if TYPE_CHECKING:  # what a command needs it imports itself: --help should not w
     from intel_nb.runs import Run
 
 # %% auto #0
-__all__ = ['app', 'STATUS', 'AsJson', 'Version', 'Stage', 'TYPES', 'Rest', 'STOPPED', 'options', 'table', 'show', 'Lines', 'Bars',
-           'watched', 'summary', 'conclude', 'request_from', 'run', 'runs', 'report', 'models', 'endpoints', 'captures',
-           'approve', 'reject', 'promote', 'rollback', 'start', 'stop', 'predict', 'ask', 'watch', 'cloud', 'call',
-           'fail', 'quiet_pipe', 'main']
+__all__ = ['app', 'STATUS', 'AsJson', 'Version', 'Stage', 'TYPES', 'aws', 'Named', 'Parameter', 'Option', 'Yes', 'STOPPED',
+           'options', 'table', 'show', 'Lines', 'Bars', 'watched', 'summary', 'conclude', 'request_from', 'run', 'runs',
+           'report', 'models', 'endpoints', 'drift_of', 'drift_words', 'captures', 'approve', 'reject', 'promote',
+           'rollback', 'start', 'stop', 'predict', 'ask', 'watch', 'cloud', 'ask_unless', 'template', 'definition',
+           'rehearse', 'cost', 'deploy_stack', 'start_pipeline', 'cloud_status', 'destroy', 'call', 'fail',
+           'quiet_pipe', 'main']
 
 # %% ../nbs/20_cli.ipynb #9c9f57fc
 app = typer.Typer(name="intel-nb", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
@@ -108,12 +110,12 @@ def watched(work: Callable[[Callable[[Event], None]], Any]) -> Any:
     finally:
         shown.close()
 
-# %% ../nbs/20_cli.ipynb #da9bf470
+# %% ../nbs/20_cli.ipynb #38dcce31
 STATUS = {"succeeded": 0, "failed": 1, "rejected": 1, "waiting": 3}
 
 def summary(workspace: Workspace, run: Run) -> str:
     "The last lines about `run`."
-    lines = [f"run {run.run_id} {run.status}"]
+    lines = [f"run {run.run_id} {run.status}", *_annotated(run)]
     if run.model_version:
         version = workspace.registry().get(run.model_version)
         lines.append(f"version   {version.version}, accuracy {version.accuracy:.4f}, {version.status}")
@@ -125,6 +127,16 @@ def summary(workspace: Workspace, run: Run) -> str:
     if run.status == "waiting":
         lines.append(f"waiting   for approval: intel-nb approve {run.model_version}")
     return "\n".join(lines)
+
+# %% ../nbs/20_cli.ipynb #44fb819d
+def _annotated(run: Run) -> list[str]:
+    "What became of the annotations, where any were given."
+    from pathlib import Path
+    step = run.step("data")
+    counts = {kind: (step and step.result or {}).get(f"annotations_{kind}", 0) for kind in ("added", "duplicate", "quarantined")}
+    if not any(counts.values()):
+        return []
+    return [f"annotated {', '.join(f'{n:,} {kind}' for kind, n in counts.items())}: {Path(step.out_dir) / 'quarantine.csv'}"]
 
 # %% ../nbs/20_cli.ipynb #7417c360
 def conclude(workspace: Workspace, runs: list[Run]) -> None:
@@ -144,12 +156,14 @@ def request_from(workspace: Workspace, settings: list[str], named: dict[str, Any
             parameters.setdefault(step, {})[parameter] = value
     return Request(parameters, **fields)
 
-# %% ../nbs/20_cli.ipynb #e79f49be
+# %% ../nbs/20_cli.ipynb #65c71d7d
 @app.command()
 def run(
     data: Annotated[Optional[str], typer.Option(help="Zip, folder or s3:// URI of labelled images. "
                                                 "Without: drawn sample scenes.")] = None,
-    annotations: Annotated[Optional[list[str]], typer.Option(help="Further labelled images (not yet).")] = None,
+    annotations: Annotated[Optional[list[str]], typer.Option(
+        help="Further labelled images: a folder, zip or s3:// URI of Ground Truth manifests, Label Studio exports or CSV files "
+        "with their images; may be given more than once.")] = None,
     profile: Annotated[Optional[str], typer.Option(help="How to train: quick, full or original.")] = None,
     param: Annotated[Optional[list[str]], typer.Option(metavar="STEP.NAME=VALUE",
                                                        help="Set a parameter of a step.")] = None,
@@ -164,11 +178,9 @@ def run(
     from intel_nb.chain import run_chain
     from intel_nb.endpoints import check_engine
     from intel_nb.plan import open_workspace
-    if annotations:
-        raise InputError("--annotations is not there yet; put the images into the class folders of the archive")
     check_engine(engine or "process")
     workspace = open_workspace()
-    named = {"data.archive": data, "train.profile": profile, "deploy.engine": engine}
+    named = {"data.archive": data, "data.annotations": annotations or None, "train.profile": profile, "deploy.engine": engine}
     request = request_from(workspace, param or [], named, run_id=run_id, first=first, last=last, approve=approve,
                            trigger=trigger)
     conclude(workspace, [watched(lambda tell: run_chain(workspace, request, tell=tell))])
@@ -217,14 +229,34 @@ def models(as_json: AsJson = False) -> None:
     rows = [{name: getattr(v, name) for name in fields} for v in open_workspace().registry().versions()]
     show(rows, as_json, "no versions yet: intel-nb run makes one")
 
-# %% ../nbs/20_cli.ipynb #d2816b46
+# %% ../nbs/20_cli.ipynb #466ec6c7
 @app.command()
 def endpoints(as_json: AsJson = False) -> None:
-    "List the endpoints of the stages."
+    "List the endpoints of the stages, with how their drift detectors stand."
     from intel_nb.plan import open_workspace
-    fields = ("stage", "url", "version", "status", "pid")
-    rows = [{name: getattr(e, name) for name in fields} for e in open_workspace().endpoints().list()]
+    found = open_workspace().endpoints().list()
+    rows = [{name: getattr(e, name) for name in ("stage", "url", "version", "status", "pid")} for e in found]
+    if not as_json:
+        rows = [row | {"engine": e.engine, "drift": drift_words(drift_of(e))} for row, e in zip(rows, found)]
     show(rows, as_json, "no endpoints yet: intel-nb run --approve makes one")
+
+# %% ../nbs/20_cli.ipynb #80a74605
+def drift_of(endpoint: Any) -> dict[str, Any] | None:
+    "What the detector of a running endpoint has counted."
+    from intel_nb.endpoints import EndpointError, drift_status
+    try:
+        return drift_status(endpoint.url) if endpoint.status == "running" else None
+    except (EndpointError, InputError):  # it ended meanwhile, or wants a token that we have not
+        return None
+
+# %% ../nbs/20_cli.ipynb #faae6a16
+def drift_words(found: dict[str, Any] | None) -> str:
+    "The same in a few words."
+    if not found:
+        return ""
+    last = f", last {found['last_alarm']}" if found["last_alarm"] else ""
+    near = f"statistic {found['statistic']:.2f} of {found['threshold']:.2f} at {found['time']}" if found["time"] else "nothing seen since"
+    return f"{near}, {found['alarms']} alarms{last}"
 
 # %% ../nbs/20_cli.ipynb #428d1cc5
 @app.command()
@@ -359,14 +391,80 @@ def watch(
     except KeyboardInterrupt:
         print(utc_now(), "ended; the next watcher goes on from here", flush=True)
 
-# %% ../nbs/20_cli.ipynb #b54c7c0a
-Rest = {"context_settings": {"allow_extra_args": True, "ignore_unknown_options": True}}
+# %% ../nbs/20_cli.ipynb #db2d2245
+aws = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The same chain on SageMaker.")
+app.add_typer(aws, name="aws")
 
-# %% ../nbs/20_cli.ipynb #5f6783f1
-@app.command(name="aws", **Rest)
-def cloud() -> None:
-    "The same chain on SageMaker (not yet)."
-    raise InputError("intel-nb aws is not there yet; the chain runs on this machine with intel-nb run")
+def cloud():
+    "The module behind the aws commands, imported when one is given."
+    from importlib import import_module
+    try:
+        return import_module("intel_nb.aws.commands")
+    except ModuleNotFoundError as e:
+        raise InputError(f"intel-nb aws needs what is not installed here ({e}): pip install 'intel-nb[aws]'") from None
+
+Named = Annotated[str, typer.Option("--name", help="What the deployment is called.")]
+Parameter = Annotated[Optional[list[str]], typer.Option(metavar="NAME=VALUE", help="Set a parameter of the pipeline.")]
+Option = Annotated[Optional[list[str]], typer.Option(metavar="NAME=VALUE", help="Set an option of the stack, as in email=ann@example.org.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Agree without being asked.")]
+
+# %% ../nbs/20_cli.ipynb #b1f75a0c
+def ask_unless(yes: bool) -> Callable[[str], bool]:
+    "What asks a person a question; with `yes` the answer is known."
+    return lambda question: yes or typer.confirm(question, err=True)
+
+# %% ../nbs/20_cli.ipynb #6eedc1db
+@aws.command()
+def template(option: Option = None, name: Named = "intel-nb",
+             output: Annotated[str, typer.Option(help="A file to write it to.")] = "") -> None:
+    "Print the stack's template; needs no account."
+    raise typer.Exit(cloud().template(option or [], name, output))
+
+# %% ../nbs/20_cli.ipynb #b10d6176
+@aws.command()
+def definition(parameter: Parameter = None) -> None:
+    "Print the pipeline's definition, checked; needs no account."
+    raise typer.Exit(cloud().definition(parameter or []))
+
+# %% ../nbs/20_cli.ipynb #487422f3
+@aws.command()
+def rehearse(data: Annotated[str, typer.Option(help="Zip, folder or s3:// URI of labelled images. Without: drawn sample scenes.")] = "",
+             parameter: Parameter = None, as_json: AsJson = False) -> None:
+    "Carry the pipeline's definition out on this machine; needs no account."
+    raise typer.Exit(cloud().rehearse(data, parameter or [], as_json))
+
+# %% ../nbs/20_cli.ipynb #16d89337
+@aws.command()
+def cost(option: Annotated[Optional[list[str]], typer.Option(metavar="NAME=VALUE", help="How much is used, as in runs=4.")] = None,
+         as_json: AsJson = False) -> None:
+    "Show what a run and a month cost; needs no account."
+    raise typer.Exit(cloud().cost(option or [], as_json))
+
+# %% ../nbs/20_cli.ipynb #eca30813
+@aws.command(name="deploy")
+def deploy_stack(option: Option = None, name: Named = "intel-nb", yes: Yes = False) -> None:
+    "Make the stack in the account, or change it."
+    raise typer.Exit(cloud().deploy(option or [], name, ask_unless(yes)))
+
+# %% ../nbs/20_cli.ipynb #3b9ddb94
+@aws.command(name="start")
+def start_pipeline(name: Named = "intel-nb", parameter: Parameter = None,
+                   watch: Annotated[bool, typer.Option(help="Follow it to its end.")] = True, as_json: AsJson = False) -> None:
+    "Start the pipeline, and follow it."
+    raise typer.Exit(cloud().start(parameter or [], name, watch, as_json))
+
+# %% ../nbs/20_cli.ipynb #7c539175
+@aws.command(name="status")
+def cloud_status(name: Named = "intel-nb", as_json: AsJson = False) -> None:
+    "Show the last execution with its steps, the endpoints and the alarms."
+    raise typer.Exit(cloud().status(name, as_json))
+
+# %% ../nbs/20_cli.ipynb #21c155b0
+@aws.command()
+def destroy(name: Named = "intel-nb", option: Option = None, yes: Yes = False,
+            keep: Annotated[Optional[list[str]], typer.Option(metavar="BUCKET", help="A bucket to leave: data, annotations, …")] = None) -> None:
+    "Delete the stack, and all that bills."
+    raise typer.Exit(cloud().destroy(option or [], name, keep or [], ask_unless(yes)))
 
 # %% ../nbs/20_cli.ipynb #65b57475
 STOPPED = "interrupted; the same command goes on where it stopped"

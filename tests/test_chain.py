@@ -117,7 +117,7 @@ WRONG = {
     ("--engine", "cloud"): "cloud",
     ("--from", "train"): "leave --from out",
     ("--data", "no-such.zip"): "no-such.zip does not exist",
-    ("--annotations", "labels.zip"): "not there yet",
+    ("--annotations", "labels.zip"): "labels.zip does not exist",
 }
 
 

@@ -60,7 +60,7 @@ UNKNOWN = {
     "approve 7": "no version 7", "promote 7": "no version 7", "reject 7": "no version 7", "report 7": "no run 7",
     "rollback staging": "no endpoint staging", "start staging": "no endpoint staging",
     "stop staging": "no endpoint staging", "predict x.jpg": "no endpoint staging",
-    "watch inbox": "is no folder", "aws deploy": "not there yet",
+    "watch inbox": "is no folder", "aws cost --option runs=x": "must be a number",
     "approve": "VERSION", "models --jsn": "--jsn", "nonsense": "nonsense",
 }
 

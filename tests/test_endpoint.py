@@ -259,7 +259,7 @@ def test_wrong_input(endpoints, packages, tmp_path):
     for wrong, match in ((lambda: endpoints.start("nowhere"), "no endpoint nowhere"), (lambda: endpoints.describe("x"), "no endpoint"),
                          (lambda: endpoints.deploy("a/b", packages[0], "1"), "no name for a stage"),
                          (lambda: endpoints.deploy("s", packages[0], "1", engine="thread"), "there are process and ray"),
-                         (lambda: open_endpoints("sagemaker://"), "cloud"), (lambda: open_endpoints("ftp://x"), "folder")):
+                         (lambda: open_endpoints("ftp://x"), "folder")):
         with pytest.raises(InputError, match=match):
             wrong()
     assert not (tmp_path / "endpoints").exists()
@@ -271,6 +271,16 @@ def test_a_refusal_is_the_callers_error(endpoints, packages):
         invoke(url, b"no image", "image/jpeg")
     assert (refused.value.status, refused.value.code) == (400, "undecodable")
     assert drift_status(url)["observations"] == 0
+
+
+def test_our_own_clients_bear_the_token(packages, monkeypatch):
+    with throwaway(packages[0], INTEL_NB_TOKEN="s3cret") as url:
+        assert answers(url)
+        for ask in (lambda: invoke(url, PHOTO, "image/jpeg"), lambda: drift_status(url)):
+            with pytest.raises(Refused, match="401 unauthorized"):
+                ask()
+        monkeypatch.setenv("INTEL_NB_TOKEN", "s3cret")
+        assert invoke(url, PHOTO, "image/jpeg")["predictions"] and drift_status(url)["observations"] == 1
 
 
 def test_a_slow_upload_survives_an_update(endpoints, packages):

@@ -1,0 +1,101 @@
+"Write our pipeline with Amazon's SDK: `python sdk_oracle.py OURS THEIRS`. Only what has a name is taken from ours: values, not forms."
+import sys
+from pathlib import Path
+
+from sagemaker.core.model_metrics import MetricsSource, ModelMetrics
+from sagemaker.core.processing import Processor
+from sagemaker.core.shapes import (CheckpointConfig, OutputDataConfig, ProcessingInput, ProcessingOutput, ProcessingS3Input, ProcessingS3Output,
+                                   StoppingCondition, TensorBoardOutputConfig)
+from sagemaker.core.workflow.conditions import ConditionEquals, ConditionGreaterThanOrEqualTo
+from sagemaker.core.workflow.execution_variables import ExecutionVariables
+from sagemaker.core.workflow.functions import Join, JsonGet
+from sagemaker.core.workflow.parameters import ParameterFloat, ParameterString
+from sagemaker.core.workflow.pipeline_context import PipelineSession
+from sagemaker.core.workflow.properties import PropertyFile
+from sagemaker.mlops.workflow.condition_step import ConditionStep
+from sagemaker.mlops.workflow.fail_step import FailStep
+from sagemaker.mlops.workflow.model_step import ModelStep
+from sagemaker.mlops.workflow.pipeline import Pipeline
+from sagemaker.mlops.workflow.retry import SageMakerJobExceptionTypeEnum, SageMakerJobStepRetryPolicy, StepExceptionTypeEnum, StepRetryPolicy
+from sagemaker.mlops.workflow.steps import CacheConfig, ProcessingStep, TrainingStep
+from sagemaker.serve.model_builder import ModelBuilder
+from sagemaker.train.configs import Compute, InputData
+from sagemaker.train.model_trainer import ModelTrainer
+
+from intel_nb.aws.pipeline import ACCURACY, CHOICES, CONTENT_TYPES, ENTRY, PipelineConfig, image_of, parameters
+
+CONFIG, CODE = PipelineConfig(code="s3://bucket/code/0123"), "s3://bucket/code/0123"
+SESSION = PipelineSession(default_bucket=CONFIG.bucket)
+SESSION._default_bucket = CONFIG.bucket
+P = {name: ParameterFloat(name, default_value=default) if isinstance(default, float)
+     else ParameterString(name, default_value=default, enum_values=CHOICES.get(name))
+     for name, default in parameters(CONFIG).items()}
+CACHE = CacheConfig(enable_caching=True, expire_after="P30d")
+AGAIN = StepRetryPolicy(exception_types=[StepExceptionTypeEnum.SERVICE_FAULT, StepExceptionTypeEnum.THROTTLING], max_attempts=5,
+                        interval_seconds=10, backoff_rate=2.0)
+JOB = SageMakerJobExceptionTypeEnum
+RETRIES = [AGAIN,
+           SageMakerJobStepRetryPolicy(exception_types=[JOB.INTERNAL_ERROR], max_attempts=2, interval_seconds=60, backoff_rate=2.0),
+           SageMakerJobStepRetryPolicy(exception_types=[JOB.CAPACITY_ERROR, JOB.RESOURCE_LIMIT], expire_after_mins=240,
+                                       interval_seconds=300, backoff_rate=1.5)]
+
+
+def written(what: str) -> Join:
+    return Join(on="/", values=[f"s3://{CONFIG.bucket}/{CONFIG.prefix}/runs", ExecutionVariables.PIPELINE_EXECUTION_ID, what])
+
+
+def output_of(step: ProcessingStep, *path: str) -> Join:
+    return Join(on="/", values=[step.properties.ProcessingOutputConfig.Outputs[step.name].S3Output.S3Uri, *path])
+
+
+def processing(name: str, notebook: str, inputs: dict, arguments: list, environment: dict = {}, files: list = []) -> ProcessingStep:
+    below = "/opt/ml/processing"
+    processor = Processor(role=CONFIG.role, image_uri=image_of("cpu", CONFIG.region), instance_count=1, instance_type=P["ProcessingInstanceType"],
+                          entrypoint=ENTRY, volume_size_in_gb=30, env={"PYTHONPATH": f"{below}/input/code", **environment},
+                          max_runtime_in_seconds=CONFIG.max_seconds, sagemaker_session=SESSION)
+    mounts = [ProcessingInput(input_name=n, s3_input=ProcessingS3Input(s3_uri=uri, local_path=f"{below}/input/{n}", s3_data_type="S3Prefix",
+                                                                      s3_input_mode="File")) for n, uri in {"code": CODE, **inputs}.items()]
+    outputs = [ProcessingOutput(output_name=n, s3_output=ProcessingS3Output(s3_uri=written(n), local_path=f"{below}/{folder}", s3_upload_mode=mode))
+               for n, folder, mode in [(name, "output", "EndOfJob"), ("executed", "executed", "Continuous")]]
+    run = processor.run(inputs=mounts, outputs=outputs, arguments=[notebook, *arguments])
+    return ProcessingStep(name, step_args=run, cache_config=CACHE, retry_policies=RETRIES, property_files=files)
+
+
+def build() -> Pipeline:
+    data = processing("data", "00_data.ipynb", {"archive": P["InputDataUrl"], "annotations": P["Annotations"]}, [],
+                      {"INTEL_NB_DATA_VERSION": P["DataVersion"]})
+    trainer = ModelTrainer(
+        training_image=P["TrainingImage"], role=CONFIG.role, sagemaker_session=SESSION, base_job_name="train",
+        compute=Compute(instance_type=P["TrainingInstanceType"], instance_count=1, volume_size_in_gb=50, enable_managed_spot_training=False),
+        stopping_condition=StoppingCondition(max_runtime_in_seconds=CONFIG.max_seconds), environment={"PYTHONPATH": "/opt/ml/input/data/code"},
+        output_data_config=OutputDataConfig(s3_output_path=written("train")),
+        checkpoint_config=CheckpointConfig(s3_uri=output_of(data, "checkpoints", "0123"), local_path="/opt/ml/checkpoints"),
+        input_data_config=[InputData(channel_name="code", data_source=CODE), InputData(channel_name="dataset", data_source=output_of(data, "dataset"))],
+    ).with_tensorboard_output_config(TensorBoardOutputConfig(s3_output_path=written("tensorboard"), local_path="/opt/ml/output/tensorboard"))
+    train = TrainingStep("train", step_args=trainer.train(), cache_config=CACHE, retry_policies=RETRIES)
+    file, model = PropertyFile(name="Evaluation", output_name="evaluate", path="evaluation.json"), train.properties.ModelArtifacts.S3ModelArtifacts
+    evaluate = processing(
+        "evaluate", "02_evaluate.ipynb", {"dataset": output_of(data, "dataset"), "model": model},
+        ["--param", Join(on="=", values=["min_accuracy", P["AccuracyThreshold"]]), "--param", "register=False",
+         "--param", Join(on="=", values=["registry", P["Registry"]])], files=[file])
+
+    def reported(path: str) -> JsonGet:
+        return JsonGet(step_name="evaluate", property_file=file, json_path=path)
+
+    metrics = ModelMetrics(model_statistics=MetricsSource(content_type="application/json", s3_uri=output_of(evaluate, "evaluation.json")))
+    builder = ModelBuilder(s3_model_data_url=model, image_uri=image_of("serve", CONFIG.region), sagemaker_session=SESSION, role_arn=CONFIG.role)
+    registered = builder.register(
+        model_package_group_name=CONFIG.group, model_metrics=metrics, content_types=CONTENT_TYPES, response_types=["application/json"],
+        inference_instances=[CONFIG.instance_serve], transform_instances=[CONFIG.instance_serve], approval_status="PendingManualApproval",
+        description=reported("gate.reason"), customer_metadata_properties={
+            "run_id": ExecutionVariables.PIPELINE_EXECUTION_ID, "fingerprint": reported("fingerprints.package"), "data": reported("fingerprints.data")})
+    gate = ConditionStep("gate", if_steps=[ModelStep("register", step_args=registered, retry_policies=[AGAIN])],
+                         else_steps=[FailStep("refuse", error_message=reported("gate.reason"))],
+                         conditions=[ConditionGreaterThanOrEqualTo(left=reported(ACCURACY), right=P["AccuracyThreshold"]),
+                                     ConditionEquals(left=reported("gate.passed"), right=True)])
+    return Pipeline(name="intel-nb", parameters=list(P.values()), steps=[data, train, evaluate, gate], sagemaker_session=SESSION,
+                    pipeline_experiment_config=None)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(build().definition())
