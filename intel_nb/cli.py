@@ -21,10 +21,10 @@ if TYPE_CHECKING:  # what a command needs it imports itself: --help should not w
 # %% auto #0
 __all__ = ['app', 'STATUS', 'AsJson', 'Version', 'Stage', 'TYPES', 'aws', 'Named', 'Parameter', 'Option', 'Yes', 'STOPPED',
            'options', 'table', 'show', 'Lines', 'Bars', 'watched', 'summary', 'conclude', 'request_from', 'run', 'runs',
-           'report', 'models', 'endpoints', 'drift_of', 'drift_words', 'captures', 'approve', 'reject', 'promote',
-           'rollback', 'start', 'stop', 'predict', 'ask', 'watch', 'cloud', 'ask_unless', 'template', 'definition',
-           'rehearse', 'cost', 'deploy_stack', 'start_pipeline', 'cloud_status', 'destroy', 'call', 'fail',
-           'quiet_pipe', 'main']
+           'report', 'models', 'trace', 'endpoints', 'drift_of', 'drift_words', 'captures', 'approve', 'reject',
+           'promote', 'rollback', 'start', 'stop', 'predict', 'ask', 'watch', 'cloud', 'ask_unless', 'template',
+           'definition', 'rehearse', 'cost', 'deploy_stack', 'start_pipeline', 'cloud_status', 'destroy', 'call',
+           'fail', 'quiet_pipe', 'main']
 
 # %% ../nbs/20_cli.ipynb #9c9f57fc
 app = typer.Typer(name="intel-nb", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
@@ -110,7 +110,7 @@ def watched(work: Callable[[Callable[[Event], None]], Any]) -> Any:
     finally:
         shown.close()
 
-# %% ../nbs/20_cli.ipynb #38dcce31
+# %% ../nbs/20_cli.ipynb #7b778937
 STATUS = {"succeeded": 0, "failed": 1, "rejected": 1, "waiting": 3}
 
 def summary(workspace: Workspace, run: Run) -> str:
@@ -119,7 +119,7 @@ def summary(workspace: Workspace, run: Run) -> str:
     if run.model_version:
         version = workspace.registry().get(run.model_version)
         lines.append(f"version   {version.version}, accuracy {version.accuracy:.4f}, {version.status}")
-        if run.status == "rejected":
+        if run.status in ("rejected", "waiting"):
             lines.append(f"reason    {version.reason}")
     if run.endpoint:
         lines.append(f"endpoint  {run.endpoint}")
@@ -185,49 +185,58 @@ def run(
                            trigger=trigger)
     conclude(workspace, [watched(lambda tell: run_chain(workspace, request, tell=tell))])
 
-# %% ../nbs/20_cli.ipynb #0f888b40
+# %% ../nbs/20_cli.ipynb #6dfc0137
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
 
 @app.command()
 def runs(as_json: AsJson = False) -> None:
-    "List the runs, newest first."
-    from dataclasses import asdict
+    "List the runs, newest first: what set each off, what data it had, which version it made, and what became of that."
+    from intel_nb.history import as_row, told_runs
     from intel_nb.plan import open_workspace
-    from intel_nb.runs import list_runs
-    found = list_runs(open_workspace().executed)
-    if as_json:
-        return show([asdict(run) for run in found], True, "")
-    show([{"run": r.run_id, "status": r.status, "trigger": r.trigger, "version": r.model_version, "started": r.started,
-           "steps": ", ".join(f"{s.name} {s.status}" for s in r.steps if s.status != "skipped")} for r in found],
-         False, "no runs yet: intel-nb run starts one")
+    found = told_runs(open_workspace())
+    show(found if as_json else [as_row(run) for run in found], as_json, "no runs yet: intel-nb run starts one")
 
-# %% ../nbs/20_cli.ipynb #d280b005
+# %% ../nbs/20_cli.ipynb #de6401d5
 @app.command()
 def report(run: Annotated[str, typer.Argument(metavar="RUN", help="A run id.")], as_json: AsJson = False) -> None:
     "Show what a run did, and write its page."
     import json
-    from dataclasses import asdict
     from intel_nb.plan import open_workspace
     from intel_nb.captures import captures_section
+    from intel_nb.history import told, told_page
     from intel_nb.runs import read_run, write_report
     workspace = open_workspace()
     found = read_run(workspace.executed, run)
-    write_report(workspace.executed, found, captures_section(workspace.home / "captures"))
+    write_report(workspace.executed, found, told_page(workspace, found) + captures_section(workspace.home / "captures"))
     if as_json:
-        return print(json.dumps(asdict(found), indent=2))
+        return print(json.dumps(told(workspace, found), indent=2))
     rows = [{"step": s.name, "status": s.status, "seconds": f"{s.seconds:.1f}", "notebook": s.notebook}
             for s in found.steps]
     show(rows, False, "")
     print(summary(workspace, found))
 
-# %% ../nbs/20_cli.ipynb #4376e0dc
+# %% ../nbs/20_cli.ipynb #b74b69b5
 @app.command()
 def models(as_json: AsJson = False) -> None:
     "List the versions, newest first."
     from intel_nb.plan import open_workspace
     fields = ("version", "status", "accuracy", "aliases", "run_id")
-    rows = [{name: getattr(v, name) for name in fields} for v in open_workspace().registry().versions()]
+    shown = fields if as_json else (*fields, "reason")
+    rows = [{name: getattr(v, name) for name in shown} for v in open_workspace().registry().versions()]
     show(rows, as_json, "no versions yet: intel-nb run makes one")
+
+# %% ../nbs/20_cli.ipynb #6532336b
+Version = Annotated[str, typer.Argument(metavar="VERSION", help="A version, as intel-nb models lists them.")]
+Stage = Annotated[str, typer.Argument(metavar="STAGE", help="staging or production.")]
+
+@app.command()
+def trace(version: Version, as_json: AsJson = False) -> None:
+    "Show the exact data, code and parameters that a version was made from, and how to make it again."
+    import json
+    from intel_nb.history import trace_in_words, traced
+    from intel_nb.plan import open_workspace
+    found = traced(open_workspace(), version)
+    print(json.dumps(found, indent=2) if as_json else trace_in_words(found))
 
 # %% ../nbs/20_cli.ipynb #466ec6c7
 @app.command()
@@ -271,10 +280,7 @@ def captures(as_json: AsJson = False) -> None:
     if found and not as_json:
         print(f"to do: {next_step(found[0])}")
 
-# %% ../nbs/20_cli.ipynb #a0918e90
-Version = Annotated[str, typer.Argument(metavar="VERSION", help="A version, as intel-nb models lists them.")]
-Stage = Annotated[str, typer.Argument(metavar="STAGE", help="staging or production.")]
-
+# %% ../nbs/20_cli.ipynb #369c2729
 @app.command()
 def approve(version: Version) -> None:
     "Approve a version, and bring it to a tested staging endpoint."

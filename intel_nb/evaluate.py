@@ -17,8 +17,9 @@ from .registry import Registry
 
 # %% auto #0
 __all__ = ['confusion', 'per_class', 'summary', 'bootstrap', 'reliability', 'calibration_error', 'log_loss', 'evaluation',
-           'mcnemar', 'Gate', 'decide', 'champion_right', 'register_package', 'plot_confusion', 'plot_reliability',
-           'worst_mistakes', 'plot_mistakes']
+           'mcnemar', 'paired_interval', 'compared', 'compared_by_class', 'in_words', 'Gate', 'decide',
+           'champion_right', 'annotated_rows', 'on_annotations', 'register_package', 'plot_confusion',
+           'plot_reliability', 'plot_champion', 'worst_mistakes', 'plot_mistakes']
 
 # %% ../nbs/02_evaluate.ipynb #a339ed12
 def confusion(labels: np.ndarray, predicted: np.ndarray, n: int) -> np.ndarray:
@@ -86,6 +87,33 @@ def mcnemar(a_right: np.ndarray, b_right: np.ndarray) -> float:
     only_a, only_b = int((a_right & ~b_right).sum()), int((~a_right & b_right).sum())
     return float(binomtest(only_a, only_a + only_b, .5).pvalue) if only_a + only_b else 1.
 
+# %% ../nbs/02_evaluate.ipynb #f2ecaac5
+def paired_interval(a_right: np.ndarray, b_right: np.ndarray) -> tuple[float, float]:
+    """The 95 % confidence interval of how much more often `a` is right than `b`, on the same images (N,).
+
+    Wald's, with one added to each kind of disagreement (Bonett and Price 2012, *J. Educ. Behav. Stat.* 37(4), 479-488)."""
+    n = len(a_right) + 2
+    only_a, only_b = ((a_right & ~b_right).sum() + 1) / n, ((~a_right & b_right).sum() + 1) / n
+    ahead, reach = only_a - only_b, 1.959964 * ((only_a + only_b - (only_a - only_b) ** 2) / n) ** .5
+    return max(-1., float(ahead - reach)), min(1., float(ahead + reach))
+
+# %% ../nbs/02_evaluate.ipynb #1d8aa2d1
+def compared(right: np.ndarray, champion: np.ndarray) -> dict[str, float]:
+    "The shares of the same images (N > 0,) on which a package and the champion are right, and what lies between them."
+    low, high = paired_interval(right, champion)
+    return {"images": len(right), "accuracy": float(right.mean()), "champion": float(champion.mean()),
+            "difference": float(right.mean() - champion.mean()), "low": low, "high": high, "p_value": mcnemar(right, champion)}
+
+# %% ../nbs/02_evaluate.ipynb #e5e4b6c8
+def compared_by_class(labels: np.ndarray, classes: list[str], right: np.ndarray, champion: np.ndarray) -> dict[str, dict[str, float]]:
+    "`compared` on the images of each class that is among `labels` (N,): there, the share that is right is the recall."
+    return {name: compared(right[labels == k], champion[labels == k]) for k, name in enumerate(classes) if (labels == k).any()}
+
+# %% ../nbs/02_evaluate.ipynb #df8b2360
+def in_words(found: dict[str, float]) -> str:
+    "What `compared` found, for a person."
+    return f"{found['difference']:+.4f}, 95 % interval {found['low']:+.4f} to {found['high']:+.4f}, p = {found['p_value']:.3g}"
+
 # %% ../nbs/02_evaluate.ipynb #8575147b
 @dataclass(frozen=True)
 class Gate:
@@ -95,7 +123,7 @@ class Gate:
     champion: str = ""  # version that it was compared with
     p_value: float | None = None
 
-# %% ../nbs/02_evaluate.ipynb #1ed3e4cf
+# %% ../nbs/02_evaluate.ipynb #ee8532bc
 def decide(right: np.ndarray, min_accuracy: float, champion: str = "", champion_right: np.ndarray | None = None) -> Gate:
     "The gate for a package that is `right` or wrong on each test image (N,), beside a champion on the same images where there is one."
     accuracy = right.mean()
@@ -103,10 +131,10 @@ def decide(right: np.ndarray, min_accuracy: float, champion: str = "", champion_
         return Gate(False, f"accuracy {accuracy:.4f} is below {min_accuracy}")
     if champion_right is None:
         return Gate(True, f"accuracy {accuracy:.4f}; " + (f"version {champion} has other classes and is not compared" if champion else "no champion yet"))
-    p, ahead = mcnemar(right, champion_right), accuracy - champion_right.mean()
-    verdict = "within noise of" if p >= .05 else "better than" if ahead > 0 else "worse than"
-    reason = f"accuracy {accuracy:.4f}, {verdict} champion {champion} ({ahead:+.4f}, p = {p:.3g})"
-    return Gate(verdict != "worse than", reason, champion, p)
+    found = compared(right, champion_right)
+    verdict = "within noise of" if found["p_value"] >= .05 else "better than" if found["difference"] > 0 else "worse than"
+    reason = f"accuracy {accuracy:.4f}, {verdict} champion {champion} ({in_words(found)})"
+    return Gate(verdict != "worse than", reason, champion, found["p_value"])
 
 # %% ../nbs/02_evaluate.ipynb #54f4c368
 def champion_right(registry: Registry, split: Split) -> tuple[str, np.ndarray | None]:
@@ -122,6 +150,21 @@ def champion_right(registry: Registry, split: Split) -> tuple[str, np.ndarray | 
     if package.labels != split.classes:
         return champion.version, None
     return champion.version, package.predict_bytes(split.images)["probabilities"].argmax(1) == split.labels
+
+# %% ../nbs/02_evaluate.ipynb #75032d90
+def annotated_rows(split: Split) -> Split:
+    "The rows of `split` that came with annotations, those of an endpoint's captures among them."
+    return split.take([i for i, source in enumerate(split.source) if source.startswith(("annotations", "capture"))])
+
+# %% ../nbs/02_evaluate.ipynb #14791d32
+def on_annotations(package: Package, registry: Registry, split: Split) -> dict[str, float] | str:
+    "How `package`, and the champion where it has the same classes, do on the annotated rows of `split`; `none` without any."
+    rows = annotated_rows(split)
+    if not len(rows):
+        return "none"
+    right = package.predict_bytes(rows.images)["probabilities"].argmax(1) == rows.labels
+    _, champion = champion_right(registry, rows)
+    return {"images": len(rows), "accuracy": float(right.mean())} if champion is None else compared(right, champion)
 
 # %% ../nbs/02_evaluate.ipynb #bd57b967
 def register_package(registry: Registry, package: Package, report: dict[str, Any], params: dict[str, Any], artifacts: list[Path]) -> str:
@@ -149,6 +192,18 @@ def plot_reliability(ax: Any, bins: dict[str, np.ndarray]) -> None:
     ax.scatter(bins["confidence"][there], bins["accuracy"][there], s=8 + 200 * bins["count"][there] / bins["count"].sum())
     ax.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02),
            title=f"Reliability (error {calibration_error(bins):.3f})")
+
+# %% ../nbs/02_evaluate.ipynb #42ca3d40
+def plot_champion(ax: Any, by_class: dict[str, dict[str, float]], overall: dict[str, float], champion: str) -> None:
+    "Draw by how much recall differs from the champion's, class by class, with its interval; the last row is the accuracy."
+    rows = {**by_class, "all": overall}
+    for k, found in enumerate(rows.values()):
+        ax.plot([found["low"], found["high"]], [k, k], color="C0", lw=2)
+        ax.plot(found["difference"], k, "o", color="C0")
+    ax.axvline(0, color="grey", lw=1, ls="--")
+    ax.set(yticks=range(len(rows)), yticklabels=[f"{name} ({found['images']})" for name, found in rows.items()],
+           xlabel="difference, 95 % interval (each by itself)", title=f"Recall against champion {champion}")
+    ax.invert_yaxis()
 
 # %% ../nbs/02_evaluate.ipynb #e847bf3c
 def worst_mistakes(split: Split, probabilities: np.ndarray, count: int = 12) -> list[int]:

@@ -90,7 +90,7 @@ def open_workspace(environ: Mapping[str, str] = os.environ) -> Workspace:
     home, executed = (environ.get("INTEL_NB_HOME") or "workspace"), (environ.get("INTEL_NB_EXECUTED") or "executed")
     return Workspace(Path(home).absolute(), Path(executed).absolute(), notebooks_folder(environ))
 
-# %% ../nbs/17e_plan.ipynb #48098755
+# %% ../nbs/17e_plan.ipynb #365934b4
 @dataclass(frozen=True)
 class Request:
     "What is asked of the chain."
@@ -100,6 +100,7 @@ class Request:
     approve: bool = False  # approve a version that passed the gate
     first: str = ""  # run this step and those after it again; empty: whatever the store lacks
     last: str = ""  # stop after this step; empty: at the end
+    cause: str = ""  # what set it off; empty: a person's command
 
 # %% ../nbs/17e_plan.ipynb #b1e6728b
 Declared = Mapping[str, Mapping[str, Parameter]]  # step: parameter: how its notebook declares it

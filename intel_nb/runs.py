@@ -32,7 +32,7 @@ class StepRecord:
     out_dir: str | None = None
     result: dict[str, Any] | None = None
 
-# %% ../nbs/17d_runs.ipynb #3a8663fb
+# %% ../nbs/17d_runs.ipynb #a03e0e9d
 @dataclass(frozen=True)
 class Run:
     "What a run did; what one has not come to is None."
@@ -44,6 +44,7 @@ class Run:
     model_version: str | None = None
     endpoint: str | None = None  # URL
     steps: list[StepRecord] = field(default_factory=list)
+    cause: str = "command"  # what gave the command: a person (command), or the event that its starter named
 
     def step(self, name: str) -> StepRecord | None:
         "The record of one step."
@@ -150,11 +151,11 @@ def _step_row(step: StepRecord) -> str:
     seconds = f"{step.seconds:.1f}" if ran else ""
     return f"<tr><td>{name}</td><td>{_status(step.status)}</td><td>{seconds}</td><td>{result}</td></tr>"
 
-# %% ../nbs/17d_runs.ipynb #789a4109
+# %% ../nbs/17d_runs.ipynb #5f8c2066
 def _short(value: Any) -> str:
     "A value of a result for the eye: few digits, no long text."
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 80 else text[:77] + "…"
+    return text if len(text) <= 120 else text[:117] + "…"
 
 # %% ../nbs/17d_runs.ipynb #9bcfc336
 PLOT_BYTES = 3_000_000  # a larger picture stays out of the page

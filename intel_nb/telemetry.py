@@ -17,11 +17,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 # %% auto #0
 __all__ = ['requests_log', 'FLUSH_SECONDS', 'Metrics', 'request_id', 'log_request', 'log_requests_to']
 
-# %% ../nbs/14e_telemetry.ipynb #6df1c7df
+# %% ../nbs/14e_telemetry.ipynb #9411c28a
 class Metrics:
     "The metrics of one service, in a registry of their own."
     def __init__(self):
-        self.registry = CollectorRegistry()
+        self.registry, self.answered = CollectorRegistry(), 0
         own = {"registry": self.registry}
         self.requests = Counter("intel_nb_requests", "Invocations by HTTP status.", ["status"], **own)
         self.seconds = Histogram("intel_nb_request_seconds", "Time from request to response.", **own,
@@ -31,6 +31,7 @@ class Metrics:
 
     def count(self, status: int, seconds: float) -> None:
         "Count an invocation that was answered with `status` after `seconds`."
+        self.answered += status == 200
         self.requests.labels(str(status)).inc()
         self.seconds.observe(seconds)
 

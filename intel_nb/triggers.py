@@ -195,14 +195,14 @@ def last_files(ledger: Ledger) -> tuple[Path, dict[str, str]]:
     order = next((o for o in reversed(ledger.orders) if o.files), None)
     return (ledger.folder / order.id / "inbox", order.files) if order else (Path(os.devnull), {})
 
-# %% ../nbs/19_triggers.ipynb #c9e4cba3
+# %% ../nbs/19_triggers.ipynb #e07e11be
 COMMAND = (sys.executable, "-c", "from intel_nb.cli import main; main()")
 
-def launch(folder: Path, arguments: Sequence[str], command: Sequence[str], workspace: Workspace) -> subprocess.Popen:
-    "Start `command` with `arguments`; what it says goes to `log.txt` in `folder`, and it holds the lock there."
+def launch(folder: Path, arguments: Sequence[str], command: Sequence[str], workspace: Workspace, cause: str) -> subprocess.Popen:
+    "Start `command` with `arguments`, for the `cause` that its run records; what it says goes to `log.txt` in `folder`, and it holds the lock there."
     path = os.pathsep.join(p for p in (str(Path(intel_nb.__file__).parents[1]), os.environ.get("PYTHONPATH")) if p)
     known = {"INTEL_NB_HOME": str(workspace.home), "INTEL_NB_EXECUTED": str(workspace.executed),
-             "INTEL_NB_NOTEBOOKS": str(workspace.notebooks), "PYTHONPATH": path}
+             "INTEL_NB_NOTEBOOKS": str(workspace.notebooks), "PYTHONPATH": path, "INTEL_NB_CAUSE": cause}
     with open(folder / ".lock", "w") as lock, open(folder / "log.txt", "ab") as log:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return subprocess.Popen([*command, *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -245,7 +245,7 @@ class Started:
             self.process.kill()
             self.process.wait()
 
-# %% ../nbs/19_triggers.ipynb #4a028eb9
+# %% ../nbs/19_triggers.ipynb #7e73a6e5
 @dataclass(frozen=True)
 class Times:
     "What a watcher waits for, in seconds."
@@ -310,7 +310,8 @@ class Watcher:
             self._close(order, status)  # it came to its end while nobody watched
         else:
             self.tell(f"{order.arguments[0]} {order.id} for {summary(order.events)}")
-            self.started = Started(order, folder, launch(folder, order.arguments, self.command, self.workspace))
+            cause = f"{order.events[0].start}: {summary(order.events)}"
+            self.started = Started(order, folder, launch(folder, order.arguments, self.command, self.workspace, cause))
 
     def _tell_alarms(self) -> None:
         path = self.ledger.folder / "alarms.json"

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from intel_nb.serving import Service
 
 # %% auto #0
-__all__ = ['Assignment', 'die_with_parent', 'give_memory_back', 'work', 'load', 'make_server', 'is_idle', 'hand_over',
-           'take_over', 'serve', 'leave']
+__all__ = ['Assignment', 'die_with_parent', 'give_memory_back', 'work', 'called', 'load', 'make_server', 'is_idle', 'hand_over',
+           'take_over', 'serve', 'ordered', 'leave']
 
 # %% ../nbs/15a_worker.ipynb #c740dc31
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ def give_memory_back() -> None:
         with suppress(AttributeError):  # another C library
             ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**20)
 
-# %% ../nbs/15a_worker.ipynb #2eb2fdcd
+# %% ../nbs/15a_worker.ipynb #fea44a53
 def work(assignment: str) -> None:
-    "Load, wait for the word, serve, leave; `assignment` is an `Assignment` in JSON."
+    "Load, wait for the word, serve, leave, and again if it was told to stand by; `assignment` is an `Assignment` in JSON."
     import uvloop
     from intel_nb.telemetry import log_requests_to
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -71,12 +71,19 @@ def work(assignment: str) -> None:
     die_with_parent(told.parent)
     give_memory_back()
     log_requests_to(Path(told.state).parent / "requests.log")
-    control = socket.socket(fileno=told.control)
-    app = load(told, control)
-    control.sendall(b"ready\n")
-    if control.recv(64) != b"serve\n":
-        return  # the supervisor is gone, or gave up on this worker
-    uvloop.run(serve(app, control, *(socket.socket(fileno=n) for n in (told.listener, told.give, told.take))))
+    control, numbers = socket.socket(fileno=told.control), (told.control, told.listener, told.give, told.take)
+    stays = True
+    while stays and called(app := load(told, control), control):
+        stays = uvloop.run(serve(app, *(socket.socket(fileno=os.dup(n)) for n in numbers)))
+        control.setblocking(True)  # the event loop had a copy of it, and shares this with it
+
+# %% ../nbs/15a_worker.ipynb #5a0592de
+def called(app: FastAPI, control: socket.socket) -> bool:
+    "Say that `app` is ready, and wait for the word to serve it; False when the supervisor is gone, or gave up on this worker."
+    with suppress(ConnectionError):
+        control.sendall(b"ready\n")
+        return control.recv(64) == b"serve\n"
+    return False
 
 # %% ../nbs/15a_worker.ipynb #72558b57
 def load(told: Assignment, control: socket.socket) -> FastAPI:
@@ -138,10 +145,10 @@ async def take_over(server: uvicorn.Server, hands: socket.socket) -> int:
             await loop.connect_accepted_socket(make, socket.socket(fileno=number))
             count += 1
 
-# %% ../nbs/15a_worker.ipynb #dfce7d8c
+# %% ../nbs/15a_worker.ipynb #fc9b5ccb
 async def serve(app: FastAPI, control: socket.socket, listener: socket.socket, give: socket.socket,
-                take: socket.socket) -> None:
-    "Serve `app` on `listener` until the supervisor says `leave`, or dies, or this process is told to end."
+                take: socket.socket) -> bool:
+    "Serve `app` on `listener` until the supervisor says `leave` or `stand by` (then True), or dies, or this process is told to end."
     reader, writer = await asyncio.open_connection(sock=control)
     server = make_server(app)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -149,7 +156,7 @@ async def serve(app: FastAPI, control: socket.socket, listener: socket.socket, g
         await asyncio.sleep(0.005)
     await take_over(server, take)
     writer.write(b"serving\n")
-    order = asyncio.create_task(reader.readline())
+    order = asyncio.create_task(ordered(reader, writer, app.service))
     await asyncio.wait([serving, order], return_when=asyncio.FIRST_COMPLETED)
     if order.done() and not order.result():
         os._exit(1)  # the supervisor is dead, and the port is its successor's
@@ -158,6 +165,14 @@ async def serve(app: FastAPI, control: socket.socket, listener: socket.socket, g
         writer.write(b"left\n")
         server.should_exit = True
     await serving
+    return order.done() and order.result() == b"stand by\n"
+
+# %% ../nbs/15a_worker.ipynb #ae588c5f
+async def ordered(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, service: Service) -> bytes:
+    "The supervisor's order to go, empty when it is dead; until then it may ask how many requests were answered."
+    while (order := await reader.readline()) == b"count\n":
+        writer.write(b"%d\n" % service.metrics.answered)
+    return order
 
 # %% ../nbs/15a_worker.ipynb #542a87a2
 async def leave(server: uvicorn.Server, service: Service, hands: socket.socket, patience: float = 1) -> None:

@@ -13,7 +13,7 @@ from urllib.request import urlopen
 import pytest
 from conftest import COMMAND
 
-COMMANDS = ("run", "runs", "report", "models", "endpoints", "approve", "reject", "promote", "rollback", "start", "stop",
+COMMANDS = ("run", "runs", "report", "models", "trace", "endpoints", "approve", "reject", "promote", "rollback", "start", "stop",
             "watch", "captures", "predict", "aws")
 
 
@@ -57,7 +57,7 @@ def test_lists_of_nothing(empty, line):
 
 
 UNKNOWN = {
-    "approve 7": "no version 7", "promote 7": "no version 7", "reject 7": "no version 7", "report 7": "no run 7",
+    "approve 7": "no version 7", "promote 7": "no version 7", "reject 7": "no version 7", "trace 7": "no version 7", "report 7": "no run 7",
     "rollback staging": "no endpoint staging", "start staging": "no endpoint staging",
     "stop staging": "no endpoint staging", "predict x.jpg": "no endpoint staging",
     "watch inbox": "is no folder", "aws cost --option runs=x": "must be a number",
@@ -92,7 +92,10 @@ def test_the_documents(staged_once):
     assert (endpoint["stage"], endpoint["version"], endpoint["status"]) == ("staging", "1", "running")
     assert alive(endpoint["pid"])
     (run,) = staged_once("runs", "--json").json
-    assert run == staged_once.record("first") == staged_once("report", "first", "--json").json
+    assert run == staged_once("report", "first", "--json").json
+    record = staged_once.record("first")
+    assert {name: run[name] for name in record} == record and record["cause"] == "command"
+    assert (run["data"]["images"], run["data"]["same_as"], run["became"]) == (180, None, "Approved, in staging")
     assert (run["status"], run["endpoint"]) == ("succeeded", endpoint["url"])
     assert [step["status"] for step in run["steps"]] == ["succeeded"] * 6
     for listing in ("models", "endpoints", "runs"):

@@ -183,6 +183,93 @@ def test_updates_and_rollbacks_under_load_fail_no_request(endpoints, packages):
     assert endpoints.history("production") == ["1", "2"]
 
 
+def workers_of(endpoint) -> set[int]:
+    "Living workers of a supervisor."
+    return {int(p.name) for p in Path("/proc").glob("[0-9]*") if parent_of(p) == endpoint.pid}
+
+
+def warm(endpoints, stage: str) -> str:
+    return json.loads((endpoints.folder / stage / "endpoint.json").read_text())["warm"]
+
+
+def wait_until(holds) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.02)
+
+
+def test_a_rollback_under_load_hands_over_to_the_worker_that_stood_by(packages, tmp_path):
+    "It is the very process of before; no request fails, and what was promoted and rolled back ends."
+    endpoints = LocalEndpoints(tmp_path / "endpoints", owned=True, first_port=18300, env={"INTEL_NB_WARM": "100000"})
+    first = endpoints.deploy("production", packages[0], "1")
+    try:
+        (before,) = workers_of(first)
+        with Load(first.url) as load:
+            load.wait_for(20)
+            endpoints.deploy("production", packages[1], "2")
+            assert warm(endpoints, "production") == "1" and before in workers_of(first)
+            load.wait_for(20)
+            assert endpoints.deploy("production", packages[0], "1", back=True).url == first.url
+            assert invoke(first.url, PHOTO, "image/jpeg")["model"]["version"] == "1"
+            assert warm(endpoints, "production") == ""
+            load.wait_for(20)
+            wait_until(lambda: workers_of(first) == {before})
+        assert load.failures == []
+        assert load.observations == sorted(load.observations)
+    finally:
+        endpoints.stop("production")
+    assert processes_of(tmp_path) == []
+
+
+def test_the_predecessor_goes_when_the_new_version_has_answered_enough(packages, tmp_path):
+    endpoints = LocalEndpoints(tmp_path / "endpoints", owned=True, first_port=18300, env={"INTEL_NB_WARM": "5"})
+    first = endpoints.deploy("production", packages[0], "1")
+    try:
+        endpoints.deploy("production", packages[1], "2")
+        send(first.url, 4)
+        time.sleep(1.5)  # it was asked meanwhile
+        assert warm(endpoints, "production") == "1"
+        send(first.url, 1)
+        wait_until(lambda: warm(endpoints, "production") == "" and len(workers_of(first)) == 1)
+        assert endpoints.deploy("production", packages[0], "1", back=True).version == "1"  # cold, as ever
+        assert endpoints.history("production") == ["1"]
+    finally:
+        endpoints.stop("production")
+
+
+def test_a_predecessor_that_died_standing_by_is_started_anew(endpoints, packages):
+    first = endpoints.deploy("production", packages[0], "1")
+    (before,) = workers_of(first)
+    endpoints.deploy("production", packages[1], "2")
+    os.kill(before, signal.SIGKILL)
+    endpoints.deploy("production", packages[0], "1", back=True)
+    assert invoke(first.url, PHOTO, "image/jpeg")["model"]["version"] == "1"
+
+
+def test_a_challenger_that_is_killed_as_it_starts_never_takes_the_stage(endpoints, packages):
+    "Nor does the load on its predecessor notice; who stood by stands by still."
+    first = endpoints.deploy("staging", packages[0], "1")
+    endpoints.deploy("staging", packages[1], "2")
+    known, said = workers_of(first), []
+
+    def deploy():
+        with pytest.raises(EndpointError, match="version 3 does not serve staging") as error:
+            endpoints.deploy("staging", packages[0], "3")
+        said.append(error)
+
+    with Load(first.url) as load:
+        load.wait_for(10)
+        update = threading.Thread(target=deploy)
+        update.start()
+        wait_until(lambda: workers_of(first) - known)
+        os.kill((workers_of(first) - known).pop(), signal.SIGKILL)
+        update.join()
+        load.wait_for(10)
+    assert said and load.failures == [] and set(load.versions) == {"2"}
+    assert endpoints.describe("staging").version == "2" and endpoints.history("staging") == ["1", "2"]
+
+
 def test_a_client_that_kept_its_connection_reaches_the_new_version(endpoints, packages):
     url = endpoints.deploy("staging", packages[0], "1").url
     post = dict(content=PHOTO, headers={"content-type": "image/jpeg"})
