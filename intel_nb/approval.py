@@ -18,7 +18,7 @@ from .store import Entry
 
 # %% auto #0
 __all__ = ['Tell', 'NotAllowed', 'silent', 'approve', 'go_on', 'move', 'promote', 'earlier', 'rollback', 'check_stage', 'reject',
-           'withdraw', 'start']
+           'withdraw', 'shadow', 'unshadow', 'start']
 
 # %% ../nbs/18a_approval.ipynb #79f6a52c
 class NotAllowed(RuntimeError):
@@ -63,7 +63,7 @@ def move(workspace: Workspace, trigger: str, stage: str, version: str, tell: Tel
     wanted = {"version": version, "stage": stage, "engine": engine, "back": back}
     return run_chain(workspace, Request({"deploy": wanted}, trigger), MOVE, tell)
 
-# %% ../nbs/18a_approval.ipynb #9a6c0f0f
+# %% ../nbs/18a_approval.ipynb #6a9de06b
 def promote(workspace: Workspace, version: str, tell: Tell = silent) -> Run:
     "Put `version` into production; raises `NotAllowed` unless it is approved and its staging test passed."
     found = workspace.registry().get(version)
@@ -73,7 +73,9 @@ def promote(workspace: Workspace, version: str, tell: Tell = silent) -> Run:
     if found.staging_test != "passed":
         state = "failed its staging test" if found.staging_test else "has not been through the staging test"
         raise NotAllowed(f"version {version} {state}; intel-nb approve {version} runs it")
-    return move(workspace, "promote", "production", version, tell)
+    run = move(workspace, "promote", "production", version, tell)
+    unshadow(workspace, version)
+    return run
 
 # %% ../nbs/18a_approval.ipynb #119a0d3b
 def earlier(workspace: Workspace, stage: str) -> str | None:
@@ -99,7 +101,7 @@ def check_stage(workspace: Workspace, stage: str) -> Any:
         raise InputError(f"there is no endpoint {stage}; there are: {', '.join(stages) or 'none yet'}")
     return stages[stage]
 
-# %% ../nbs/18a_approval.ipynb #8b9b2e44
+# %% ../nbs/18a_approval.ipynb #6bd80294
 def reject(workspace: Workspace, version: str, reason: str = "", tell: Tell = silent) -> list[Run]:
     "Reject `version`; returns the runs that rolled stages back."
     registry = workspace.registry()
@@ -109,6 +111,7 @@ def reject(workspace: Workspace, version: str, reason: str = "", tell: Tell = si
         if run.status == "waiting" and run.model_version == version:
             with held(workspace.executed, run.run_id):
                 write_run(workspace.executed, replace(run, status="rejected", finished=utc_now()))
+    unshadow(workspace, version)
     serving = [e.stage for e in workspace.endpoints().list() if e.version == version and e.status != "stopped"]
     return [run for stage in serving for run in withdraw(workspace, stage, tell)]
 
@@ -123,6 +126,26 @@ def withdraw(workspace: Workspace, stage: str, tell: Tell = silent) -> list[Run]
     workspace.endpoints().stop(stage)
     workspace.registry().set_alias(stage, None)
     return []
+
+# %% ../nbs/18a_approval.ipynb #c604f3b7
+def shadow(workspace: Workspace, version: str, stage: str) -> None:
+    "Have `version` see copies of what `stage` answers; raises `NotAllowed` for a version that is rejected or serves there."
+    endpoint, found = check_stage(workspace, stage), workspace.registry().get(version)
+    if found.status == "Rejected":
+        raise NotAllowed(f"version {version} is rejected ({found.reason}); shadow another one")
+    if endpoint.version == version:
+        raise NotAllowed(f"version {version} is what {stage} serves; shadow another one")
+    if endpoint.status != "running":
+        raise NotAllowed(f"{stage} is {endpoint.status}; intel-nb start {stage}")
+    workspace.endpoints().shadow(stage, workspace.registry().package(version), version)
+
+# %% ../nbs/18a_approval.ipynb #eff6076f
+def unshadow(workspace: Workspace, version: str) -> None:
+    "End all shadows of `version`."
+    endpoints = workspace.endpoints()
+    for stage in [e.stage for e in endpoints.list()]:
+        if (seen := endpoints.shadowed(stage)) and (seen["version"], seen["status"]) == (version, "running"):
+            endpoints.unshadow(stage)
 
 # %% ../nbs/18a_approval.ipynb #b7123256
 def start(workspace: Workspace, stage: str, engine: str | None = None) -> Any:

@@ -22,9 +22,9 @@ if TYPE_CHECKING:  # what a command needs it imports itself: --help should not w
 __all__ = ['app', 'STATUS', 'AsJson', 'Version', 'Stage', 'TYPES', 'aws', 'Named', 'Parameter', 'Option', 'Yes', 'STOPPED',
            'options', 'table', 'show', 'Lines', 'Bars', 'watched', 'summary', 'conclude', 'request_from', 'run', 'runs',
            'report', 'models', 'trace', 'endpoints', 'drift_of', 'drift_words', 'captures', 'approve', 'reject',
-           'promote', 'rollback', 'start', 'stop', 'predict', 'ask', 'watch', 'cloud', 'ask_unless', 'template',
-           'definition', 'rehearse', 'cost', 'deploy_stack', 'start_pipeline', 'cloud_status', 'destroy', 'call',
-           'fail', 'quiet_pipe', 'main']
+           'promote', 'rollback', 'shadow', 'shadow_words', 'start', 'stop', 'predict', 'ask', 'watch', 'cloud',
+           'ask_unless', 'template', 'definition', 'rehearse', 'cost', 'deploy_stack', 'start_pipeline', 'cloud_status',
+           'destroy', 'call', 'fail', 'quiet_pipe', 'main']
 
 # %% ../nbs/20_cli.ipynb #9c9f57fc
 app = typer.Typer(name="intel-nb", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
@@ -238,14 +238,17 @@ def trace(version: Version, as_json: AsJson = False) -> None:
     found = traced(open_workspace(), version)
     print(json.dumps(found, indent=2) if as_json else trace_in_words(found))
 
-# %% ../nbs/20_cli.ipynb #466ec6c7
+# %% ../nbs/20_cli.ipynb #2c198912
 @app.command()
 def endpoints(as_json: AsJson = False) -> None:
     "List the endpoints of the stages, with how their drift detectors stand."
     from intel_nb.plan import open_workspace
     found = open_workspace().endpoints().list()
     rows = [{name: getattr(e, name) for name in ("stage", "url", "version", "status", "pid")} for e in found]
+    shadows = {e.stage: seen for e in found if (seen := open_workspace().endpoints().shadowed(e.stage)) and seen["status"] == "running"}
+    rows = [row | ({"shadow": shadows[row["stage"]]} if row["stage"] in shadows else {}) for row in rows]
     if not as_json:
+        rows = [row | ({"shadow": shadow_words(shadows.get(row["stage"]))} if shadows else {}) for row in rows]
         rows = [row | {"engine": e.engine, "drift": drift_words(drift_of(e))} for row, e in zip(rows, found)]
     show(rows, as_json, "no endpoints yet: intel-nb run --approve makes one")
 
@@ -317,6 +320,29 @@ def rollback(stage: Stage) -> None:
     from intel_nb.plan import open_workspace
     workspace = open_workspace()
     conclude(workspace, [watched(lambda tell: approval.rollback(workspace, stage, tell))])
+
+# %% ../nbs/20_cli.ipynb #c0ebb3a6
+@app.command()
+def shadow(version: Annotated[str, typer.Argument(metavar="[VERSION]", help="Without: show what was seen.")] = "",
+           stage: Annotated[str, typer.Option(help="Whose traffic it sees.")] = "production",
+           end: Annotated[bool, typer.Option("--stop", help="Let the shadow go.")] = False, as_json: AsJson = False) -> None:
+    "Let a version see copies of a stage's traffic, without answering; endpoints shows how often it agrees."
+    import json
+    from intel_nb import approval
+    from intel_nb.plan import open_workspace
+    workspace = open_workspace()
+    approval.check_stage(workspace, stage)
+    if end:
+        workspace.endpoints().unshadow(stage)
+    elif version:
+        approval.shadow(workspace, version, stage)
+    seen = workspace.endpoints().shadowed(stage)
+    print(json.dumps(seen, indent=2) if as_json else f"{stage}: {shadow_words(seen)}")
+
+def shadow_words(seen: dict[str, Any] | None) -> str:
+    "What is known of a shadow, in a line."
+    from intel_nb.shadow import in_words
+    return f"{in_words(seen)}, {seen['status']}" if seen else "no shadow"
 
 # %% ../nbs/20_cli.ipynb #d527099d
 @app.command()

@@ -61,7 +61,7 @@ def give_memory_back() -> None:
         with suppress(AttributeError):  # another C library
             ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**20)
 
-# %% ../nbs/15a_worker.ipynb #fea44a53
+# %% ../nbs/15a_worker.ipynb #e79803a3
 def work(assignment: str) -> None:
     "Load, wait for the word, serve, leave, and again if it was told to stand by; `assignment` is an `Assignment` in JSON."
     import uvloop
@@ -69,6 +69,7 @@ def work(assignment: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     told = Assignment(**json.loads(assignment))
     die_with_parent(told.parent)
+    os.nice(int(os.environ.get("INTEL_NB_NICE") or 0))
     give_memory_back()
     log_requests_to(Path(told.state).parent / "requests.log")
     control, numbers = socket.socket(fileno=told.control), (told.control, told.listener, told.give, told.take)

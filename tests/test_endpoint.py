@@ -401,3 +401,49 @@ def test_overload_is_503_and_passes(packages):
         assert set(statuses) == {200, 503}
         assert invoke(url, PHOTO, "image/jpeg")["predictions"]
         assert drift_status(url)["observations"] == statuses.count(200) + 1
+
+
+def test_a_shadow_sees_production_and_answers_nobody(endpoints, packages, tmp_path):
+    "Whatever becomes of it: it hangs, it dies, production is updated under it; no request fails or waits for it."
+    url = endpoints.deploy("production", packages[0], "1").url
+    assert endpoints.shadowed("production") is None and not endpoints.unshadow("production")
+    endpoints.shadow("production", sample_package(tmp_path / "other", seed=1), "9")
+    beside = endpoints._beside("production").describe("production")
+    seen = lambda: endpoints.shadowed("production")
+    with Load(url) as load:
+        wait_until(lambda: seen()["images"] >= 20)
+        assert seen()["agreement"] in (0, 1), "there is one photo alone"
+        shown = httpx.get(f"{url}/metrics").text
+        assert "intel_nb_shadow_agreement" in shown and "intel_nb_shadow_shadow_ms_median" in shown
+        (worker,) = workers_of(beside)
+        os.kill(worker, signal.SIGSTOP)
+        load.wait_for(150)
+        endpoints.deploy("production", packages[0], "2")
+        load.wait_for(20)
+        kill(beside)
+        load.wait_for(20)
+        assert endpoints.unshadow("production")
+        load.wait_for(20)
+    assert load.failures == [] and set(load.versions) == {"1", "2"}
+    assert seen()["version"] == "9" and seen()["dropped"] > 0 and seen()["status"] == "stopped"
+    assert processes_of(tmp_path / "endpoints" / "production" / "shadow") == []
+    assert [e.stage for e in endpoints.list()] == ["production"] and endpoints.describe("production").version == "2"
+
+
+def test_a_shadow_is_told_apart_by_what_it_answers(endpoints, packages, tmp_path):
+    "The same package agrees always, and another as often as it does when it is asked itself; both go with their stage."
+    url = endpoints.deploy("production", packages[0], "1").url
+    other = sample_package(tmp_path / "other", seed=1)
+    scenes = [encode_jpeg(sample_scene(i % 6, np.random.default_rng([5, i])) // 3) for i in range(40)]  # dark: not easy
+    ours, theirs = (load_package(p).predict_bytes(scenes)["probabilities"].argmax(1) for p in (packages[0], other))
+    for version, package, agreed in (("2", packages[1], 40), ("3", other, int((ours == theirs).sum()))):
+        endpoints.shadow("production", package, version)
+        time.sleep(1.1)  # who serves looks once a second
+        for scene in scenes:
+            assert invoke(url, scene, "image/jpeg")["model"]["version"] == "1"
+        wait_until(lambda: endpoints.shadowed("production")["requests"] == 40)
+        known = endpoints.shadowed("production")
+        assert (known["version"], known["images"], known["agreed"], known["status"]) == (version, 40, agreed, "running")
+        assert (known["failed"], known["dropped"]) == (0, 0) and known["shadow_ms"]["median"] > 0
+    endpoints.stop("production")
+    assert processes_of(tmp_path / "endpoints") == [] and endpoints.shadowed("production")["agreed"] == agreed
