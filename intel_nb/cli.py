@@ -270,15 +270,16 @@ def drift_words(found: dict[str, Any] | None) -> str:
     near = f"statistic {found['statistic']:.2f} of {found['threshold']:.2f} at {found['time']}" if found["time"] else "nothing seen since"
     return f"{near}, {found['alarms']} alarms{last}"
 
-# %% ../nbs/20_cli.ipynb #886a7ca1
+# %% ../nbs/20_cli.ipynb #428d1cc5
 @app.command()
 def captures(as_json: AsJson = False) -> None:
     "List what endpoints kept at drift alarms, newest first."
     from intel_nb.captures import list_captures, next_step
     from intel_nb.plan import open_workspace
     found = list_captures(open_workspace().home / "captures")
-    show([{"stage": k.stage, "time": k.time, "version": k.version, "images": k.images, "where": str(k.where)} for k in found],
-         as_json, "no captures yet: an endpoint keeps images when it alarms")
+    fields = ("stage", "time", "version", "images", "where")
+    rows = [{name: getattr(kept, name) for name in fields} | {"where": str(kept.where)} for kept in found]
+    show(rows, as_json, "no captures yet: an endpoint keeps images when it alarms")
     if found and not as_json:
         print(f"to do: {next_step(found[0])}")
 
@@ -395,7 +396,7 @@ def ask(url: str, image: str) -> dict[str, Any]:
         raise InputError(f"{image} is no image that the endpoint takes; it takes {', '.join(TYPES)}")
     return invoke(url, Path(image).read_bytes(), f"image/{kind}")["predictions"][0]
 
-# %% ../nbs/20_cli.ipynb #0ef79378
+# %% ../nbs/20_cli.ipynb #ae11667a
 @app.command()
 def watch(
     inbox: Annotated[str, typer.Argument(metavar="INBOX", help="A folder for intel.zip and annotations/.")],
@@ -404,7 +405,7 @@ def watch(
     engine: Annotated[Optional[str], typer.Option(help="As for run.")] = None,
     approve: Annotated[bool, typer.Option("--approve", help="As for run.")] = False,
     rest: Annotated[float, typer.Option(help="Seconds that a file must not have changed.", min=0)] = 2,
-    poll: Annotated[bool, typer.Option("--poll", help="Do not rely on the system to tell of changes (network disks).")] = False,
+    poll: Annotated[bool, typer.Option("--poll", help="Look for changes (network disks do not tell).")] = False,
 ) -> None:
     "Follow a folder: what is uploaded there starts a run, once. Approvals and drift alarms are followed too."
     from intel_nb import triggers

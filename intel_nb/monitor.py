@@ -103,10 +103,10 @@ def alarm_report(state: State, detector: OnlineMMD, package: Package, version: s
             "observations": state.observations, **detector.reading, **what_moved(detector, package.card),
             "classes": {package.labels[k]: n for k, n in Counter(state.recent).most_common()}}
 
-# %% ../nbs/14c_monitor.ipynb #9eddf438
+# %% ../nbs/14c_monitor.ipynb #aa151eed
 def raise_alarm(folder: Path, state: State, detector: OnlineMMD, package: Package, version: str) -> dict[str, Any]:
-    """Count the alarm and have `detector` start anew; returns its `name`, when it was `raised`, after how many `observations`, the
-    `window` that moved, and whether it is `reported` in `folder`, as the first of this minute is."""
+    """Count the alarm and have `detector` start anew; returns its `name`, when it was `raised`, after how many
+    `observations`, the `window` that moved, and whether it is `reported` in `folder`, as the first of this minute is."""
     now = utc_now()
     alarm = {"name": f"{now.replace(':', '')}-{state.observations:08}", "raised": now, "observations": state.observations,
              "window": len(latest_rows(detector)), "reported": now[:16] != (state.last_alarm or "")[:16]}
@@ -117,7 +117,7 @@ def raise_alarm(folder: Path, state: State, detector: OnlineMMD, package: Packag
     detector.reset()
     return alarm
 
-# %% ../nbs/14c_monitor.ipynb #bfc43cdc
+# %% ../nbs/14c_monitor.ipynb #10cb7af5
 HISTORY = 300  # observations that are remembered for the page
 
 class Monitor:
@@ -133,7 +133,7 @@ class Monitor:
         self._alarm = partial(raise_alarm, Path(folder) / "alarms", self.state, self.detector, package, version)
 
     def update(self, features: np.ndarray, classes: np.ndarray) -> list[dict[str, Any]]:
-        "Readings of the images with drift features (N, D) and predicted `classes` (N,), in order; one that alarms has an `alarm`."
+        "Readings of the images with drift features (N, D) and predicted `classes` (N,), in order, one with its `alarm`."
         readings, predicted = [], [int(k) for k in classes]
         with self._lock:
             while len(readings) < len(predicted):

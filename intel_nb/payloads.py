@@ -225,9 +225,9 @@ def parse(content_type: str, body: bytes, side: int) -> np.ndarray:
         logging.getLogger(__name__).exception("a body of type %s was not foreseen", content_type)
         raise Refusal("undecodable", "the body cannot be read") from None
 
-# %% ../nbs/14a_payloads.ipynb #988944e8
+# %% ../nbs/14a_payloads.ipynb #0bb32f19
 def image_files(kind: str, body: bytes) -> list[bytes]:
-    "The images in a body that `parse` has read, as files: the client's own, or PNG where it sent numbers. `kind` is a key of `FORMATS`."
+    "The images in a body that `parse` has read, as files: the client's own, or PNG where it sent numbers."
     if kind.startswith("image/"):
         return [body]
     if kind == "application/x-npy":

@@ -123,9 +123,9 @@ class Detects(Protocol):
     def history(self) -> list[list[Any]]: ...
     def release(self) -> None: ...
 
-# %% ../nbs/15_serving.ipynb #cceed7a7
+# %% ../nbs/15_serving.ipynb #c07ea5b3
 class Service:
-    "A model package that answers requests, with its monitor, its threads and its metrics; `recorder` keeps images of alarms."
+    "A model package that answers requests, with its monitor, threads and metrics; `recorder` keeps images of alarms."
     def __init__(self, package: Package, version: str, settings: Settings, open_monitor: Callable[[], Detects],
                  recorder: Recorder | None = None):
         self.package, self.settings, self._open_monitor, self.recorder = package, settings, open_monitor, recorder
@@ -179,10 +179,11 @@ class Service:
     def _answer(self, predictions: list[dict[str, Any]], readings: list[dict[str, Any]]) -> bytes:
         return json.dumps({"predictions": predictions, "drift": readings, "model": self.model}).encode()
 
-# %% ../nbs/15_serving.ipynb #2970a826
+# %% ../nbs/15_serving.ipynb #e018b017
 def beside(work: Callable[[list], list], requests: list) -> list:
     "What `work` makes of `requests`, each result with its request, but for those that failed."
-    return [result if isinstance(result, Exception) else (request, result) for request, result in zip(requests, work(requests), strict=True)]
+    pairs = zip(requests, work(requests), strict=True)
+    return [result if isinstance(result, Exception) else (request, result) for request, result in pairs]
 
 # %% ../nbs/15_serving.ipynb #3dc0a57c
 def watch_service(metrics: Metrics, monitor: Detects, batcher: Batcher) -> None:

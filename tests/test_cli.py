@@ -95,7 +95,7 @@ def test_the_documents(staged_once):
     assert run == staged_once("report", "first", "--json").json
     record = staged_once.record("first")
     assert {name: run[name] for name in record} == record and record["cause"] == "command"
-    assert (run["data"]["images"], run["data"]["same_as"], run["became"]) == (180, None, "Approved, in staging")
+    assert (run["data"]["images"], run["data"]["same_as"], run["became"]) == (240, None, "Approved, in staging")
     assert (run["status"], run["endpoint"]) == ("succeeded", endpoint["url"])
     assert [step["status"] for step in run["steps"]] == ["succeeded"] * 6
     for listing in ("models", "endpoints", "runs"):

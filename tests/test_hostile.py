@@ -6,6 +6,7 @@ import json
 import random
 import re
 import socket
+import statistics
 import struct
 import threading
 import time
@@ -650,7 +651,9 @@ def test_twenty_thousand_hostile_requests(target):
     handles = target.handles()
     print(f"\n{sum(target.statuses.values())} requests in {time.monotonic() - began:.0f} s; {dict(sorted(target.statuses.items()))}; "
           f"MiB {[round(m) for m in memory]}; {handles} handles")
-    assert max(memory[10:]) < max(memory[:10]) + 15, "memory does not grow"
+    # What it holds between two images is looked at; one image in hand is 75 MB more for a moment.
+    assert statistics.median(memory[10:]) < statistics.median(memory[:10]) + 15, "memory does not grow"
+    assert max(memory) < memory[0] + 150, memory
     assert handles < 40
     target.local = threading.local()  # this thread's connection was idle for longer than the endpoint keeps one
     target.is_right()
