@@ -60,8 +60,9 @@ def became(run: Run, versions: Mapping[str, ModelVersion]) -> str:
         return f"Rejected: {version.reason}"
     return f"{version.status}, " + (f"in {' and '.join(version.aliases)}" if version.aliases else "serves nowhere")
 
-# %% ../nbs/17f_history.ipynb #3633e615
-def told(workspace: Workspace, run: Run, runs: list[Run] | None = None, versions: Mapping[str, ModelVersion] | None = None) -> dict[str, Any]:
+# %% ../nbs/17f_history.ipynb #5b31e8c6
+def told(workspace: Workspace, run: Run, runs: list[Run] | None = None,
+         versions: Mapping[str, ModelVersion] | None = None) -> dict[str, Any]:
     "The record of `run` with its `data` and what it `became`; `runs` are all there are, newest first."
     runs = list_runs(workspace.executed) if runs is None else runs
     versions = {v.version: v for v in workspace.registry().versions()} if versions is None else versions
@@ -129,7 +130,7 @@ def again(parameters: dict[str, dict[str, Any]]) -> str:
                 words += ["--param", f"{step}.{name}={value if isinstance(value, str) else json.dumps(value)}"]
     return shlex.join(words)
 
-# %% ../nbs/17f_history.ipynb #2774186c
+# %% ../nbs/17f_history.ipynb #b84a1a8a
 def traced(workspace: Workspace, version: str) -> dict[str, Any]:
     "All that is known of where `version` comes from; `steps` is empty where the store has lost them. Raises `InputError`."
     found = workspace.registry().get(version)
@@ -140,16 +141,20 @@ def traced(workspace: Workspace, version: str) -> dict[str, Any]:
     asked = workspace.executed / found.run_id / "request.json" if found.run_id else None
     command = again(read_json(asked)["parameters"]) if asked and asked.is_file() else ""
     made = next((told(workspace, run, runs, {version: found}) for run in runs if run.run_id == found.run_id), {})
-    return {"version": version, "status": found.status, "reason": found.reason,
-            "gate": workspace.registry().evaluation(version).get("gate", {}).get("reason", ""), "aliases": found.aliases, "created": found.created, "accuracy": found.accuracy, "package": found.fingerprint, "dataset": found.data, "run_id": found.run_id,
-            "cause": made.get("cause", ""), "data": made.get("data"), "runs": mine, "steps": steps, "again": command}
+    gate = workspace.registry().evaluation(version).get("gate", {}).get("reason", "")
+    return {"version": version, "status": found.status, "reason": found.reason, "gate": gate, "aliases": found.aliases,
+            "created": found.created, "accuracy": found.accuracy, "package": found.fingerprint, "dataset": found.data,
+            "run_id": found.run_id, "cause": made.get("cause", ""), "data": made.get("data"), "runs": mine, "steps": steps,
+            "again": command}
 
-# %% ../nbs/17f_history.ipynb #ae67abeb
+# %% ../nbs/17f_history.ipynb #9085fc5b
 def trace_in_words(trace: dict[str, Any]) -> str:
     "What `traced` found, for the eye; parameters that nobody gave a value are left out."
-    facts = {"version": f"{trace['version']}, {trace['status']}" + (f" in {' and '.join(trace['aliases'])}" if trace["aliases"] else ""),
-             "gate": trace["gate"], "reason": trace["reason"], "package": trace["package"], "dataset": trace["dataset"], "data": data_in_words(trace["data"]),
-             "run": f"{trace['run_id'] or '-'} ({trace['cause'] or 'unknown'}); all runs: {', '.join(trace['runs']) or '-'}", "again": trace["again"] or "-"}
+    stages = f" in {' and '.join(trace['aliases'])}" if trace["aliases"] else ""
+    runs = f"{trace['run_id'] or '-'} ({trace['cause'] or 'unknown'}); all runs: {', '.join(trace['runs']) or '-'}"
+    facts = {"version": f"{trace['version']}, {trace['status']}{stages}", "gate": trace["gate"], "reason": trace["reason"],
+             "package": trace["package"], "dataset": trace["dataset"], "data": data_in_words(trace["data"]), "run": runs,
+             "again": trace["again"] or "-"}
     lines = [f"{name:<9} {text}" for name, text in facts.items()]
     for name, step in trace["steps"].items():
         given = " ".join(f"{k}={v}" for k, v in step["parameters"].items() if v is not None)

@@ -92,10 +92,11 @@ def read_seen(state: Path) -> Tally | None:
         seen = read_json(state / "shadow_seen.json")
         return Tally(**seen | {"seconds": deque(map(tuple, seen["seconds"]), LATEST)})
 
-# %% ../nbs/14h_shadow.ipynb #2a06bc8b
+# %% ../nbs/14h_shadow.ipynb #fff8cc25
 def write_seen(state: Path, tally: Tally) -> None:
     "Write down what was seen."
-    write_json(state / "shadow_seen.json", asdict(tally) | {"seconds": [[round(s, 6) for s in pair] for pair in list(tally.seconds)]})
+    seconds = [[round(s, 6) for s in pair] for pair in list(tally.seconds)]
+    write_json(state / "shadow_seen.json", asdict(tally) | {"seconds": seconds})
 
 # %% ../nbs/14h_shadow.ipynb #4325bc08
 class Copy(NamedTuple):
@@ -226,12 +227,12 @@ class Mirror:
                 written = time.monotonic()
         self._line.close()
 
-# %% ../nbs/14h_shadow.ipynb #f6547695
+# %% ../nbs/14h_shadow.ipynb #7528576f
 def watch_shadow(metrics: Metrics, mirror: Mirror) -> None:
     "Show the shadow among `metrics`; NaN while there is none."
     for name in ("images", "agreed", "agreement", "requests", "failed", "dropped"):
         metrics.watch(f"intel_nb_shadow_{name}", f"The shadow's {name}.", lambda name=name: getattr(mirror.tally, name, None))
-    latest = lambda k: quantiles([pair[k] for pair in list(mirror.tally.seconds)]) if mirror.tally and mirror.tally.seconds else {}
-    for k, whose in enumerate(("own", "shadow")):
+    for name, of in (("ms", "here"), ("shadow_ms", "of the shadow")):
         for share in ("median", "p95"):
-            metrics.watch(f"intel_nb_shadow_{whose}_ms_{share}", f"Latency of the copied requests ({whose}).", lambda k=k, s=share: latest(k).get(s))
+            latest = lambda n=name, s=share: mirror.tally and mirror.tally.summary().get(n, {}).get(s)
+            metrics.watch(f"intel_nb_shadow_{name}_{share}", f"Latency {of}, of the copied requests.", latest)

@@ -222,6 +222,7 @@ def test_a_rollback_under_load_hands_over_to_the_worker_that_stood_by(packages, 
     assert processes_of(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_the_predecessor_goes_when_the_new_version_has_answered_enough(packages, tmp_path):
     endpoints = LocalEndpoints(tmp_path / "endpoints", owned=True, first_port=18300, env={"INTEL_NB_WARM": "5"})
     first = endpoints.deploy("production", packages[0], "1")
@@ -238,6 +239,7 @@ def test_the_predecessor_goes_when_the_new_version_has_answered_enough(packages,
         endpoints.stop("production")
 
 
+@pytest.mark.slow
 def test_a_predecessor_that_died_standing_by_is_started_anew(endpoints, packages):
     first = endpoints.deploy("production", packages[0], "1")
     (before,) = workers_of(first)
@@ -403,6 +405,7 @@ def test_overload_is_503_and_passes(packages):
         assert drift_status(url)["observations"] == statuses.count(200) + 1
 
 
+@pytest.mark.slow
 def test_a_shadow_sees_production_and_answers_nobody(endpoints, packages, tmp_path):
     "Whatever becomes of it: it hangs, it dies, production is updated under it; no request fails or waits for it."
     url = endpoints.deploy("production", packages[0], "1").url
