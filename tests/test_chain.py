@@ -157,6 +157,8 @@ SMALL = {
                 "write_json(Path(out_dir) / 'result.json', {'tries': len(tries.read_text()), 'n': read_json(n)})"],
 }
 RUN = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
 import sys
 from pathlib import Path
 from intel_nb.chain import run_chain
