@@ -133,7 +133,7 @@ def test_an_input_that_is_not_there(tiny):
     assert (outcome.status, outcome.reason) == ("Failed", "there are no objects under s3://elsewhere/intel.zip")
 
 
-CALL = "import sys\nfrom intel_nb.aws.rehearsal import rehearse_here\nprint(rehearse_here(sys.argv[1]).status)"
+CALL = "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nfrom intel_nb.aws.rehearsal import rehearse_here\nprint(rehearse_here(sys.argv[1]).status)"
 
 
 def test_a_rehearsal_that_is_stopped_leaves_no_process(tiny):

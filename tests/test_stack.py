@@ -70,25 +70,6 @@ def skips(one: dict) -> list[dict]:
     return one.get("Metadata", {}).get("checkov", {}).get("skip", [])
 
 
-@pytest.mark.parametrize("name", ["s3-direct-mail-watch2", "connection-cloudtrail-mail-watch2"])
-def test_cfripper_finds_nothing(made, name):
-    "A second security linter, small enough to be among the development tools; its exceptions are below, with their reasons."
-    pytest.importorskip("cfripper")
-    import pycfmodel
-    from cfripper.config.config import Config
-    from cfripper.main import RuleProcessor
-    from cfripper.rules import DEFAULT_RULES
-    resolved = pycfmodel.parse(made[name]).resolve(extra_params={"AWS::AccountId": ACCOUNT, "AWS::Region": "us-east-1", "AWS::Partition": "aws"})
-    config = Config(stack_name="intel-nb", rules=list(DEFAULT_RULES), aws_account_id=ACCOUNT)
-    result = RuleProcessor(*[rule(config) for rule in DEFAULT_RULES.values()]).process_cf_template(resolved, config)
-    found = {(failure.rule, resource) for failure in result.failures for resource in (failure.resource_ids or {""})}
-    assert {one for one in found if one not in ACCEPTED} == set()
-    assert not result.exceptions if hasattr(result, "exceptions") else True
-
-
-ACCEPTED: dict[tuple[str, str], str] = {}  # (rule, resource): why it does not fit
-
-
 @pytest.mark.parametrize("name", ALL)
 def test_exceptions_say_why(made, name):
     for one in made[name]["Resources"].values():
