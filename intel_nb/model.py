@@ -163,14 +163,16 @@ def unpack(path: str | Path, folder: str | Path) -> Path:
         raise InputError(f"{path} is no model.tar.gz that can be read ({e}); copy it again") from None
     return Path(folder)
 
-# %% ../nbs/13_model.ipynb #6336dafc
+# %% ../nbs/13_model.ipynb #e34cfabd
 def _extract(archive: tarfile.TarFile, folder: Path, name: str) -> None:
     left = MAX_PACKAGE_BYTES
     for count, member in enumerate(archive, 1):
-        left -= member.size
-        if not member.isreg() or Path(member.name).name != member.name or count > 100 or left < 0:
+        left, plain = left - member.size, member.name.removeprefix("./")  # so `tar -C folder .` names them
+        if member.isdir() and plain in ("", "."):
+            continue
+        if not member.isreg() or Path(plain).name != plain or count > 100 or left < 0:
             raise InputError(f"{name} holds {member.name!r}, which no package holds; do not trust this archive")
-        write_bytes(folder / member.name, archive.extractfile(member).read())
+        write_bytes(folder / plain, archive.extractfile(member).read())
 
 # %% ../nbs/13_model.ipynb #cfd945ef
 def cores(quota: str | Path = "/sys/fs/cgroup/cpu.max") -> int:

@@ -22,7 +22,8 @@ from sagemaker.serve.model_builder import ModelBuilder
 from sagemaker.train.configs import Compute, InputData
 from sagemaker.train.model_trainer import ModelTrainer
 
-from intel_nb.aws.pipeline import ACCURACY, CHOICES, CONTENT_TYPES, ENTRY, PipelineConfig, image_of, parameters
+from intel_nb.aws.package_group import SERVED
+from intel_nb.aws.pipeline import ACCURACY, CHOICES, ENTRY, PipelineConfig, image_of, parameters
 
 CONFIG, CODE = PipelineConfig(code="s3://bucket/code/0123"), "s3://bucket/code/0123"
 SESSION = PipelineSession(default_bucket=CONFIG.bucket)
@@ -85,7 +86,8 @@ def build() -> Pipeline:
     metrics = ModelMetrics(model_statistics=MetricsSource(content_type="application/json", s3_uri=output_of(evaluate, "evaluation.json")))
     builder = ModelBuilder(s3_model_data_url=model, image_uri=image_of("serve", CONFIG.region), sagemaker_session=SESSION, role_arn=CONFIG.role)
     registered = builder.register(
-        model_package_group_name=CONFIG.group, model_metrics=metrics, content_types=CONTENT_TYPES, response_types=["application/json"],
+        model_package_group_name=CONFIG.group, model_metrics=metrics, content_types=SERVED["SupportedContentTypes"],
+        response_types=SERVED["SupportedResponseMIMETypes"],
         inference_instances=[CONFIG.instance_serve], transform_instances=[CONFIG.instance_serve], approval_status="PendingManualApproval",
         description=reported("gate.reason"), customer_metadata_properties={
             "run_id": ExecutionVariables.PIPELINE_EXECUTION_ID, "fingerprint": reported("fingerprints.package"), "data": reported("fingerprints.data")})

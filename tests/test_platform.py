@@ -18,9 +18,14 @@ from test_registry import (evaluation, package, register, test_a_package_that_wa
 
 from intel_nb.aws import capture, deploy, executions, stages
 from intel_nb.aws.client import client
+from intel_nb.aws.definition import Scope, follow, own, resolve
 from intel_nb.aws.hosting import Hosting, capacity
+from intel_nb.aws.objects import put
 from intel_nb.aws.package_group import PackageGroup, Settings, create_group, group_of
+from intel_nb.aws.pipeline import EVALUATION, PipelineConfig
+from intel_nb.aws.pipeline import register as register_step
 from intel_nb.aws.stack import Options
+from intel_nb.aws.stages import Places
 from intel_nb.dataset import read_split, sample_dataset, write_predictions
 from intel_nb.endpoints import EndpointError, LocalEndpoints, Refused, answers, drift_status, invoke
 from intel_nb.images import encode_jpeg, sample_scene
@@ -78,7 +83,6 @@ def test_a_version_that_the_pipeline_registered(registry, package, cloud, tmp_pa
     bucket = cloud.bucket("pipeline-outputs")
     figures = evaluation(0.87) | {"fingerprints": {"data": "d9", "package": load_package(package).fingerprint},
                                   "gate": {"passed": True, "reason": "accuracy 0.87; no champion yet"}}
-    from intel_nb.aws.objects import put
     put(pack(package, tmp_path / "model.tar.gz"), f"{bucket}/train/output/model.tar.gz")
     put(write_json(tmp_path / "evaluation.json", figures), f"{bucket}/evaluate/evaluation.json")
     put(write_text(tmp_path / "predictions.parquet", "rows"), f"{bucket}/evaluate/predictions.parquet")
@@ -246,6 +250,37 @@ def test_the_steps_deploy_and_staging_on_sagemaker(cloud, registry, package, tmp
     assert result["passed"] and result["images"] == 12
     with pytest.raises(papermill.PapermillExecutionError, match="a probability differs"):
         run("05_test_staging.ipynb", predictions=str(tmp_path / "false.parquet"), **asked)
+
+
+@pytest.mark.slow
+def test_what_the_pipeline_registers_goes_through_modeldeploy(cloud, package, tmp_path):
+    "The register step's own request is sent; then deploy, drift and staging test run on the version, and promote takes it on."
+    cloud.group()
+    bucket, loaded = cloud.bucket("intel-nb-artifacts-123456789012"), load_package(package)
+    split = read_split(sample_dataset(tmp_path / "dataset"), "test")
+    predicted = write_predictions(tmp_path / "predictions.parquet", split, loaded.predict_bytes(split.images)["probabilities"],
+                                  batch_tolerance=1e-5, fingerprint=loaded.fingerprint)
+    figures = EVALUATION | {"fingerprints": {"data": "d9", "package": loaded.fingerprint}}
+    places = {"Steps.data": f"{bucket}/data", "Steps.evaluate": f"{bucket}/evaluate", "Steps.train": f"{bucket}/train/model.tar.gz"}
+    put(tmp_path / "dataset", f"{bucket}/data/dataset")
+    put(pack(package, tmp_path / "model.tar.gz"), places["Steps.train"])
+    put(write_json(tmp_path / "evaluation.json", figures), f"{bucket}/evaluate/evaluation.json")
+    put(predicted, f"{bucket}/evaluate/predictions.parquet")
+    known = lambda path: next((uri for start, uri in places.items() if path.startswith(start)), "an-execution")
+    request = resolve(own(register_step(PipelineConfig())), Scope(known, lambda file, path: follow(figures, path)))
+    client("sagemaker").create_model_package(**request)
+    here = Places("sagemaker://intel-nb", "sagemaker://intel-nb")
+    registry = open_registry(here.registry)
+    with pytest.raises(InputError, match="is approved; approve one"):
+        stages.modeldeploy("deploy", here, folder=tmp_path)
+    registry.set_status("1", "Approved", "seen")
+    with pytest.raises(InputError, match="has not passed the staging test"):
+        stages.modeldeploy("promote", here, "1", tmp_path)
+    assert stages.modeldeploy("deploy", here, folder=tmp_path)["version"] == "1"
+    assert "run_time" in stages.modeldeploy("drift", here, "1", tmp_path)
+    assert stages.modeldeploy("staging", here, "1", tmp_path)["passed"] is True
+    assert stages.modeldeploy("promote", here, "1", tmp_path)["stage"] == "production"
+    assert sorted(registry.get("1").aliases) == ["production", "staging"]
 
 
 # Drift, from what all instances captured.

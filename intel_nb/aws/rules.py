@@ -85,10 +85,10 @@ def rule_for(start: Start, names: Names, events: str) -> Rule:
     parameters = {"DataVersion": version} if start.starts == "pipeline" else {}
     return Rule(start.name, start.why, pattern(start, getattr(names, start.place)), start.starts, parameters)
 
-# %% ../../nbs/30c_rules.ipynb #807e97c8
+# %% ../../nbs/30c_rules.ipynb #83b47091
 PATHS = {
-    "modelbuild": ("nbs/00_*", "nbs/01_*", "nbs/02_*", "nbs/1*", "nbs/30*", "constraints.txt", "pyproject.toml"),
-    "modeldeploy": ("nbs/03_*", "nbs/04_*", "nbs/05_*", "nbs/1*", "nbs/3*", "constraints.txt", "pyproject.toml"),
+    "modelbuild": ("nbs/00_*", "nbs/01_*", "nbs/02_*", "nbs/1*", "nbs/29*", "nbs/30*", "constraints.txt", "pyproject.toml"),
+    "modeldeploy": ("nbs/03_*", "nbs/04_*", "nbs/05_*", "nbs/1*", "nbs/29*", "nbs/3*", "constraints.txt", "pyproject.toml"),
 }
 
 # %% ../../nbs/30c_rules.ipynb #4a5eb531
