@@ -18,7 +18,8 @@ from .storage import InputError, _cloud, read_json, utc_now, write_json, written
 # %% auto #0
 __all__ = ['STATUSES', 'MODEL', 'QUERIES', 'ModelVersion', 'Registry', 'locked', 'is_locked', 'create_database', 'create_beside',
            'artifacts_of', 'keep_files', 'metrics_of', 'log_run', 'register_version', 'data_fingerprint',
-           'read_versions', 'find_version', 'LocalRegistry', 'decide', 'point', 'kept_package', 'open_registry']
+           'read_versions', 'note_stage', 'note_test', 'find_version', 'LocalRegistry', 'decide', 'point',
+           'kept_package', 'open_registry']
 
 # %% ../nbs/14_registry.ipynb #b4d6de69
 STATUSES = ("PendingManualApproval", "Approved", "Rejected")
@@ -232,6 +233,18 @@ def _version(number: int, created: int, tracking_run: str, tags: dict[str, str],
         accuracy=float(tags.get("accuracy", "nan")), aliases=aliases, run_id=tags.get("run_id", ""),
         fingerprint=tags.get("fingerprint", ""), data=tags.get("data", ""), created=when,
         staging_test=tags.get("staging_test", ""), tracking_run=tracking_run or "", tags=tags)
+
+# %% ../nbs/14_registry.ipynb #00fd4a09
+def note_stage(registry: Registry, stage: str, version: str) -> None:
+    "Let the alias `stage` name the version that the stage serves."
+    if stage not in registry.get(version).aliases:
+        registry.set_alias(stage, version)
+
+def note_test(registry: Registry, version: str, passed: bool) -> None:
+    "Tag `version` with the outcome of its staging test."
+    outcome = "passed" if passed else "failed"
+    if registry.get(version).staging_test != outcome:
+        registry.set_tag(version, "staging_test", outcome)
 
 # %% ../nbs/14_registry.ipynb #6528f939
 def find_version(versions: list[ModelVersion], version: str) -> ModelVersion:

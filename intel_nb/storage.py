@@ -14,7 +14,7 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['InputError', 'written_aside', 'remove', 'write_bytes', 'write_text', 'write_json', 'read_json', 'sha256_file',
-           'files_of', 'tree_digest', 'is_remote', 'fetch', 'put', 'utc_now', 'output_folder']
+           'files_of', 'tree_digest', 'is_remote', 'fetch', 'put', 'link', 'utc_now', 'output_folder']
 
 # %% ../nbs/10_storage.ipynb #57c23216
 class InputError(ValueError):
@@ -93,38 +93,37 @@ def tree_digest(path: str | Path) -> str:
         raise InputError(f"{path} does not exist")
     return sha256_file(path)
 
-# %% ../nbs/10_storage.ipynb #60eb9d1c
+# %% ../nbs/10_storage.ipynb #71d30cfe
 def is_remote(uri: str | Path) -> bool:
-    "Whether `uri` names something that must be fetched before a program can open it."
-    return str(uri).startswith("s3://")
+    "Whether `uri` names something that must be fetched before a program can open it; raises `InputError` for a URI of another kind."
+    scheme, there, _ = str(uri).partition("://")
+    if there and scheme != "s3":
+        raise InputError(f"{uri}: only paths and s3:// URIs are understood")
+    return bool(there)
 
-# %% ../nbs/10_storage.ipynb #502c5046
+# %% ../nbs/10_storage.ipynb #e2534443
 def fetch(uri: str | Path, folder: str | Path) -> Path:
     "`uri` as a local path: itself where it is one, else a copy below `folder`; raises `InputError` when it is not there."
     if is_remote(uri):
         return _cloud().fetch(str(uri), Path(folder))
-    if "://" in str(uri):
-        raise InputError(f"{uri}: only paths and s3:// URIs are understood")
     if not Path(uri).exists():
         raise InputError(f"{uri} does not exist; check the path (it is looked up from {Path.cwd().name}/)")
     return Path(uri)
 
-# %% ../nbs/10_storage.ipynb #78c8945b
-def _cloud():
-    "The module that talks to AWS, imported only when a URI asks for it."
+# %% ../nbs/10_storage.ipynb #4f307ba7
+def _cloud(part: str = "platform") -> Any:
+    "A module that talks to AWS, imported only when a URI or a command asks for it."
     try:
         from importlib import import_module
-        return import_module("intel_nb.aws.platform")
+        return import_module(f"intel_nb.aws.{part}")
     except ModuleNotFoundError as e:
-        raise InputError(f"s3:// and sagemaker:// need the cloud part of intel-nb, which is not here ({e})") from None
+        raise InputError(f"AWS needs what is not installed here ({e}): pip install 'intel-nb[aws]'") from None
 
-# %% ../nbs/10_storage.ipynb #8545e90d
+# %% ../nbs/10_storage.ipynb #51bd11b9
 def put(path: str | Path, uri: str | Path) -> str:
     "Copy a file, or a folder's files but hidden ones, to `uri`, a path or an s3:// URI; returns it. A folder must not be there yet."
     if is_remote(uri):
         return _cloud().put(Path(path), str(uri))
-    if "://" in str(uri):
-        raise InputError(f"{uri}: only paths and s3:// URIs are understood")
     if Path(path).is_dir() and Path(uri).exists():
         raise InputError(f"{uri} is there already; give a place where nothing lies")
     with written_aside(uri) as aside:
@@ -132,6 +131,16 @@ def put(path: str | Path, uri: str | Path) -> str:
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(Path(path) / name, aside / name)
     return str(uri)
+
+# %% ../nbs/10_storage.ipynb #b7932074
+def link(source: Path, target: Path) -> None:
+    "Have `target` be the file `source` too; a copy where the disk knows no such links. Its folder is made."
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another disk
+        shutil.copyfile(source, target)
 
 # %% ../nbs/10_storage.ipynb #df2fb5aa
 def utc_now() -> str:

@@ -34,7 +34,8 @@ def test_a_run_says_which_event_set_it_off(waiting):
     environ = waiting.environ | {"INTEL_NB_CAUSE": "annotations-added: annotations/<fog>.zip"}
     command = [COMMAND, "run", "--data", str(waiting.archive), *QUICK, "--to", "data", "--run-id", "second"]
     assert subprocess.run(command, env=environ, cwd=waiting.root, stdout=subprocess.DEVNULL).returncode == 0
-    run = waiting.newest()
+    assert waiting.newest()["run_id"] == "second"
+    run = waiting("report", "second", "--json").json
     assert (run["run_id"], run["cause"], run["data"]["same_as"]) == ("second", "annotations-added: annotations/<fog>.zip", "first")
     assert run["became"] == "succeeded, no version"
     assert "annotations/<fog>.zip" in waiting("runs").out

@@ -191,8 +191,8 @@ def test_a_broken_definition_names_the_step(made, name):
 
 @pytest.mark.parametrize("change, expected", [
     (lambda made: made.pop("Steps"), "a list of Steps"), (lambda made: made.update(Version="2021"), "only '2020-12-01' is known"),
-    (lambda made: made.update(Step=[]), "no Step; did you mean Steps?"), (lambda made: made["Parameters"][0].pop("DefaultValue"), "InputDataUrl takes a String"),
-    (lambda made: made["Parameters"][5].update(DefaultValue="high"), "AccuracyThreshold takes a Float, and 'high' is none"),
+    (lambda made: made.update(Step=[]), "no Step; did you mean Steps?"), (lambda made: made["Parameters"][0].pop("DefaultValue"), "InputDataUrl is None, which is no String"),
+    (lambda made: made["Parameters"][5].update(DefaultValue="high"), "AccuracyThreshold is 'high', which is no Float"),
     (lambda made: made["Parameters"][0].update(Type="Text"), "a type of String, Integer"),
     (lambda made: made["Parameters"].append(made["Parameters"][0]), "2 parameters called InputDataUrl")])
 def test_so_does_one_that_is_broken_as_a_whole(made, change, expected):

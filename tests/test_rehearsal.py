@@ -119,7 +119,7 @@ def test_an_evaluation_that_lacks_what_is_read(tiny):
 
 
 @pytest.mark.parametrize("given, expected", [
-    ({"Profil": "quick"}, "no parameter Profil; did you mean Profile"), ({"AccuracyThreshold": "high"}, "takes a Float"),
+    ({"Profil": "quick"}, "no parameter Profil; did you mean Profile"), ({"AccuracyThreshold": "high"}, "which is no Float"),
     ({"TrainingInstanceType": "ml.none"}, "step train: "), ({"TrainSettings": '{"seeds": 1}'}, "step train: .*no parameter seeds"),
     ({"TrainSettings": "no"}, "step train: .*no JSON object")])
 def test_nothing_is_begun_with_wrong_parameters(tmp_path, given, expected):

@@ -81,7 +81,7 @@ def follow(document: Any, path: str) -> Any:
             raise LookupError(f"there is no {path}") from None
     return document
 
-# %% ../../nbs/29f_definition.ipynb #9c3312b2
+# %% ../../nbs/29f_definition.ipynb #6f080390
 TYPES = {"String": str, "Integer": int, "Float": float, "Boolean": bool}
 
 def typed(parameter: dict, value: Any) -> Any:
@@ -92,14 +92,10 @@ def typed(parameter: dict, value: Any) -> Any:
             raise TypeError
         found = {"true": True, "false": False}[str(value).lower()] if kind == "Boolean" else TYPES[kind](value)
     except (KeyError, ValueError, TypeError):
-        raise InputError(f"{name} takes {_article(kind)}, and {value!r} is none") from None
+        raise InputError(f"{name} is {value!r}, which is no {kind}") from None
     if found not in parameter.get("EnumValues", [found]):
         raise InputError(f"{name} is {found!r}; it may be {', '.join(map(str, parameter['EnumValues']))}")
     return found
-
-# %% ../../nbs/29f_definition.ipynb #6853ee2f
-def _article(kind: str) -> str:
-    return f"an {kind}" if kind == "Integer" else f"a {kind}"
 
 # %% ../../nbs/29f_definition.ipynb #ece41d62
 def settle(definition: dict, given: Mapping[str, Any]) -> dict[str, Any]:

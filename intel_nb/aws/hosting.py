@@ -296,9 +296,9 @@ def _history(group: Group, stage: str) -> tuple[str, ...]:
     "The versions that `stage` has served, the present one last."
     return tuple(group.named("history").get(stage, "").split())
 
-# %% ../../nbs/29c_hosting.ipynb #78e56fa6
+# %% ../../nbs/29c_hosting.ipynb #091d3457
 MAX_PAYLOAD = 6 * 2**20
-DRIFT_TYPE = "application/x-intel-nb-drift"
+DRIFT_TYPE = "application/x-intel-nb-drift"  # as `intel_nb.serving` has it, which is not imported for one word
 
 @explained()
 def invoke(url: str, body: bytes, content_type: str, timeout: float = 60) -> dict[str, Any]:

@@ -296,7 +296,7 @@ def builds(options: Options) -> Resources:
     return {"Modelbuild": build(options, "modelbuild", "BuildRole", MINUTES["modelbuild"]),
             "Modeldeploy": build(options, "modeldeploy", "DeployRole", MINUTES["modeldeploy"])}
 
-# %% ../../nbs/31_stack.ipynb #1dcbf046
+# %% ../../nbs/31_stack.ipynb #1ec2606c
 def codepipelines(options: Options) -> Resources:
     "modelbuild and modeldeploy."
     build_stages = [source_stage(options, "modelbuild"), {"Name": "Build", "Actions": [run_build("Modelbuild", "Build")]}]
@@ -306,10 +306,9 @@ def codepipelines(options: Options) -> Resources:
 
 def codepipeline(options: Options, what: str, stages: list[dict]) -> dict:
     "A CodePipeline with these stages."
-    made = resource("CodePipeline::Pipeline", {
+    return resource("CodePipeline::Pipeline", {
         "Name": f"{options.name}-{what}", "PipelineType": "V2", "ExecutionMode": "SUPERSEDED", "RoleArn": att("CodePipelineRole"),
         "ArtifactStore": {"Type": "S3", "Location": ref("ArtifactBucket")}, "Stages": stages, **triggers(options, what)})
-    return made
 
 # %% ../../nbs/31_stack.ipynb #aba948f8
 def action(name: str, category: str, provider: str, configuration: dict, order: int = 1, **more: Any) -> dict:
@@ -458,7 +457,7 @@ def topic(options: Options) -> Resources:
         found["Subscription"] = resource("SNS::Subscription", {"TopicArn": ref("Topic"), "Protocol": "email", "Endpoint": options.email})
     return found
 
-# %% ../../nbs/31_stack.ipynb #f4eb43eb
+# %% ../../nbs/31_stack.ipynb #a5434ad2
 INSTALL = "import pathlib; from intel_nb.aws.container import install; install(pathlib.Path('/opt/ml/processing/input/code')); "
 
 def drift_schedules(options: Options) -> Resources:
@@ -472,8 +471,7 @@ def drift_schedules(options: Options) -> Resources:
         schedule = drift_schedule(job, "ROLE")
         target = schedule["Target"] | {"RoleArn": att("SchedulerRole"), "DeadLetterConfig": {"Arn": att("Undelivered")},
                                        "Input": sub(in_place(schedule["Target"]["Input"])["Fn::Sub"].replace('"ROLE"', '"${WatchRole.Arn}"'))}
-        made = resource("Scheduler::Schedule", {**schedule, "State": "ENABLED", "Target": target})
-        found[f"Drift{stage.title()}"] = made
+        found[f"Drift{stage.title()}"] = resource("Scheduler::Schedule", {**schedule, "State": "ENABLED", "Target": target})
     return found
 
 # %% ../../nbs/31_stack.ipynb #badcd4b8
