@@ -211,7 +211,7 @@ def worst_mistakes(split: Split, probabilities: np.ndarray, count: int = 12) -> 
     wrong = np.flatnonzero(probabilities.argmax(1) != split.labels)
     return wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")][:count].tolist()
 
-# %% ../nbs/02_evaluate.ipynb #9c2f0af1
+# %% ../nbs/02_evaluate.ipynb #55567af6
 def plot_mistakes(split: Split, probabilities: np.ndarray, package: Package) -> Any:
     "A figure of the worst mistakes with the true class and what was said."
     import matplotlib.pyplot as plt
@@ -219,6 +219,8 @@ def plot_mistakes(split: Split, probabilities: np.ndarray, package: Package) -> 
     fig, axes = plt.subplots(-(-max(1, len(worst)) // 6), 6, figsize=(10, 2 * -(-max(1, len(worst)) // 6)), squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
+    if not worst:
+        axes[0, 0].text(0, .5, "no image was mistaken")
     for ax, i in zip(axes.flat, worst):
         ax.imshow(package.decode([split.images[i]])[0])
         said = probabilities[i].argmax()

@@ -89,12 +89,11 @@ def shadowed(workspace: Workspace, version: str | None) -> dict[str, dict[str, A
     seen = {e.stage: endpoints.shadowed(e.stage) for e in endpoints.list()} if version else {}
     return {stage: tally for stage, tally in seen.items() if tally and tally["version"] == version}
 
-# %% ../nbs/17f_history.ipynb #02893ba3
+# %% ../nbs/17f_history.ipynb #9d04d97c
 def told_page(workspace: Workspace, run: Run) -> str:
-    "The section of a run's page that says all this, as HTML."
+    "The section of a run's page with what its record does not say, as HTML."
     row = as_row(told(workspace, run))
-    facts = {"set off by": f"{row['trigger']} ({row['cause']})", "data": row["data"], "version": row["version"] or "-",
-             "what became of it": row["became"]}
+    facts = {"data": row["data"], "what became of it": row["became"]}
     facts |= {f"as a shadow of {stage}": in_words(seen) for stage, seen in shadowed(workspace, run.model_version).items()}
     rows = "".join(f"<tr><th>{name}</th><td>{html.escape(value)}</td></tr>" for name, value in facts.items())
     return f"<h2>History</h2><table>{rows}</table>"

@@ -114,7 +114,7 @@ def held(executed: Path, run_id: str) -> Iterator[Path]:
     except BlockingIOError:
         raise InputError(f"another command works on run {run_id}; wait for it, or use another --run-id") from None
 
-# %% ../nbs/17d_runs.ipynb #aa44443b
+# %% ../nbs/17d_runs.ipynb #21c1a2ad
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:.3rem .8rem .3rem 0;vertical-align:top}
 tr{border-bottom:1px solid #ddd}img{max-width:100%}code{font-size:.9em}.succeeded,.cached{color:#176d2c}
@@ -122,7 +122,7 @@ tr{border-bottom:1px solid #ddd}img{max-width:100%}code{font-size:.9em}.succeede
 
 def render_report(run: Run, more: str = "") -> str:
     "The page of `run` as HTML; `more` is HTML that stands at its end."
-    facts = {"status": _status(run.status), "set off by": html.escape(run.trigger), "started": run.started,
+    facts = {"status": _status(run.status), "set off by": html.escape(f"{run.trigger} ({run.cause})"), "started": run.started,
              "finished": run.finished or "", "version": html.escape(run.model_version or ""),
              "endpoint": _link(run.endpoint)}
     rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in facts.items() if value)
