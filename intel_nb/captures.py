@@ -32,10 +32,9 @@ class Seen(NamedTuple):
     label: str
     confidence: float
 
-# %% ../nbs/14g_captures.ipynb #5bccb88a
-def seen_in(request: tuple[str, bytes], predictions: list[dict[str, Any]]) -> Iterator[Seen]:
+# %% ../nbs/14g_captures.ipynb #d88211bd
+def seen_in(kind: str, body: bytes, predictions: list[dict[str, Any]]) -> Iterator[Seen]:
     "The images of a request (content type, body) that was answered with `predictions`."
-    kind, body = request
     share = len(body) // len(predictions)
     return (Seen(kind, body, place, share, p["label"], p["confidence"]) for place, p in enumerate(predictions))
 
@@ -173,7 +172,7 @@ def _images(seen: Seen, known: tuple[bytes, list[bytes]]) -> tuple[bytes, list[b
     from intel_nb.payloads import image_files
     return known if known[0] is seen.body else (seen.body, image_files(seen.kind, seen.body))
 
-# %% ../nbs/14g_captures.ipynb #649a2cac
+# %% ../nbs/14g_captures.ipynb #8bf4b90b
 @dataclass
 class Recorder:
     "Keeps images of alarms below `folder`, named like the endpoint; `note` is called from one thread at a time."
@@ -188,15 +187,13 @@ class Recorder:
         self._recent, self._left, self._until, self._waiting = Recent(), 0, 0.0, 0
         self._jobs, self._lock, self._thread = Queue(), threading.Lock(), None
 
-    def note(self, requests: Sequence[tuple[str, bytes]], predictions: Sequence[list[dict[str, Any]]],
-             alarms: Iterable[dict[str, Any] | None]) -> None:
-        "Take in answered `requests` with the `predictions` of each, and what each of their images alarmed."
+    def note(self, kind: str, body: bytes, predictions: list[dict[str, Any]], alarms: Iterable[dict[str, Any] | None]) -> None:
+        "Take in a request (content type, body) that was answered with `predictions`, and what each of its images alarmed."
         if not self.most:
             return
-        seen = (one for pair in zip(requests, predictions) for one in seen_in(*pair))
         if self._left and time.monotonic() > self._until:
             self._left = 0
-        for one, alarm in zip(seen, alarms):
+        for one, alarm in zip(seen_in(kind, body, predictions), alarms):
             if self._left:
                 self._hand_over(one)
                 continue

@@ -100,7 +100,7 @@ def run_remote(model: DeploymentHandle, requests: list[tuple[str, bytes]]) -> li
             if attempt == ATTEMPTS:
                 raise
 
-# %% ../nbs/15c_cluster.ipynb #c330e0e1
+# %% ../nbs/15c_cluster.ipynb #010df21f
 class Detector:
     "Owns the monitor of `package` in `state_dir`; it may die at any moment, and goes on from the state on disk."
     def __init__(self, package: Package, state_dir: str | Path, version: str, save_every: int):
@@ -115,10 +115,10 @@ class Detector:
         "Status and history."
         return self.monitor().status(), self.monitor().history()
 
-    def update(self, first: int, features: np.ndarray, classes: np.ndarray) -> tuple[list[dict[str, Any]], dict]:
-        "Readings of those observations that are new, and the status; `features` (N, D) begin with number `first`."
+    def update(self, first: int, *rows: np.ndarray) -> tuple[list[dict[str, Any]], dict]:
+        "Readings of those observations that are new, and the status; `rows`, those of `Monitor.update`, begin with number `first`."
         new = max(0, self.monitor().status()["observations"] - first)
-        readings = self.monitor().update(features[new:], classes[new:]) if new < len(classes) else []
+        readings = self.monitor().update(*(of[new:] for of in rows)) if new < len(rows[0]) else []
         return readings, self.monitor().status()
 
     def release(self) -> None:
@@ -126,7 +126,7 @@ class Detector:
         if self._monitor:
             self._monitor.release()
 
-# %% ../nbs/15c_cluster.ipynb #d05d888b
+# %% ../nbs/15c_cluster.ipynb #4c8ba074
 class RemoteMonitor:
     "A monitor whose detector lives elsewhere: `ask(method, *arguments)` calls it. Only one may exist for a detector."
     def __init__(self, ask: Callable[..., Any], keep: int = 16):
@@ -138,11 +138,11 @@ class RemoteMonitor:
         self._status, self._latest = self._ask("known")
         self._kept, self._failed = None, False
 
-    def update(self, features: np.ndarray, classes: np.ndarray) -> list[dict[str, Any]]:
-        "Readings of the images with drift features (N, D) and predicted `classes` (N,), in that order."
+    def update(self, features: np.ndarray, classes: np.ndarray, tests: np.ndarray | None = None) -> list[dict[str, Any]]:
+        "Readings of the images with drift features (N, D), predicted `classes` (N,) and whether they are of `tests` (N,), in that order."
         if self._failed:
             self._resume()
-        rows = features, classes
+        rows = features, classes, np.zeros(len(classes), bool) if tests is None else tests
         if self._kept is not None:
             rows = tuple(map(np.concatenate, zip(self._kept, rows)))
         first, self._failed = self._status["observations"] + len(classes) - len(rows[1]), True

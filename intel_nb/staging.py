@@ -68,12 +68,12 @@ def image_type(data: bytes) -> str:
     "The content type of an encoded image."
     return next(f"image/{name.lower()}" for name, magic in FORMATS.items() if data.startswith(magic))
 
-# %% ../nbs/05_test_staging.ipynb #4db28f92
+# %% ../nbs/05_test_staging.ipynb #454c349a
 def send(url: str, images: Sequence[bytes], at_once: int) -> list[Answered]:
     "The endpoint's answers to `images`, in their order; `at_once` of them are under way together."
     def one(data: bytes) -> Answered:
         began = time.perf_counter()
-        return Answered(invoke(url, data, image_type(data)), time.perf_counter() - began)
+        return Answered(invoke(url, data, image_type(data), test=True), time.perf_counter() - began)
     with ThreadPoolExecutor(at_once) as pool:
         return list(pool.map(one, images))
 
@@ -93,12 +93,12 @@ WRONG: dict[str, tuple[str, bytes, int]] = {  # what is wrong: content type, bod
     "grey pixels": ("application/json", json.dumps({"inputs": [[0, 1], [2, 3]]}).encode(), 422),
 }
 
-# %% ../nbs/05_test_staging.ipynb #2615207d
+# %% ../nbs/05_test_staging.ipynb #0bbaeff8
 def refusals(url: str) -> dict[str, tuple[int, int]]:
     "For each of `WRONG`: the status that it must get, and the one that it got (200 where it was answered)."
     def status(kind: str, body: bytes) -> int:
         try:
-            invoke(url, body, kind)
+            invoke(url, body, kind, test=True)
         except Refused as e:
             return e.status
         return 200

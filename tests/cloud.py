@@ -272,12 +272,13 @@ def invoke_endpoint(self, cloud: Cloud):
     "What SageMaker's runtime does: the body goes to a container, and an answer that is no 2xx comes back within an error of its own."
     endpoint = re.search(r"/endpoints/([^/]+)/invocations", self.uri)[1]
     kind, body = self.headers.get("Content-Type", ""), bytes(self.raw_body or b"")
+    passed = {"Content-Type": kind} | {k: v for k, v in self.headers.items() if k.lower() == "x-amzn-sagemaker-custom-attributes"}
     try:
         url = cloud.container(endpoint)
     except botocore.exceptions.ClientError:
         return error(400, "ValidationError", {"Message": f"Endpoint {endpoint} of account 123456789012 not found."})
     try:
-        with urllib.request.urlopen(urllib.request.Request(f"{url}/invocations", body, {"Content-Type": kind}), timeout=60) as reply:
+        with urllib.request.urlopen(urllib.request.Request(f"{url}/invocations", body, passed), timeout=60) as reply:
             answer = reply.read()
     except urllib.error.HTTPError as e:
         said = e.read().decode()

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from intel_nb.captures import list_captures
-from intel_nb.endpoints import LocalEndpoints, invoke
+from intel_nb.endpoints import LocalEndpoints, drift_status, invoke
 from intel_nb.images import SAMPLE_CLASSES, encode_jpeg, sample_scene
 from intel_nb.model import sample_package
 
@@ -41,6 +41,21 @@ def until_alarm(url: str, first: int = 0) -> list[bytes]:
         if invoke(url, sent[-1], "image/jpeg")["drift"][0]["is_drift"]:
             return sent
     raise AssertionError("no alarm in fog")
+
+
+def test_what_a_test_sends_is_observed_and_neither_kept_nor_reported(tmp_path, package):
+    endpoints, url = serve(tmp_path, package, INTEL_NB_CAPTURE="5")
+    strange = [fogged(k) for k in range(40)]
+    readings = [invoke(url, image, "image/jpeg", test=True)["drift"][0] for image in strange]
+    known = drift_status(url)
+    assert known["observations"] == 40 and known["alarms"] == sum(r["is_drift"] for r in readings) > 0
+    sent = until_alarm(url, first=500)  # within the same minute: it is reported all the same
+    endpoints.stop("staging")
+    kept, = list_captures(tmp_path / "workspace" / "captures")
+    digests = {hashlib.sha256(image).hexdigest() for image in sent}
+    assert {path.stem for path in (kept.where / "images").iterdir()} <= digests
+    alarm, = (tmp_path / "workspace" / "endpoints" / "staging" / "state" / "alarms").glob("*.json")
+    assert alarm.stem == kept.where.name
 
 
 def test_an_alarm_keeps_its_window_and_what_follows(tmp_path, package):

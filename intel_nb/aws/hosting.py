@@ -296,19 +296,19 @@ def _history(group: Group, stage: str) -> tuple[str, ...]:
     "The versions that `stage` has served, the present one last."
     return tuple(group.named("history").get(stage, "").split())
 
-# %% ../../nbs/29c_hosting.ipynb #091d3457
+# %% ../../nbs/29c_hosting.ipynb #b9029b90
 MAX_PAYLOAD = 6 * 2**20
 DRIFT_TYPE = "application/x-intel-nb-drift"  # as `intel_nb.serving` has it, which is not imported for one word
 
 @explained()
-def invoke(url: str, body: bytes, content_type: str, timeout: float = 60) -> dict[str, Any]:
+def invoke(url: str, body: bytes, content_type: str, timeout: float = 60, test: bool = False) -> dict[str, Any]:
     "The endpoint's answer to one request, as `intel_nb.endpoints.invoke` gives it; SageMaker waits 60 seconds at most."
     if len(body) > MAX_PAYLOAD:
         raise Refused(413, "too_large", f"{len(body):,} bytes; SageMaker passes on {MAX_PAYLOAD:,} at most")
     name = url.removeprefix("sagemaker://")
     try:
         reply = client("sagemaker-runtime").invoke_endpoint(EndpointName=name, Body=body, ContentType=content_type,
-                                                            Accept="application/json")
+                                                            Accept="application/json", **{"CustomAttributes": "test"} if test else {})
         return json.load(reply["Body"])
     except ClientError as error:
         raise _model_error(url, error) from None
