@@ -53,7 +53,9 @@ def test_the_loop_closes(tmp_path):
     inbox = tmp_path / "inbox"
     (inbox / "annotations").mkdir(parents=True)
     try:
-        assert house.run("--approve").status == 0 and house("promote", "1").status == 0
+        assert house.run("--approve").status == 0
+        first = house.newest()["run_id"]
+        assert house("promote", "1").status == 0
         url = next(e["url"] for e in house("endpoints", "--json").json if e["stage"] == "production")
         labels = dict((hashlib.sha256(image).hexdigest(), label) for image, label in map(in_fog, range(600)))
         old = accuracy(url, range(600))  # production's traffic, and so what an alarm captures
@@ -75,6 +77,8 @@ def test_the_loop_closes(tmp_path):
             watcher.terminate()
             watcher.wait(60)
         assert run["status"] == "waiting" and run["model_version"] == "2", run
+        before, after = (house("report", name, "--json").json["data"]["images"] for name in (first, run["run_id"]))
+        assert after == before + len(tasks), "the labels add to the archive that the run before was built on"
         assert house("approve", "2").status == 0 and house("promote", "2").status == 0
         new = accuracy(url, range(10_000, 10_300))
         print(f"accuracy in fog {old:.3f} before and {new:.3f} after")

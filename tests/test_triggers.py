@@ -11,17 +11,22 @@ import threading
 import time
 import zipfile
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from conftest import COMMAND, QUICK
+
+from intel_nb.plan import Request
+from intel_nb.runs import Run, write_run
+from intel_nb.storage import utc_now, write_json
 
 # Stands for `intel-nb`: a process that notes what it was given, and which of it is whole.
 RECORDER = """
 import hashlib, json, os, pathlib, sys, time
 out, pause, arguments = sys.argv[1], float(sys.argv[2]), sys.argv[3:]
 given = dict(zip(arguments[1::2], arguments[2::2]))
-files = [pathlib.Path(given["--data"])] if "--data" in given else []
+files = [p for p in [pathlib.Path(given.get("--data", "nowhere"))] if p.is_file()]
 files += [p for p in pathlib.Path(given.get("--annotations", "nowhere")).rglob("*") if p.is_file()]
 def whole(path):
     head, _, body = path.read_bytes().partition(b"\\n")
@@ -56,7 +61,13 @@ class Scene:
     def __init__(self, root: Path, pause: float = 0.3):
         self.root, self.inbox, self.record, self.watchers = root, root / "inbox", root / "record.jsonl", []
         (self.inbox / "annotations").mkdir(parents=True)
+        self.ran("before", "run", data={})
         self.command = [sys.executable, "-c", RECORDER, str(self.record), str(pause)]
+
+    def ran(self, run_id: str, trigger: str, **parameters: dict) -> None:
+        "A run that was, with the `parameters` of its steps."
+        write_run(self.root / "executed", Run(run_id, "succeeded", utc_now(), utc_now(), trigger))
+        write_json(self.root / "executed" / run_id / "request.json", asdict(Request(parameters, trigger)))
 
     def watch(self, patience: float = 15, **options) -> subprocess.Popen:
         told = json.dumps([str(self.root), self.command, patience, options])
@@ -228,6 +239,22 @@ def test_labels_of_a_capture_get_its_images(scene):
     (scene.inbox / "annotations" / "1.csv").write_bytes(content(1))
     until(lambda: len(scene.notes()) == 2 and scene.idle())
     assert {digest(image), digest(content(1))} <= set(scene.notes()[1]["digests"])
+
+
+def test_labels_add_to_what_the_last_run_was_built_on(scene):
+    "A promotion after it builds nothing; and without a run there is nothing to add to, whatever was drawn for others."
+    for run in (scene.root / "executed").iterdir():
+        shutil.rmtree(run)
+    scene.watch()
+    (scene.inbox / "annotations" / "1.csv").write_bytes(content(1))
+    until(lambda: "labels wait for the photographs" in scene.told())
+    assert scene.orders() == []
+    scene.ran("built", "run", data={"archive": "/photos/intel.zip", "annotations": ["/photos/by_hand.zip"]})
+    scene.ran("promoted", "promote", deploy={"version": "1"})
+    until(lambda: scene.notes() and scene.idle())
+    (order,) = scene.orders()
+    assert order["arguments"][5:9] == ["--data", "/photos/intel.zip", "--annotations", "/photos/by_hand.zip"]
+    assert scene.notes()[0]["digests"] == [digest(content(1))]
 
 
 @pytest.mark.slow
