@@ -110,7 +110,7 @@ def watched(work: Callable[[Callable[[Event], None]], Any]) -> Any:
     finally:
         shown.close()
 
-# %% ../nbs/20_cli.ipynb #7b778937
+# %% ../nbs/20_cli.ipynb #c91702db
 STATUS = {"succeeded": 0, "failed": 1, "rejected": 1, "waiting": 3}
 
 def summary(workspace: Workspace, run: Run) -> str:
@@ -121,6 +121,8 @@ def summary(workspace: Workspace, run: Run) -> str:
         lines.append(f"version   {version.version}, accuracy {version.accuracy:.4f}, {version.status}")
         if run.status in ("rejected", "waiting"):
             lines.append(f"reason    {version.reason}")
+            if (labelled := run.step("evaluate").result.get("annotations", "none")) != "none":
+                lines.append(f"labelled  {labelled}")
     if run.endpoint:
         lines.append(f"endpoint  {run.endpoint}")
     lines.append(f"report    {workspace.executed / run.run_id / 'report.html'}")

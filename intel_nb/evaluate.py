@@ -18,8 +18,8 @@ from .registry import Registry
 # %% auto #0
 __all__ = ['confusion', 'per_class', 'summary', 'bootstrap', 'reliability', 'calibration_error', 'log_loss', 'evaluation',
            'mcnemar', 'paired_interval', 'compared', 'compared_by_class', 'in_words', 'Gate', 'decide',
-           'champion_right', 'annotated_rows', 'on_annotations', 'register_package', 'plot_confusion',
-           'plot_reliability', 'plot_champion', 'worst_mistakes', 'plot_mistakes']
+           'champion_right', 'annotated_rows', 'on_annotations', 'annotations_in_words', 'register_package',
+           'plot_confusion', 'plot_reliability', 'plot_champion', 'worst_mistakes', 'plot_mistakes']
 
 # %% ../nbs/02_evaluate.ipynb #a339ed12
 def confusion(labels: np.ndarray, predicted: np.ndarray, n: int) -> np.ndarray:
@@ -156,15 +156,24 @@ def annotated_rows(split: Split) -> Split:
     "The rows of `split` that came with annotations, those of an endpoint's captures among them."
     return split.take([i for i, source in enumerate(split.source) if source.startswith(("annotations", "capture"))])
 
-# %% ../nbs/02_evaluate.ipynb #14791d32
-def on_annotations(package: Package, registry: Registry, split: Split) -> dict[str, float] | str:
-    "How `package`, and the champion where it has the same classes, do on the annotated rows of `split`; `none` without any."
+# %% ../nbs/02_evaluate.ipynb #3a5dafd3
+def on_annotations(package: Package, registry: Registry, split: Split) -> dict[str, dict[str, float]]:
+    """How `package`, and the champion where it has the same classes, do on the annotated rows of `split`: on `all`, and on
+    those of the newest capture, which is named by its time. Empty where there are none."""
     rows = annotated_rows(split)
     if not len(rows):
-        return "none"
-    right = package.predict_bytes(rows.images)["probabilities"].argmax(1) == rows.labels
-    _, champion = champion_right(registry, rows)
-    return {"images": len(rows), "accuracy": float(right.mean())} if champion is None else compared(right, champion)
+        return {}
+    right, (_, champion) = package.predict_bytes(rows.images)["probabilities"].argmax(1) == rows.labels, champion_right(registry, rows)
+    newest = max((source for source in rows.source if source.startswith("capture:")), default=None)
+    groups = {"all": np.ones(len(rows), bool)} | ({newest: np.array(rows.source) == newest} if newest else {})
+    alone = lambda some: {"images": int(some.sum()), "accuracy": float(right[some].mean())}
+    return {name: alone(some) if champion is None else compared(right[some], champion[some]) for name, some in groups.items()}
+
+# %% ../nbs/02_evaluate.ipynb #2c4f714a
+def annotations_in_words(found: dict[str, dict[str, float]]) -> str:
+    "What `on_annotations` found, for a person; `none` where nothing was annotated."
+    of = lambda name, f: f"accuracy {f['accuracy']:.4f} on {f['images']} images" + ("" if name == "all" else f" of {name}")
+    return "; ".join(of(name, f) + (f" ({in_words(f)})" if "champion" in f else "") for name, f in found.items()) or "none"
 
 # %% ../nbs/02_evaluate.ipynb #bd57b967
 def register_package(registry: Registry, package: Package, report: dict[str, Any], params: dict[str, Any], artifacts: list[Path]) -> str:

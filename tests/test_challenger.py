@@ -45,11 +45,14 @@ def test_annotated_rows_of_validation_are_measured_apart(champion, tmp_path):
     registry, package = champion
     dataset = sample_dataset(tmp_path, per_class=12)
     count = len(read_split(dataset, "validation"))
-    assert on_annotations(package, registry, read_split(dataset, "validation")) == "none"
-    rewrite(dataset, "validation", sources=["annotations"] * 5 + ["capture:2026-01-31T12:00:00Z"] * 4 + ["archive"] * (count - 9))
+    assert on_annotations(package, registry, read_split(dataset, "validation")) == {}
+    rewrite(dataset, "validation", sources=[
+        *["annotations"] * 5, "capture:2026-01-31T12:00:00Z", *["capture:2026-02-28T12:00:00Z"] * 3, *["archive"] * (count - 9)])
     found = on_annotations(package, registry, read_split(dataset, "validation"))
-    assert (found["images"], found["difference"], found["p_value"]) == (9, 0, 1)
-    assert found["accuracy"] == found["champion"] and found["low"] < 0 < found["high"]
+    assert {name: seen["images"] for name, seen in found.items()} == {"all": 9, "capture:2026-02-28T12:00:00Z": 3}
+    for seen in found.values():
+        assert (seen["difference"], seen["p_value"]) == (0, 1)
+        assert seen["accuracy"] == seen["champion"] and seen["low"] < 0 < seen["high"]
 
 
 @pytest.mark.parametrize("wrong", [.02, .05, .2])
@@ -75,7 +78,7 @@ def test_a_person_sees_by_how_much_and_how_sure(waiting):
     assert "within noise of champion 1" in waiting("models").out
     step = next(s for s in waiting.newest()["steps"] if s["name"] == "evaluate")
     report = json.loads((waiting.home / "store" / "evaluate" / step["key"] / "evaluation.json").read_text())
-    assert report["champion"]["version"] == step["result"]["champion"] == "1" and report["annotations"] == "none"
+    assert report["champion"]["version"] == step["result"]["champion"] == "1" and report["annotations"] == {}
     assert set(report["champion"]["per_class"]) == set(report["per_class"])
     for name, found in report["champion"]["per_class"].items():
         assert found["accuracy"] == found["champion"] == report["per_class"][name]["recall"] and found["difference"] == 0
