@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
+from .dataset import Split, read_split
 from .detector import OnlineMMD, gaussian_kernel, usable_windows, window_mmd2
 from .endpoints import invoke
 from .images import decode, encode_jpeg, open_image, to_rgb
@@ -24,7 +25,7 @@ from .streams import Delay, RunTime, delay, run_time, slow_delay
 # %% auto #0
 __all__ = ['Corruption', 'CORRUPTIONS', 'STRANGERS', 'Case', 'SHADES', 'RED', 'blur', 'noise', 'brightness', 'contrast', 'jpeg',
            'fog', 'rotation', 'grey', 'corrupted', 'page', 'covered', 'broken', 'Job', 'features', 'chosen_images',
-           'cases_of', 'jobs_of', 'drift_features', 'check_inputs', 'case_table', 'mean_delay', 'mix_table',
+           'cases_of', 'jobs_of', 'drift_features', 'check_inputs', 'familiar', 'case_table', 'mean_delay', 'mix_table',
            'unseen_delay', 'text_table', 'plot_run_time', 'plot_delays', 'plot_traffic', 'send', 'replay',
            'largest_difference', 'alibi_detector', 'library_difference', 'original_first_alarm', 'original_setting',
            'side_by_side']
@@ -199,6 +200,15 @@ def check_inputs(severities: Sequence[int], runs: int, images: int, shifted_imag
             raise InputError(f"{name} is {value}; it must be at least 1")
     if images < 0:
         raise InputError(f"images is {images}; give a number of test images, or 0 for all")
+
+# %% ../nbs/04_drift.ipynb #45b792c3
+def familiar(dataset: str | Path, card: dict[str, Any]) -> Split:
+    """Images that are no drift to the detector of the package with that `card`: the test split, or, where its reference is of a
+    capture, the training rows of that capture. A third of those are the reference itself: a run time on them is too long."""
+    known = card.get("drift_data", "all images")
+    train = read_split(dataset, "train") if known != "all images" else None
+    captured = train.take([i for i, source in enumerate(train.source) if source == known]) if train else ()
+    return captured if len(captured) else read_split(dataset, "test")
 
 # %% ../nbs/04_drift.ipynb #ba1c2dce
 def case_table(detector: OnlineMMD, clean: np.ndarray, shifted: dict[Case, np.ndarray], runs: int, seed: int
