@@ -78,8 +78,8 @@ def test_the_loop_closes(tmp_path):
             watcher.wait(60)
         assert run["status"] == "waiting" and run["model_version"] == "2", run
         before, after = (house("report", name, "--json").json["data"]["images"] for name in (first, run["run_id"]))
-        labelled = next(s for s in run["steps"] if s["name"] == "evaluate")["result"]["annotations"]
-        assert f"of capture:{kept['time']} (+" in labelled, "a person sees by how much it is better where it matters"
+        words = next(s for s in run["steps"] if s["name"] == "evaluate")["result"]["annotations"]
+        assert f"of capture:{kept['time']} (+" in words, "a person sees by how much it is better where it matters"
         assert after == before + len(tasks), "the labels add to the archive that the run before was built on"
         assert house("approve", "2").status == 0 and house("promote", "2").status == 0
         new = accuracy(url, range(10_000, 10_300))
