@@ -22,9 +22,9 @@ if TYPE_CHECKING:  # what a command needs it imports itself: --help should not w
 __all__ = ['app', 'STATUS', 'AsJson', 'Version', 'Stage', 'TYPES', 'aws', 'Named', 'Parameter', 'Option', 'Yes', 'STOPPED',
            'options', 'table', 'show', 'Lines', 'Bars', 'watched', 'summary', 'conclude', 'request_from', 'run', 'runs',
            'report', 'models', 'trace', 'endpoints', 'watched_words', 'drift_words', 'captures', 'approve', 'reject',
-           'promote', 'rollback', 'shadow', 'shadow_words', 'start', 'stop', 'predict', 'ask', 'watch', 'cloud',
-           'ask_unless', 'template', 'definition', 'rehearse', 'cost', 'deploy_stack', 'start_pipeline', 'cloud_status',
-           'destroy', 'call', 'fail', 'quiet_pipe', 'main']
+           'promote', 'rollback', 'shadow', 'shadow_words', 'start', 'stop', 'predict', 'ask', 'watch', 'prune',
+           'cloud', 'ask_unless', 'template', 'definition', 'rehearse', 'cost', 'deploy_stack', 'start_pipeline',
+           'cloud_status', 'destroy', 'call', 'fail', 'quiet_pipe', 'main']
 
 # %% ../nbs/20_cli.ipynb #9c9f57fc
 app = typer.Typer(name="intel-nb", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
@@ -423,6 +423,24 @@ def watch(
                        tell=lambda text: print(utc_now(), text, flush=True))
     except KeyboardInterrupt:
         print(utc_now(), "ended; the next watcher goes on from here", flush=True)
+
+# %% ../nbs/20_cli.ipynb #35d3b709
+@app.command()
+def prune(
+    keep: Annotated[int, typer.Option(help="Newest runs whose outputs stay.", min=0)] = 10,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it; otherwise it is only told.")] = False,
+) -> None:
+    "Remove from the store what no newest run needs, nor a version that serves or waits for approval."
+    from intel_nb.plan import open_workspace
+    from intel_nb.prune import remove_entries, size_of, unneeded
+    workspace = open_workspace()
+    found = unneeded(workspace, keep)
+    size = size_of(found) / 1e6
+    show([{"step": e.step, "key": e.key, "made": e.created[:19]} for e in found], False, "nothing can go")
+    if found and yes:
+        remove_entries(workspace, found)
+    if found:
+        print(f"{size:,.1f} MB " + ("removed" if yes else "can go; intel-nb prune --yes removes it"))
 
 # %% ../nbs/20_cli.ipynb #db662318
 aws = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The same chain on SageMaker.")

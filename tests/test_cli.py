@@ -14,7 +14,7 @@ import pytest
 from conftest import COMMAND
 
 COMMANDS = ("run", "runs", "report", "models", "trace", "endpoints", "approve", "reject", "promote", "rollback", "start", "stop",
-            "watch", "captures", "predict", "aws")
+            "watch", "captures", "prune", "predict", "aws")
 
 
 def alive(pid: int) -> bool:

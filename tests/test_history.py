@@ -30,6 +30,19 @@ def test_a_trace_outlives_the_store(waiting):
     assert answer.status == 0 and "has lost the steps" in answer.out
 
 
+def test_what_nothing_needs_can_go_and_no_more(waiting):
+    "A version that waits keeps what it was made from, however old its run; a rejected one keeps its package and its trace."
+    assert waiting("prune", "--keep", "0", "--yes").out.strip() == "nothing can go"
+    assert waiting("reject", "1").status == 0
+    told = waiting("prune", "--keep", "0")
+    assert told.status == 0 and all(step in told.out for step in ("data", "train", "evaluate", "MB can go"))
+    assert (waiting.home / "store" / "train").exists() and "nothing can go" in waiting("prune").out
+    assert "MB removed" in waiting("prune", "--keep", "0", "--yes").out
+    assert list((waiting.home / "store").glob("*/*")) == []
+    assert waiting("trace", "1").status == 0
+    load_package(next(waiting.home.glob("artifacts/*/artifacts/package")))
+
+
 def test_a_run_says_which_event_set_it_off(waiting):
     environ = waiting.environ | {"INTEL_NB_CAUSE": "annotations-added: annotations/<fog>.zip"}
     command = [COMMAND, "run", "--data", str(waiting.archive), *QUICK, "--to", "data", "--run-id", "second"]
