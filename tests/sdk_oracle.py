@@ -90,7 +90,8 @@ def build() -> Pipeline:
         response_types=SERVED["SupportedResponseMIMETypes"],
         inference_instances=[CONFIG.instance_serve], transform_instances=[CONFIG.instance_serve], approval_status="PendingManualApproval",
         description=reported("gate.reason"), customer_metadata_properties={
-            "run_id": ExecutionVariables.PIPELINE_EXECUTION_ID, "fingerprint": reported("fingerprints.package"), "data": reported("fingerprints.data")})
+            "run_id": ExecutionVariables.PIPELINE_EXECUTION_ID, "fingerprint": reported("fingerprints.package"),
+            "data": reported("fingerprints.data"), "dataset": output_of(data, "dataset")})
     gate = ConditionStep("gate", if_steps=[ModelStep("register", step_args=registered, retry_policies=[AGAIN])],
                          else_steps=[FailStep("refuse", error_message=reported("gate.reason"))],
                          conditions=[ConditionGreaterThanOrEqualTo(left=reported(ACCURACY), right=P["AccuracyThreshold"]),
