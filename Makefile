@@ -18,7 +18,7 @@ run: .venv/run.stamp
 # The notebooks, then the tests; each on two cores, and a file of tests on one of them.
 test: .venv/test.stamp
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && TMPDIR="$$scratch" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	@$(BIN)/pytest -q -n 2 --dist loadfile
+	@$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 slow: .venv/test.stamp
 	$(BIN)/pytest -q -m slow

@@ -20,11 +20,11 @@ if TYPE_CHECKING:  # what a command needs it imports itself: --help should not w
 
 # %% auto #0
 __all__ = ['app', 'STATUS', 'AsJson', 'Version', 'Stage', 'TYPES', 'aws', 'Named', 'Parameter', 'Option', 'Yes', 'STOPPED',
-           'options', 'table', 'show', 'Lines', 'Bars', 'watched', 'summary', 'conclude', 'request_from', 'run', 'runs',
-           'report', 'models', 'trace', 'endpoints', 'watched_words', 'drift_words', 'captures', 'approve', 'reject',
-           'promote', 'rollback', 'shadow', 'shadow_words', 'start', 'stop', 'predict', 'ask', 'watch', 'prune',
-           'cloud', 'ask_unless', 'template', 'definition', 'rehearse', 'cost', 'deploy_stack', 'start_pipeline',
-           'cloud_status', 'destroy', 'call', 'fail', 'quiet_pipe', 'main']
+           'options', 'table', 'show', 'say', 'quiet_pipe', 'Lines', 'Bars', 'watched', 'summary', 'conclude',
+           'request_from', 'run', 'runs', 'report', 'models', 'trace', 'endpoints', 'watched_words', 'drift_words',
+           'captures', 'approve', 'reject', 'promote', 'rollback', 'shadow', 'shadow_words', 'start', 'stop', 'predict',
+           'ask', 'watch', 'prune', 'cloud', 'ask_unless', 'template', 'definition', 'rehearse', 'cost', 'deploy_stack',
+           'start_pipeline', 'cloud_status', 'destroy', 'call', 'fail', 'main']
 
 # %% ../nbs/20_cli.ipynb #9c9f57fc
 app = typer.Typer(name="intel-nb", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
@@ -62,10 +62,25 @@ def show(rows: list[dict[str, Any]], as_json: bool, empty: str) -> None:
     import json
     print(json.dumps(rows, indent=2) if as_json else table(rows, empty))
 
-# %% ../nbs/20_cli.ipynb #990b4734
+# %% ../nbs/20_cli.ipynb #948ef984
+def say(text: str) -> None:
+    "Print a line at once, as long as somebody reads."
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        quiet_pipe()
+
+# %% ../nbs/20_cli.ipynb #ccfae8d0
+def quiet_pipe() -> int:
+    "Whoever read our output has gone: go on without a word."
+    import os
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+# %% ../nbs/20_cli.ipynb #25351cf5
 class Lines:
     "Tells a run's events in plain lines."
-    def __init__(self, write: Callable[[str], None] = lambda text: print(text, flush=True)):
+    def __init__(self, write: Callable[[str], None] = say):
         self.write = write
 
     def __call__(self, event: Event) -> None:
@@ -140,11 +155,11 @@ def _annotated(run: Run) -> list[str]:
         return []
     return [f"annotated {', '.join(f'{n:,} {kind}' for kind, n in counts.items())}: {Path(step.out_dir) / 'quarantine.csv'}"]
 
-# %% ../nbs/20_cli.ipynb #7417c360
+# %% ../nbs/20_cli.ipynb #a760a54e
 def conclude(workspace: Workspace, runs: list[Run]) -> None:
     "Print what came of `runs`, and exit with the status of the worst."
     for run in runs:
-        print(summary(workspace, run))
+        say(summary(workspace, run))
     raise typer.Exit(max((STATUS.get(run.status, 1) for run in runs), default=0))
 
 # %% ../nbs/20_cli.ipynb #93bb1cdc
@@ -397,7 +412,7 @@ def ask(url: str, image: str) -> dict[str, Any]:
         raise InputError(f"{image} is no image that the endpoint takes; it takes {', '.join(TYPES)}")
     return invoke(url, Path(image).read_bytes(), f"image/{kind}")["predictions"][0]
 
-# %% ../nbs/20_cli.ipynb #ae11667a
+# %% ../nbs/20_cli.ipynb #476a991e
 @app.command()
 def watch(
     inbox: Annotated[str, typer.Argument(metavar="INBOX", help="A folder for intel.zip and annotations/.")],
@@ -420,9 +435,9 @@ def watch(
     options = [text for name, values in given.items() for value in values if value for text in (name, value)]
     try:
         triggers.watch(inbox, workspace, options + ["--approve"] * approve, times=triggers.Times(rest), poll=poll,
-                       tell=lambda text: print(utc_now(), text, flush=True))
+                       tell=lambda text: say(f"{utc_now()} {text}"))
     except KeyboardInterrupt:
-        print(utc_now(), "ended; the next watcher goes on from here", flush=True)
+        say(f"{utc_now()} ended; the next watcher goes on from here")
 
 # %% ../nbs/20_cli.ipynb #35d3b709
 @app.command()
@@ -539,13 +554,6 @@ def fail(message: str, status: int) -> int:
     "Print an error; returns `status`."
     print(f"error: {message}", file=sys.stderr)
     return status
-
-# %% ../nbs/20_cli.ipynb #cfc5fd29
-def quiet_pipe() -> int:
-    "Whoever read our output has gone: end without a word."
-    import os
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
 
 # %% ../nbs/20_cli.ipynb #bdb32bf0
 def main() -> None:

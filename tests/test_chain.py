@@ -237,6 +237,15 @@ def test_a_killed_run_is_gone_on_with(small):
     assert list(small.root.glob("home/store/.work/*")) == []
 
 
+def test_a_reader_who_leaves_stops_no_work(empty):
+    "As `intel-nb rollback production | head -1` would."
+    command = [COMMAND, "run", "--data", str(empty.archive), *QUICK, "--to", "data"]
+    run = subprocess.Popen(command, env=empty.environ, cwd=empty.root, stdout=subprocess.PIPE)
+    assert b"started" in run.stdout.readline()
+    run.stdout.close()
+    assert run.wait(120) == 0 and empty.newest()["status"] == "succeeded"
+
+
 def test_an_interrupted_run_takes_its_kernel_with_it(small):
     from intel_nb.runs import read_run
     stopped = small("mine")
