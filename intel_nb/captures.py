@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 from .storage import InputError, read_json, remove, write_bytes, write_json, write_text
 
 # %% auto #0
-__all__ = ['WINDOW', 'HELD_BYTES', 'CAPTURE_BYTES', 'FLUSH_SECONDS', 'THUMBNAILS', 'SIDE', 'Seen', 'seen_in', 'Recent', 'task_of',
-           'labelling', 'image_name', 'Capture', 'room_for_another', 'captured_at', 'write_captures', 'Recorder',
-           'Kept', 'list_captures', 'next_step', 'captures_section']
+__all__ = ['TEST', 'WINDOW', 'HELD_BYTES', 'CAPTURE_BYTES', 'FLUSH_SECONDS', 'THUMBNAILS', 'SIDE', 'Seen', 'seen_in', 'Recent',
+           'task_of', 'labelling', 'image_name', 'Capture', 'room_for_another', 'captured_at', 'write_captures',
+           'Recorder', 'Kept', 'list_captures', 'next_step', 'captures_section']
 
 # %% ../nbs/14g_captures.ipynb #eecc42f2
+TEST = ("x-amzn-sagemaker-custom-attributes", "test")  # header and value; SageMaker passes on its CustomAttributes so
+
 class Seen(NamedTuple):
     "An image that was answered: where it is, and what the model said of it."
     kind: str  # content type of the request

@@ -60,7 +60,7 @@ def _text(value: Any) -> str:
 def show(rows: list[dict[str, Any]], as_json: bool, empty: str) -> None:
     "Print `rows`: as a JSON list, or as a table."
     import json
-    print(json.dumps(rows, indent=2) if as_json else table(rows, empty))
+    say(json.dumps(rows, indent=2) if as_json else table(rows, empty))
 
 # %% ../nbs/20_cli.ipynb #948ef984
 def say(text: str) -> None:
@@ -455,7 +455,7 @@ def prune(
     if found and yes:
         remove_entries(workspace, found)
     if found:
-        print(f"{size:,.1f} MB " + ("removed" if yes else "can go; intel-nb prune --yes removes it"))
+        say(f"{size:,.1f} MB " + ("removed" if yes else "can go; intel-nb prune --yes removes it"))
 
 # %% ../nbs/20_cli.ipynb #db662318
 aws = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The same chain on SageMaker.")

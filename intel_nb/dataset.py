@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import hashlib, json
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -20,8 +21,8 @@ from .images import SAMPLE_CLASSES, encode_jpeg, sample_scene
 from .storage import InputError, written_aside
 
 # %% auto #0
-__all__ = ['SPLITS', 'ROWS_PER_SHARD', 'Row', 'row_name', 'schema', 'write_split', 'Split', 'shards', 'class_names', 'read_split',
-           'sample_dataset', 'Predictions', 'write_predictions', 'read_predictions']
+__all__ = ['SPLITS', 'ROWS_PER_SHARD', 'Row', 'row_name', 'schema', 'write_split', 'Split', 'newest_capture', 'shards',
+           'class_names', 'read_split', 'sample_dataset', 'Predictions', 'write_predictions', 'read_predictions']
 
 # %% ../nbs/11a_dataset.ipynb #9d8a63b6
 SPLITS = ("train", "validation", "test")
@@ -90,6 +91,13 @@ class Split:
         index = list(index)
         pick = lambda column: [column[i] for i in index]
         return Split(pick(self.images), self.labels[index], pick(self.names), pick(self.sha256), pick(self.source), self.classes)
+
+# %% ../nbs/11a_dataset.ipynb #96061067
+def newest_capture(sources: Sequence[str], least: int = 1) -> tuple[str, list[int]]:
+    "The newest source `capture:<time>` that has `least` rows, and those rows; an empty name and none where no capture has."
+    counts = Counter(source for source in sources if source.startswith("capture:"))
+    newest = max((source for source, n in counts.items() if n >= least), default="")
+    return newest, [row for row, source in enumerate(sources) if newest and source == newest]
 
 # %% ../nbs/11a_dataset.ipynb #f5c86066
 def shards(dataset: str | Path, split: str) -> list[Path]:

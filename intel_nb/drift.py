@@ -204,11 +204,12 @@ def check_inputs(severities: Sequence[int], runs: int, images: int, shifted_imag
 # %% ../nbs/04_drift.ipynb #45b792c3
 def familiar(dataset: str | Path, card: dict[str, Any]) -> Split:
     """Images that are no drift to the detector of the package with that `card`: the test split, or, where its reference is of a
-    capture, the training rows of that capture. A third of those are the reference itself: a run time on them is too long."""
-    known = card.get("drift_data", "all images")
-    train = read_split(dataset, "train") if known != "all images" else None
-    captured = train.take([i for i, source in enumerate(train.source) if source == known]) if train else ()
-    return captured if len(captured) else read_split(dataset, "test")
+    capture, the training rows of that capture. The reference itself is among those: a run time on them is too long."""
+    if (known := card.get("drift_data", "all images")) == "all images":
+        return read_split(dataset, "test")
+    train = read_split(dataset, "train")
+    captured = [row for row, source in enumerate(train.source) if source == known]
+    return train.take(captured) if captured else read_split(dataset, "test")
 
 # %% ../nbs/04_drift.ipynb #ba1c2dce
 def case_table(detector: OnlineMMD, clean: np.ndarray, shifted: dict[Case, np.ndarray], runs: int, seed: int

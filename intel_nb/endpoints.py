@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import intel_nb
+from .captures import TEST
 from .registry import locked
 from .shadow import LOOK_SECONDS, name_shadow, read_seen, read_shadow
 from .storage import InputError, _cloud, write_json
@@ -109,7 +110,7 @@ def invoke(url: str, body: bytes, content_type: str, timeout: float = 60, test: 
     "The endpoint's answer to one request; raises as `ask` does. What a `test` sends is observed, but neither kept nor reported."
     if url.startswith("sagemaker://"):
         return _cloud().invoke(url, body, content_type, timeout, test)
-    return ask(f"{url}/invocations", body, content_type, timeout, {"X-Amzn-SageMaker-Custom-Attributes": "test"} if test else {})
+    return ask(f"{url}/invocations", body, content_type, timeout, dict([TEST]) if test else {})
 
 # %% ../nbs/16_endpoints.ipynb #56160eaf
 def drift_status(url: str, timeout: float = 10) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .dataset import Split, read_predictions
+from .dataset import Split, newest_capture, read_predictions
 from .model import Package, load_package
 from .registry import Registry
 
@@ -164,9 +164,9 @@ def on_annotations(package: Package, registry: Registry, split: Split) -> dict[s
     if not len(rows):
         return {}
     right, (_, champion) = package.predict_bytes(rows.images)["probabilities"].argmax(1) == rows.labels, champion_right(registry, rows)
-    newest = max((source for source in rows.source if source.startswith("capture:")), default=None)
-    groups = {"all": np.ones(len(rows), bool)} | ({newest: np.array(rows.source) == newest} if newest else {})
-    alone = lambda some: {"images": int(some.sum()), "accuracy": float(right[some].mean())}
+    newest, captured = newest_capture(rows.source)
+    groups = {"all": slice(None)} | ({newest: captured} if newest else {})
+    alone = lambda some: {"images": len(right[some]), "accuracy": float(right[some].mean())}
     return {name: alone(some) if champion is None else compared(right[some], champion[some]) for name, some in groups.items()}
 
 # %% ../nbs/02_evaluate.ipynb #2c4f714a

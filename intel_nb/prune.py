@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from .history import from_store
 from .plan import PLAN, Workspace
-from .runs import list_runs
+from .runs import Run, list_runs
 from .storage import InputError, files_of, remove
 from .store import Entry
 
@@ -21,9 +21,8 @@ __all__ = ['Key', 'needed_by_runs', 'needed_by_versions', 'unneeded', 'size_of',
 # %% ../nbs/17g_prune.ipynb #db52c761
 Key = tuple[str, str]  # step, key
 
-def needed_by_runs(workspace: Workspace, keep: int) -> set[Key]:
-    "What the newest `keep` runs took or made, and those that wait."
-    runs = list_runs(workspace.executed)
+def needed_by_runs(runs: Iterable[Run], keep: int) -> set[Key]:
+    "What the newest `keep` of `runs`, newest first, took or made, and those that wait."
     return {(step.name, step.key) for k, run in enumerate(runs) if k < keep or run.status == "waiting" for step in run.steps if step.key}
 
 # %% ../nbs/17g_prune.ipynb #06332fcc
@@ -39,9 +38,10 @@ def needed_by_versions(workspace: Workspace) -> set[Key]:
 # %% ../nbs/17g_prune.ipynb #5606783a
 def unneeded(workspace: Workspace, keep: int = 10) -> list[Entry]:
     "The entries of the store that nothing needs, oldest first; raises `InputError` while a run works on some."
-    if working := [run.run_id for run in list_runs(workspace.executed) if run.status == "running"]:
+    runs = list_runs(workspace.executed)
+    if working := [run.run_id for run in runs if run.status == "running"]:
         raise InputError(f"run {working[0]} is under way; prune when it has ended")
-    needed = needed_by_runs(workspace, keep) | needed_by_versions(workspace)
+    needed = needed_by_runs(runs, keep) | needed_by_versions(workspace)
     entries = [entry for step in PLAN for entry in workspace.store.entries(step.name)]
     return sorted((e for e in entries if (e.step, e.key) not in needed), key=lambda e: e.created)
 

@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from .batching import Batcher, Overloaded
-from .captures import Recorder
+from .captures import TEST, Recorder
 from .images import MAX_BYTES
 from .model import Package, cores, load_package
 from .monitor import Monitor
@@ -32,11 +32,11 @@ from .storage import InputError
 from .telemetry import Metrics, log_request, request_id
 
 # %% auto #0
-__all__ = ['LINGER_SECONDS', 'ATTRIBUTES', 'router', 'DRIFT_TYPE', 'Settings', 'Outputs', 'run_requests', 'run_model',
-           'predictions_of', 'Detects', 'Asked', 'Service', 'beside', 'watch_service', 'read_body', 'held_bytes',
-           'Farewell', 'while_connected', 'invoke', 'check_method', 'refuse_unread', 'ping', 'drift', 'history',
-           'exposition', 'front_page', 'front', 'headers_of', 'refused', 'on_refusal', 'on_http_error', 'Application',
-           'admits', 'turn_away', 'recorder_for', 'create_app', 'lifespan']
+__all__ = ['LINGER_SECONDS', 'router', 'DRIFT_TYPE', 'Settings', 'Outputs', 'run_requests', 'run_model', 'predictions_of',
+           'Detects', 'Asked', 'Service', 'beside', 'watch_service', 'read_body', 'held_bytes', 'Farewell',
+           'while_connected', 'invoke', 'check_method', 'refuse_unread', 'ping', 'drift', 'history', 'exposition',
+           'front_page', 'front', 'headers_of', 'refused', 'on_refusal', 'on_http_error', 'Application', 'admits',
+           'turn_away', 'recorder_for', 'create_app', 'lifespan']
 
 # %% ../nbs/15_serving.ipynb #55267fc5
 @dataclass(frozen=True)
@@ -269,8 +269,6 @@ async def while_connected(request: Request, future: asyncio.Future) -> Any:
         gone.cancel()
 
 # %% ../nbs/15_serving.ipynb #16e1ed51
-ATTRIBUTES = "x-amzn-sagemaker-custom-attributes"  # SageMaker passes on what its CustomAttributes say
-
 async def invoke(service: Service, scope: dict, receive: Callable, send: Callable) -> None:
     "The route `/invocations`, bare ASGI: a framework's own way to a function costs more than all that is done here. Raises `Refusal`."
     request = Request(scope, receive)
@@ -278,7 +276,7 @@ async def invoke(service: Service, scope: dict, receive: Callable, send: Callabl
         try:
             check_method(scope["method"])
             kind = media_type(request.headers.get("content-type", ""))
-            test = request.headers.get(ATTRIBUTES) == "test"
+            test = request.headers.get(TEST[0]) == TEST[1]
             body = await read_body(request, service.settings.max_body, service.settings.body_seconds, room)
         except Refusal as e:
             return await refuse_unread(e, scope, receive, send)

@@ -6,16 +6,16 @@
 from __future__ import annotations
 
 import copy, csv
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .dataset import Split
+from .dataset import Split, newest_capture
 from .detector import OnlineMMD, fit_whitening, split_sizes, usable_windows
 from .images import decode
 from .model import Package, run_batches, write_package
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 # %% auto #0
-__all__ = ['PROFILES', 'STRENGTHS', 'WHITENING_SIZE', 'CAPTURED_LEAST', 'MAX_DROP', 'CALIBRATION_IMAGES', 'settings',
-           'compute_features', 'Head', 'fit_head', 'drift_maps', 'represent', 'fit_drift', 'newest_capture',
-           'fit_current', 'graph_in', 'accuracy_of', 'drops', 'Trained', 'train_frozen', 'held_out', 'detector_rows',
+__all__ = ['PROFILES', 'STRENGTHS', 'WHITENING_SIZE', 'CAPTURED_LEAST', 'current_capture', 'MAX_DROP', 'CALIBRATION_IMAGES',
+           'settings', 'compute_features', 'Head', 'fit_head', 'drift_maps', 'represent', 'fit_drift', 'fit_current',
+           'graph_in', 'accuracy_of', 'drops', 'Trained', 'train_frozen', 'held_out', 'detector_rows',
            'train_end_to_end', 'trained_layers', 'fit_head_of', 'log_rows', 'check_graph', 'batch_tolerance',
            'make_package', 'hparams']
 
@@ -137,17 +137,13 @@ def fit_drift(seen: dict[str, np.ndarray], chosen: dict[str, Any], seed: int, wh
 # %% ../nbs/01_train.ipynb #e9f54c9e
 CAPTURED_LEAST = 200  # rows
 
-def newest_capture(sources: Sequence[str]) -> tuple[str, list[int]]:
-    "The newest source `capture:<time>` that has `CAPTURED_LEAST` rows, and those rows; an empty name and none where no capture has."
-    counts = Counter(source for source in sources if source.startswith("capture:"))
-    newest = max((source for source, n in counts.items() if n >= CAPTURED_LEAST), default="")
-    return newest, [row for row, source in enumerate(sources) if newest and source == newest]
+current_capture = partial(newest_capture, least=CAPTURED_LEAST)
 
 # %% ../nbs/01_train.ipynb #d941bc17
 def fit_current(seen: dict[str, np.ndarray], n_train: int, sources: Sequence[str], chosen: dict[str, Any], seed: int) -> tuple[tuple, OnlineMMD, float]:
     "`fit_drift` on `seen`, the features of the `n_train` training images and then those of validation, `sources` being that of each."
     part = lambda rows: {name: values[rows] for name, values in seen.items()}
-    _, captured = newest_capture(sources)
+    _, captured = current_capture(sources)
     before = np.setdiff1d(np.arange(n_train), captured)[:WHITENING_SIZE]
     if captured and len(before) >= 16:
         return fit_drift(part(captured), chosen, seed, whiten=part(before))
@@ -214,7 +210,7 @@ def train_frozen(train: Split, validation: Split, chosen: dict[str, Any], seed: 
     full = head.accuracy if precision == "float32" else accuracy_of(exact, model, validation, side)
     if drops(head.accuracy, full):
         return train_frozen(train, validation, chosen | {"precision": "float32"}, seed, log)
-    return Trained(model, precision, head.accuracy, full, graph, exact, *fitted, newest_capture(train.source + validation.source)[0])
+    return Trained(model, precision, head.accuracy, full, graph, exact, *fitted, current_capture(train.source + validation.source)[0])
 
 # %% ../nbs/01_train.ipynb #37768229
 def held_out(n_train: int, n_validation: int, reference_size: int) -> int:
@@ -224,7 +220,7 @@ def held_out(n_train: int, n_validation: int, reference_size: int) -> int:
 # %% ../nbs/01_train.ipynb #6806243d
 def detector_rows(train: Split, validation: Split, reference_size: int) -> tuple[str, list[int], list[int]]:
     "The capture that the detector's images are from (empty: none), and their rows in train, to be held out, and in validation."
-    capture, rows = newest_capture(train.source + validation.source)
+    capture, rows = current_capture(train.source + validation.source)
     if not capture:
         spare = held_out(len(train), len(validation), reference_size)
         return "", list(range(spare)), list(range(len(validation)))

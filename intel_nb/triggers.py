@@ -24,11 +24,10 @@ from .storage import InputError, read_json, remove, utc_now, write_json
 from .supervisor import last_line
 
 # %% auto #0
-__all__ = ['STARTS', 'COMMANDS', 'BY_NAME', 'UPLOADS', 'ARCHIVE', 'LABELS', 'KEEP', 'DECISIONS', 'COMMAND', 'Start', 'Event',
-           'upload_events', 'approval_events', 'alarm_events', 'proposal', 'Order', 'read_order', 'Ledger', 'thin_out',
-           'last_data', 'run_arguments', 'order_uploads', 'last_files', 'launch', 'recorded_end', 'how_it_ended',
-           'Started', 'Times', 'Watcher', 'known_marks', 'order_approval', 'summary', 'ticks', 'watch', 'check_inbox',
-           'follow']
+__all__ = ['STARTS', 'COMMANDS', 'BY_NAME', 'UPLOADS', 'ARCHIVE', 'LABELS', 'KEEP', 'COMMAND', 'Start', 'Event', 'upload_events',
+           'approval_events', 'alarm_events', 'proposal', 'Order', 'read_order', 'Ledger', 'thin_out', 'last_data',
+           'run_arguments', 'order_uploads', 'last_files', 'launch', 'recorded_end', 'how_it_ended', 'Started', 'Times',
+           'Watcher', 'known_marks', 'order_approval', 'summary', 'ticks', 'watch', 'check_inbox', 'follow']
 
 # %% ../nbs/19_triggers.ipynb #d9f46744
 @dataclass(frozen=True)
@@ -153,11 +152,10 @@ def thin_out(ledger: Ledger) -> None:
         remove(ledger.folder / order.id / "inbox")
 
 # %% ../nbs/19_triggers.ipynb #7da452b3
-DECISIONS = ("approve", "promote", "rollback", "reject")  # triggers of runs that take no data
-
 def last_data(workspace: Workspace) -> tuple[str, list[str]] | None:
     "The archive (empty: the drawn scenes) and the annotations that the newest run on data was given by hand; None without any."
-    run = next((run for run in list_runs(workspace.executed) if run.trigger not in DECISIONS), None)
+    built = (run for run in list_runs(workspace.executed) if run.step("data") and run.trigger != "approve")
+    run = next(built, None)
     if run is None:
         return None
     data, own = request_of(workspace, run.run_id).parameters.get("data", {}), str(workspace.home / "watch")

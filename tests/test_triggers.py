@@ -18,7 +18,7 @@ import pytest
 from conftest import COMMAND, QUICK
 
 from intel_nb.plan import Request
-from intel_nb.runs import Run, write_run
+from intel_nb.runs import Run, StepRecord, write_run
 from intel_nb.storage import utc_now, write_json
 
 # Stands for `intel-nb`: a process that notes what it was given, and which of it is whole.
@@ -66,7 +66,8 @@ class Scene:
 
     def ran(self, run_id: str, trigger: str, **parameters: dict) -> None:
         "A run that was, with the `parameters` of its steps."
-        write_run(self.root / "executed", Run(run_id, "succeeded", utc_now(), utc_now(), trigger))
+        steps = [StepRecord(name, "") for name in parameters]
+        write_run(self.root / "executed", Run(run_id, "succeeded", utc_now(), utc_now(), trigger, steps=steps))
         write_json(self.root / "executed" / run_id / "request.json", asdict(Request(parameters, trigger)))
 
     def watch(self, patience: float = 15, **options) -> subprocess.Popen:
