@@ -311,9 +311,9 @@ class Watcher:
         elif (status := recorded_end(self.workspace, order)) is not None:
             self._close(order, status)  # it came to its end while nobody watched
         else:
-            self.tell(f"{order.arguments[0]} {order.id} for {summary(order.events)}")
             cause = f"{order.events[0].start}: {summary(order.events)}"
             self.started = Started(order, folder, launch(folder, order.arguments, self.command, self.workspace, cause))
+            self.tell(f"{order.arguments[0]} {order.id} for {summary(order.events)}")
 
     def _tell_alarms(self) -> None:
         path = self.ledger.folder / "alarms.json"
