@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .images import FORMATS, SAMPLE_CLASSES, ImageError, decode, encode_jpeg, open_image, sample_scene
+from .images import FORMATS, ImageError, decode, encode_jpeg, open_image
+from .scenes import SAMPLE_CLASSES, sample_scene
 from .model import Package, cores, open_session
 from .storage import InputError, write_bytes, write_text
 
@@ -423,7 +424,7 @@ def without_drift(model: str | Path) -> bytes:
 # %% ../nbs/40_bench.ipynb #93807c08
 def update_cost(package: Package, images: Sequence[bytes], batch: int = 8, updates: int = 1000, every: int = 16) -> float:
     "Milliseconds of CPU that the monitor of `package` takes for an image, in batches, with its state written `every` so many."
-    from intel_nb.monitor import Monitor
+    from intel_nb.serving.monitor import Monitor
     outputs = package.predict_bytes(list(images))
     rows, classes = outputs["drift"], outputs["probabilities"].argmax(axis=1)
     order = np.resize(np.random.default_rng(0).permutation(len(rows)), (-(-updates // batch), batch))

@@ -14,9 +14,9 @@ import typer
 from .storage import InputError, _cloud
 
 if TYPE_CHECKING:  # what a command needs it imports itself: --help should not wait for it
-    from intel_nb.chain import Event
-    from intel_nb.plan import Workspace
-    from intel_nb.runs import Run
+    from intel_nb.chain.run import Event
+    from intel_nb.chain.plan import Workspace
+    from intel_nb.chain.runs import Run
 
 # %% auto #0
 __all__ = ['app', 'STATUS', 'AsJson', 'Version', 'Stage', 'TYPES', 'aws', 'Named', 'Parameter', 'Option', 'Yes', 'STOPPED',
@@ -30,7 +30,7 @@ __all__ = ['app', 'STATUS', 'AsJson', 'Version', 'Stage', 'TYPES', 'aws', 'Named
 app = typer.Typer(name="intel-nb", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
                   pretty_exceptions_enable=False, help="Keep an image classifier alive: data, training, approval, "
                   "a live endpoint, drift, and back. Exit status: 0 done, 1 the work failed, 2 the input was wrong, "
-                  "3 waiting for approval.")
+                  "3 waiting for decisions.")
 
 # %% ../nbs/20_cli.ipynb #ee8a313a
 @app.callback()
@@ -165,7 +165,7 @@ def conclude(workspace: Workspace, runs: list[Run]) -> None:
 # %% ../nbs/20_cli.ipynb #93bb1cdc
 def request_from(workspace: Workspace, settings: list[str], named: dict[str, Any], **fields: Any):
     "A request of `--param` settings and of options that stand for parameters (`step.name`: value; None: not given)."
-    from intel_nb.plan import PLAN, Request, declared_parameters, read_settings
+    from intel_nb.chain.plan import PLAN, Request, declared_parameters, read_settings
     parameters = read_settings(settings, declared_parameters(PLAN, workspace.notebooks))
     for name, value in named.items():
         if value is not None:
@@ -192,9 +192,9 @@ def run(
     trigger: Annotated[str, typer.Option(hidden=True)] = "run",
 ) -> None:
     "Run the chain; what is done already is taken from the store. Without --approve it stops before staging, to wait."
-    from intel_nb.chain import run_chain
-    from intel_nb.endpoints import check_engine
-    from intel_nb.plan import open_workspace
+    from intel_nb.chain.run import run_chain
+    from intel_nb.serving.endpoints import check_engine
+    from intel_nb.chain.plan import open_workspace
     check_engine(engine or "process")
     workspace = open_workspace()
     named = {"data.archive": data, "data.annotations": annotations or None, "train.profile": profile, "deploy.engine": engine}
@@ -209,9 +209,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing el
 def runs(as_json: AsJson = False) -> None:
     "List the runs, newest first: what set each off, what data it had, which version it made, and what became of that."
     from dataclasses import asdict
-    from intel_nb.history import as_row, told_runs
-    from intel_nb.plan import open_workspace
-    from intel_nb.runs import list_runs
+    from intel_nb.chain.history import as_row, told_runs
+    from intel_nb.chain.plan import open_workspace
+    from intel_nb.chain.runs import list_runs
     workspace = open_workspace()
     rows = [asdict(run) for run in list_runs(workspace.executed)] if as_json else map(as_row, told_runs(workspace))
     show(rows, as_json, "no runs yet: intel-nb run starts one")
@@ -221,10 +221,10 @@ def runs(as_json: AsJson = False) -> None:
 def report(run: Annotated[str, typer.Argument(metavar="RUN", help="A run id.")], as_json: AsJson = False) -> None:
     "Show what a run did, and write its page."
     import json
-    from intel_nb.plan import open_workspace
-    from intel_nb.captures import captures_section
-    from intel_nb.history import told, told_page
-    from intel_nb.runs import read_run, write_report
+    from intel_nb.chain.plan import open_workspace
+    from intel_nb.serving.captures import captures_section
+    from intel_nb.chain.history import told, told_page
+    from intel_nb.chain.runs import read_run, write_report
     workspace = open_workspace()
     found = read_run(workspace.executed, run)
     write_report(workspace.executed, found, told_page(workspace, found) + captures_section(workspace.home / "captures"))
@@ -239,7 +239,7 @@ def report(run: Annotated[str, typer.Argument(metavar="RUN", help="A run id.")],
 @app.command()
 def models(as_json: AsJson = False) -> None:
     "List the versions, newest first."
-    from intel_nb.plan import open_workspace
+    from intel_nb.chain.plan import open_workspace
     fields = ("version", "status", "accuracy", "aliases", "run_id")
     shown = fields if as_json else (*fields, "reason")
     rows = [{name: getattr(v, name) for name in shown} for v in open_workspace().registry().versions()]
@@ -253,8 +253,8 @@ Stage = Annotated[str, typer.Argument(metavar="STAGE", help="staging or producti
 def trace(version: Version, as_json: AsJson = False) -> None:
     "Show the exact data, code and parameters that a version was made from, and how to make it again."
     import json
-    from intel_nb.history import trace_in_words, traced
-    from intel_nb.plan import open_workspace
+    from intel_nb.chain.history import trace_in_words, traced
+    from intel_nb.chain.plan import open_workspace
     found = traced(open_workspace(), version)
     print(json.dumps(found, indent=2) if as_json else trace_in_words(found))
 
@@ -262,7 +262,7 @@ def trace(version: Version, as_json: AsJson = False) -> None:
 @app.command()
 def endpoints(as_json: AsJson = False) -> None:
     "List the endpoints of the stages, with how their drift detectors and their shadows stand."
-    from intel_nb.plan import open_workspace
+    from intel_nb.chain.plan import open_workspace
     known = open_workspace().endpoints()
     fields = ("stage", "url", "version", "status", "pid") if as_json else ("stage", "url", "version", "status", "engine", "pid")
     rows = [{name: getattr(e, name) for name in fields} | ({} if as_json else watched_words(e, known)) for e in known.list()]
@@ -271,7 +271,7 @@ def endpoints(as_json: AsJson = False) -> None:
 # %% ../nbs/20_cli.ipynb #c6f8d1e7
 def watched_words(endpoint: Any, known: Any) -> dict[str, str]:
     "What the detector of an endpoint has counted, and what is seen of its shadow, in a few words."
-    from intel_nb.endpoints import EndpointError, drift_status
+    from intel_nb.serving.endpoints import EndpointError, drift_status
     seen = known.shadowed(endpoint.stage)
     shadow = shadow_words(seen) if seen and seen["status"] == "running" else ""
     try:
@@ -290,8 +290,8 @@ def drift_words(found: dict[str, Any]) -> str:
 @app.command()
 def captures(as_json: AsJson = False) -> None:
     "List what endpoints kept at drift alarms, newest first."
-    from intel_nb.captures import list_captures, next_step
-    from intel_nb.plan import open_workspace
+    from intel_nb.serving.captures import list_captures, next_step
+    from intel_nb.chain.plan import open_workspace
     found = list_captures(open_workspace().home / "captures")
     fields = ("stage", "time", "version", "images", "where")
     rows = [{name: getattr(kept, name) for name in fields} | {"where": str(kept.where)} for kept in found]
@@ -303,19 +303,19 @@ def captures(as_json: AsJson = False) -> None:
 @app.command()
 def approve(version: Version) -> None:
     "Approve a version, and bring it to a tested staging endpoint."
-    from intel_nb import approval
-    from intel_nb.plan import open_workspace
+    from intel_nb.chain import decisions
+    from intel_nb.chain.plan import open_workspace
     workspace = open_workspace()
-    conclude(workspace, watched(lambda tell: approval.approve(workspace, version, tell=tell)))
+    conclude(workspace, watched(lambda tell: decisions.approve(workspace, version, tell=tell)))
 
 # %% ../nbs/20_cli.ipynb #cb2d6f4a
 @app.command()
 def reject(version: Version, reason: Annotated[str, typer.Option(help="Why, in a sentence.")] = "") -> None:
     "Reject a version; where it serves, the stage goes back to an earlier one."
-    from intel_nb import approval
-    from intel_nb.plan import open_workspace
+    from intel_nb.chain import decisions
+    from intel_nb.chain.plan import open_workspace
     workspace = open_workspace()
-    rolled_back = watched(lambda tell: approval.reject(workspace, version, reason, tell))
+    rolled_back = watched(lambda tell: decisions.reject(workspace, version, reason, tell))
     print(f"version {version} is rejected")
     conclude(workspace, rolled_back)
 
@@ -323,19 +323,19 @@ def reject(version: Version, reason: Annotated[str, typer.Option(help="Why, in a
 @app.command()
 def promote(version: Version) -> None:
     "Put a version into production; refused unless its staging test passed."
-    from intel_nb import approval
-    from intel_nb.plan import open_workspace
+    from intel_nb.chain import decisions
+    from intel_nb.chain.plan import open_workspace
     workspace = open_workspace()
-    conclude(workspace, [watched(lambda tell: approval.promote(workspace, version, tell))])
+    conclude(workspace, [watched(lambda tell: decisions.promote(workspace, version, tell))])
 
 # %% ../nbs/20_cli.ipynb #69b63f2b
 @app.command()
 def rollback(stage: Stage) -> None:
     "Put a stage back to its last earlier version that is not rejected."
-    from intel_nb import approval
-    from intel_nb.plan import open_workspace
+    from intel_nb.chain import decisions
+    from intel_nb.chain.plan import open_workspace
     workspace = open_workspace()
-    conclude(workspace, [watched(lambda tell: approval.rollback(workspace, stage, tell))])
+    conclude(workspace, [watched(lambda tell: decisions.rollback(workspace, stage, tell))])
 
 # %% ../nbs/20_cli.ipynb #c0ebb3a6
 @app.command()
@@ -344,39 +344,39 @@ def shadow(version: Annotated[str, typer.Argument(metavar="[VERSION]", help="Wit
            end: Annotated[bool, typer.Option("--stop", help="Let the shadow go.")] = False, as_json: AsJson = False) -> None:
     "Let a version see copies of a stage's traffic, without answering; endpoints shows how often it agrees."
     import json
-    from intel_nb import approval
-    from intel_nb.plan import open_workspace
+    from intel_nb.chain import decisions
+    from intel_nb.chain.plan import open_workspace
     workspace = open_workspace()
-    approval.check_stage(workspace, stage)
+    decisions.check_stage(workspace, stage)
     if end:
         workspace.endpoints().unshadow(stage)
     elif version:
-        approval.shadow(workspace, version, stage)
+        decisions.shadow(workspace, version, stage)
     seen = workspace.endpoints().shadowed(stage)
     print(json.dumps(seen, indent=2) if as_json else f"{stage}: {shadow_words(seen)}")
 
 def shadow_words(seen: dict[str, Any] | None) -> str:
     "What is known of a shadow, in a line."
-    from intel_nb.shadow import in_words
+    from intel_nb.serving.shadow import in_words
     return f"{in_words(seen)}, {seen['status']}" if seen else "no shadow"
 
 # %% ../nbs/20_cli.ipynb #d527099d
 @app.command()
 def start(stage: Stage, engine: Annotated[Optional[str], typer.Option(help="What serves: process or ray; by default as before.")] = None) -> None:
     "Start the endpoint of a stage, with the version that it served last."
-    from intel_nb import approval
-    from intel_nb.plan import open_workspace
-    endpoint = approval.start(open_workspace(), stage, engine)
+    from intel_nb.chain import decisions
+    from intel_nb.chain.plan import open_workspace
+    endpoint = decisions.start(open_workspace(), stage, engine)
     print(f"{stage} serves version {endpoint.version} at {endpoint.url}")
 
 # %% ../nbs/20_cli.ipynb #d3806177
 @app.command()
 def stop(stage: Annotated[Optional[str], typer.Argument(metavar="[STAGE]", help="Without: all.")] = None) -> None:
     "Stop the endpoint of a stage, or all of them."
-    from intel_nb import approval
-    from intel_nb.plan import open_workspace
+    from intel_nb.chain import decisions
+    from intel_nb.chain.plan import open_workspace
     workspace = open_workspace()
-    found = [approval.check_stage(workspace, stage)] if stage else workspace.endpoints().list()
+    found = [decisions.check_stage(workspace, stage)] if stage else workspace.endpoints().list()
     for name in [endpoint.stage for endpoint in found]:
         workspace.endpoints().stop(name)
         print(f"{name} is stopped")
@@ -389,9 +389,9 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     "Classify images with a live endpoint."
-    from intel_nb import approval
-    from intel_nb.plan import open_workspace
-    endpoint = approval.check_stage(open_workspace(), stage)
+    from intel_nb.chain import decisions
+    from intel_nb.chain.plan import open_workspace
+    endpoint = decisions.check_stage(open_workspace(), stage)
     if endpoint.status != "running":
         raise InputError(f"{stage} is {endpoint.status}; intel-nb start {stage}")
     rows = [{"image": image, **ask(endpoint.url, image)} for image in images]
@@ -404,7 +404,7 @@ TYPES = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png", "webp": "webp", "bmp": "bm
 def ask(url: str, image: str) -> dict[str, Any]:
     "The endpoint's prediction for an image file; raises `InputError` when it is missing or the endpoint refuses it."
     from pathlib import Path
-    from intel_nb.endpoints import invoke
+    from intel_nb.serving.endpoints import invoke
     kind = TYPES.get(Path(image).suffix.lower().lstrip("."))
     if not Path(image).is_file():
         raise InputError(f"{image} does not exist")
@@ -424,17 +424,17 @@ def watch(
     poll: Annotated[bool, typer.Option("--poll", help="Look for changes (network disks do not tell).")] = False,
 ) -> None:
     "Follow a folder: what is uploaded there starts a run, once. Approvals and drift alarms are followed too."
-    from intel_nb import triggers
-    from intel_nb.plan import PLAN, check_request, declared_parameters, open_workspace
+    from intel_nb.chain import watch
+    from intel_nb.chain.plan import PLAN, check_request, declared_parameters, open_workspace
     from intel_nb.storage import utc_now
     workspace = open_workspace()
-    triggers.check_inbox(inbox)
+    watch.check_inbox(inbox)
     request = request_from(workspace, param or [], {"train.profile": profile, "deploy.engine": engine})
     check_request(request, declared_parameters(PLAN, workspace.notebooks), PLAN)
     given = {"--profile": [profile], "--param": param or [], "--engine": [engine]}
     options = [text for name, values in given.items() for value in values if value for text in (name, value)]
     try:
-        triggers.watch(inbox, workspace, options + ["--approve"] * approve, times=triggers.Times(rest), poll=poll,
+        watch.watch(inbox, workspace, options + ["--approve"] * approve, times=watch.Times(rest), poll=poll,
                        tell=lambda text: say(f"{utc_now()} {text}"))
     except KeyboardInterrupt:
         say(f"{utc_now()} ended; the next watcher goes on from here")
@@ -445,9 +445,9 @@ def prune(
     keep: Annotated[int, typer.Option(help="Newest runs whose outputs stay.", min=0)] = 10,
     yes: Annotated[bool, typer.Option("--yes", help="Remove it; otherwise it is only told.")] = False,
 ) -> None:
-    "Remove from the store what no newest run needs, nor a version that serves or waits for approval."
-    from intel_nb.plan import open_workspace
-    from intel_nb.prune import remove_entries, size_of, unneeded
+    "Remove from the store what no newest run needs, nor a version that serves or waits for decisions."
+    from intel_nb.chain.plan import open_workspace
+    from intel_nb.chain.prune import remove_entries, size_of, unneeded
     workspace = open_workspace()
     found = unneeded(workspace, keep)
     size = size_of(found) / 1e6

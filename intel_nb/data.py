@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
-from .annotations import Located, Outcome, account, read_annotations, settle, short
+from .labels.annotations import Located, Outcome, account, read_annotations, settle, short
 from .dataset import SPLITS, Row, write_split
 from .images import MAX_BYTES, ImageError, check_image
-from .members import UNREADABLE, Member, Rejected, is_hidden, members
+from .labels.members import UNREADABLE, Member, Rejected, is_hidden, members
 from .model import cores
 from .storage import InputError, tree_digest, write_json, write_text
 

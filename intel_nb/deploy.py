@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .endpoints import Endpoints
+from .serving.endpoints import Endpoints
 from .registry import ModelVersion, Registry
 from .storage import InputError
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageFilter
 
 from .dataset import Split, read_split
 from .detector import OnlineMMD, gaussian_kernel, usable_windows, window_mmd2
-from .endpoints import invoke
+from .serving.endpoints import invoke
 from .images import decode, encode_jpeg, open_image, to_rgb
 from .model import Package, run_batches
 from .storage import InputError

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .dataset import Predictions, Split
-from .endpoints import Refused, invoke
+from .serving.endpoints import Refused, invoke
 from .images import FORMATS, MAX_BYTES
 from .storage import InputError
 

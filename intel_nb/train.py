@@ -156,7 +156,7 @@ CALIBRATION_IMAGES = 64  # of validation, from which int8 learns its ranges
 def graph_in(precision: str, exact: Any, validation: Split, side: int) -> Any:
     "The backbone's float32 graph `exact` in `precision`, with the image statistics as a further output."
     from intel_nb.graph import add_statistics
-    from intel_nb.quantize import quantized
+    from intel_nb.training.quantize import quantized
     if precision == "int8":
         exact = quantized(exact, np.stack([decode(data, side) for data in validation.images[:CALIBRATION_IMAGES]]))
     return add_statistics(exact, side)
@@ -164,7 +164,7 @@ def graph_in(precision: str, exact: Any, validation: Split, side: int) -> Any:
 # %% ../nbs/01_train.ipynb #29afef9b
 def accuracy_of(graph: Any, model: nn.Module, split: Split, side: int) -> float:
     "Accuracy on `split` of `model`'s head on the embedding that `graph` computes."
-    from intel_nb.backbone import get_head
+    from intel_nb.training.backbone import get_head
     weight, bias = get_head(model)
     embedding = compute_features(graph.SerializeToString(), split.images, side)["embedding"]
     return float(((embedding @ weight + bias).argmax(axis=1) == split.labels).mean())
@@ -194,7 +194,7 @@ class Trained:
 # %% ../nbs/01_train.ipynb #bf3738fc
 def train_frozen(train: Split, validation: Split, chosen: dict[str, Any], seed: int, log: Callable[[list[dict]], None]) -> Trained:
     "Fit a head on a frozen network. The head does not reach the embedding, so training images calibrate the detector."
-    from intel_nb.backbone import backbone_graph, build_model, set_head
+    from intel_nb.training.backbone import backbone_graph, build_model, set_head
     side, precision, cut, n = chosen["image_size"], chosen["precision"], len(train), len(train.classes)
     model = build_model(chosen["model_name"], n, chosen["pretrained"], seed)
     plain = backbone_graph(model, side)
@@ -229,7 +229,7 @@ def detector_rows(train: Split, validation: Split, reference_size: int) -> tuple
 # %% ../nbs/01_train.ipynb #7d565ed6
 def train_end_to_end(train: Split, validation: Split, chosen: dict[str, Any], seed: int, checkpoint_dir: str | Path, log_dir: str | Path) -> Trained:
     "Train all layers; the detector is calibrated on images that the network was not trained on."
-    from intel_nb.backbone import backbone_graph
+    from intel_nb.training.backbone import backbone_graph
     side, (capture, held, checked) = chosen["image_size"], detector_rows(train, validation, chosen["reference_size"])
     fresh, rest = train.take(held), train.take(np.setdiff1d(np.arange(len(train)), held))
     model = trained_layers(rest, validation, chosen, seed, checkpoint_dir, log_dir)
@@ -246,8 +246,8 @@ def train_end_to_end(train: Split, validation: Split, chosen: dict[str, Any], se
 # %% ../nbs/01_train.ipynb #8e7006b6
 def trained_layers(train: Split, validation: Split, chosen: dict[str, Any], seed: int, checkpoint_dir: str | Path, log_dir: str | Path) -> nn.Module:
     "A network with all its layers trained; for the profile `full` from one whose head has been fitted, which is kept if it is better."
-    from intel_nb.backbone import build_model
-    from intel_nb.finetune import Images, finetune
+    from intel_nb.training.backbone import build_model
+    from intel_nb.training.finetune import Images, finetune
     side = chosen["image_size"]
     model, before = build_model(chosen["model_name"], len(train.classes), chosen["pretrained"], seed), 0.
     if chosen["profile"] == "full":
@@ -261,14 +261,14 @@ def trained_layers(train: Split, validation: Split, chosen: dict[str, Any], seed
 
 # %% ../nbs/01_train.ipynb #c4ede87f
 def _recipe(chosen: dict[str, Any], seed: int):
-    from intel_nb.finetune import Recipe, plain_recipe
+    from intel_nb.training.finetune import Recipe, plain_recipe
     given = {name: chosen[name] for name in ("learning_rate", "optimizer_name", "epochs", "batch_size")}
     return (plain_recipe if chosen["profile"] == "original" else Recipe)(**given, seed=seed)
 
 # %% ../nbs/01_train.ipynb #b8e60ff0
 def fit_head_of(model: nn.Module, train: Split, validation: Split, side: int) -> float:
     "Fit `model`'s head on its frozen embedding, in place; the accuracy on `validation`."
-    from intel_nb.backbone import backbone_graph, set_head
+    from intel_nb.training.backbone import backbone_graph, set_head
     embedding = compute_features(backbone_graph(model, side).SerializeToString(), train.images + validation.images, side, "embeddings")["embedding"]
     head = fit_head(embedding[:len(train)], train.labels, embedding[len(train):], validation.labels, len(train.classes))
     set_head(model, head.weight, head.bias)
@@ -293,7 +293,7 @@ def log_rows(log_dir: str | Path, rows: list[dict[str, float]]) -> None:
 def check_graph(onnx: bytes, model: nn.Module, images: np.ndarray) -> float:
     "The largest difference of a probability between the graph and torch on `images` (N, side, side, 3); raises `ValueError` above 1e-3."
     import torch
-    from intel_nb.backbone import Embedder
+    from intel_nb.training.backbone import Embedder
     with torch.no_grad():
         said = model.get_classifier()(Embedder(model)(torch.from_numpy(images))).softmax(1).numpy()
     apart = float(np.abs(run_batches(onnx, images, np.asarray)["probabilities"] - said).max())
@@ -310,7 +310,7 @@ def batch_tolerance(onnx: bytes, images: np.ndarray) -> float:
 # %% ../nbs/01_train.ipynb #249cae92
 def make_package(folder: str | Path, trained: Trained, labels: Sequence[str], chosen: dict[str, Any], examples: np.ndarray, data: str) -> Package:
     "Write the package of what was trained; `examples` are decoded images to check it on, `data` is the dataset's fingerprint."
-    from intel_nb.backbone import get_head
+    from intel_nb.training.backbone import get_head
     from intel_nb.graph import STATISTICS, served_graph
     head, known = get_head(trained.model), trained.detector.calibration
     onnx, exact = (served_graph(g, head, *trained.maps).SerializeToString(deterministic=True) for g in (trained.graph, trained.exact))

@@ -46,7 +46,7 @@ ROLE = "arn:aws:iam::123456789012:role/intel-nb-serve"
 class Cloud:
     "The emulator, what was asked of it, and the containers behind its endpoints."
     def __init__(self, url: str, folder: Path):
-        from intel_nb.endpoints import LocalEndpoints
+        from intel_nb.serving.endpoints import LocalEndpoints
         self.url, self.folder = url, folder
         self.calls: Counter[tuple[str, str]] = Counter()  # (service, method) that were answered
         self.problems: list[str] = []  # with the form of what was asked, against the service's own model

@@ -83,7 +83,7 @@ class House:
 
 @pytest.fixture(scope="session")
 def archive(tmp_path_factory) -> Path:
-    from intel_nb.images import sample_archive
+    from intel_nb.scenes import sample_archive
     return sample_archive(tmp_path_factory.mktemp("archive") / "scenes.zip", per_class=30, seed=0)
 
 

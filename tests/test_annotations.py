@@ -14,10 +14,11 @@ from cloud import cloud, cloud_once  # noqa: F401
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from intel_nb.annotations import Said, read_annotations, read_labels
+from intel_nb.labels.annotations import Said, read_annotations, read_labels
 from intel_nb.data import build_dataset
 from intel_nb.dataset import read_split
-from intel_nb.images import SAMPLE_CLASSES, encode_jpeg, sample_scene
+from intel_nb.scenes import SAMPLE_CLASSES, sample_scene
+from intel_nb.images import encode_jpeg
 from intel_nb.storage import InputError, fetch, put, read_json
 
 
@@ -86,7 +87,7 @@ def reasons(out: Path) -> Counter:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
-    from intel_nb.images import sample_archive
+    from intel_nb.scenes import sample_archive
     return sample_archive(tmp_path_factory.mktemp("small") / "scenes.zip", per_class=6, seed=3)
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import COMMAND, QUICK
 
-from intel_nb.execution import MARK
-from intel_nb.parameters import read_parameters
-from intel_nb.plan import MOVE, PLAN, notebooks_folder
+from intel_nb.chain.execution import MARK
+from intel_nb.chain.parameters import read_parameters
+from intel_nb.chain.plan import MOVE, PLAN, notebooks_folder
 from intel_nb.storage import write_json
 
 STEPS = [step.name for step in PLAN]
@@ -161,8 +161,8 @@ import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
 import sys
 from pathlib import Path
-from intel_nb.chain import run_chain
-from intel_nb.plan import Request, Step, Workspace
+from intel_nb.chain.run import run_chain
+from intel_nb.chain.plan import Request, Step, Workspace
 plan = (Step("a", "a.ipynb"), Step("b", "b.ipynb", files={"n": ("a", "n")}))
 root = Path(sys.argv[1])
 request = Request({"b": {"gate": str(root / "gate")}}, run_id=sys.argv[2])
@@ -223,7 +223,7 @@ def begun(root: Path) -> list[Path]:
 
 
 def test_a_killed_run_is_gone_on_with(small):
-    from intel_nb.runs import read_run
+    from intel_nb.chain.runs import read_run
     killed = small("mine")
     wait_for(lambda: begun(small.root))
     os.killpg(killed.pid, signal.SIGKILL)
@@ -247,7 +247,7 @@ def test_a_reader_who_leaves_stops_no_work(empty):
 
 
 def test_an_interrupted_run_takes_its_kernel_with_it(small):
-    from intel_nb.runs import read_run
+    from intel_nb.chain.runs import read_run
     stopped = small("mine")
     wait_for(lambda: begun(small.root))
     os.killpg(stopped.pid, signal.SIGINT)
@@ -258,7 +258,7 @@ def test_an_interrupted_run_takes_its_kernel_with_it(small):
 
 
 def test_two_runs_do_a_step_once(small):
-    from intel_nb.registry import is_locked
+    from intel_nb.locks import is_locked
     one = small("one")
     wait_for(lambda: begun(small.root))
     two, busy = small("two"), small("one")

@@ -106,7 +106,8 @@ def test_the_documents(staged_once):
 
 def test_the_endpoint_answers(staged_once, tmp_path):
     import numpy as np
-    from intel_nb.images import SAMPLE_CLASSES, encode_jpeg, sample_scene
+    from intel_nb.scenes import SAMPLE_CLASSES, sample_scene
+    from intel_nb.images import encode_jpeg
     endpoint = endpoints_of(staged_once)["staging"]
     assert urlopen(f"{endpoint['url']}/ping", timeout=10).status == 200
     images = []
@@ -207,8 +208,8 @@ def waiting_for_death(pid: int) -> None:
 
 
 def test_approving_a_version_whose_run_is_gone(staged_once):
-    from intel_nb.approval import from_store
-    from intel_nb.plan import open_workspace
+    from intel_nb.chain.decisions import from_store
+    from intel_nb.chain.plan import open_workspace
     workspace = open_workspace(staged_once.environ)
     found = from_store(workspace, workspace.registry().get("1"))
     made = {step["name"]: step["key"] for step in staged_once.record("first")["steps"]}

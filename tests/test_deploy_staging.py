@@ -7,7 +7,7 @@ import papermill
 import pytest
 
 from intel_nb.dataset import read_split, sample_dataset, write_predictions
-from intel_nb.endpoints import LocalEndpoints
+from intel_nb.serving.endpoints import LocalEndpoints
 from intel_nb.model import load_package, sample_package
 from intel_nb.registry import open_registry
 

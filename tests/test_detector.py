@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from intel_nb import detector as module
 from intel_nb.detector import OnlineMMD, closeness, gaussian_kernel, stream_statistics, survivor_thresholds, window_mmd2
 from intel_nb.model import load_package, sample_package
-from intel_nb.monitor import HISTORY, Monitor
+from intel_nb.serving.monitor import HISTORY, Monitor
 from intel_nb.storage import InputError
 from intel_nb.streams import first_alarms
 
@@ -323,7 +323,7 @@ def traffic(package, count: int) -> tuple[np.ndarray, np.ndarray]:
 FEED = """
 import sys, numpy as np
 from intel_nb.model import load_package
-from intel_nb.monitor import Monitor
+from intel_nb.serving.monitor import Monitor
 monitor = Monitor(load_package(sys.argv[1]), sys.argv[2])
 rows, classes, at = np.load(sys.argv[3]), np.load(sys.argv[4]), monitor.status()["observations"]
 rng = np.random.default_rng(at)

@@ -15,9 +15,10 @@ import httpx
 import numpy as np
 import pytest
 
-from intel_nb.endpoints import (EndpointError, LocalEndpoints, Refused, answers, drift_status, invoke, is_gone, open_endpoints,
-                                throwaway)
-from intel_nb.images import encode_jpeg, sample_scene
+from intel_nb.serving.endpoints import (EndpointError, LocalEndpoints, Refused, answers, drift_status, invoke,
+                                        is_gone, open_endpoints, throwaway)
+from intel_nb.images import encode_jpeg
+from intel_nb.scenes import sample_scene
 from intel_nb.model import load_package, sample_package, write_manifest
 from intel_nb.storage import InputError
 
@@ -310,7 +311,7 @@ def test_ports(endpoints, packages):
 
 
 def test_an_endpoint_outlives_the_command_that_made_it(packages, tmp_path):
-    code = "import sys; from intel_nb.endpoints import LocalEndpoints as E; print(E(sys.argv[1], first_port=18300).deploy('staging', sys.argv[2], '1').url)"
+    code = "import sys; from intel_nb.serving.endpoints import LocalEndpoints as E; print(E(sys.argv[1], first_port=18300).deploy('staging', sys.argv[2], '1').url)"
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "endpoints", packages[0]], capture_output=True, text=True, timeout=60)
     endpoints = LocalEndpoints(tmp_path / "endpoints")
     try:
@@ -322,7 +323,7 @@ def test_an_endpoint_outlives_the_command_that_made_it(packages, tmp_path):
 
 
 def test_a_throwaway_endpoint_does_not_outlive_its_owner(packages, tmp_path):
-    code = ("import os, sys; from intel_nb.endpoints import LocalEndpoints as E; "
+    code = ("import os, sys; from intel_nb.serving.endpoints import LocalEndpoints as E; "
             "print(E(sys.argv[1], owned=True, first_port=0).deploy('staging', sys.argv[2], '1').pid, flush=True); os.kill(os.getpid(), 9)")
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "endpoints", packages[0]], capture_output=True, text=True, timeout=60)
     deadline = time.monotonic() + 20

@@ -25,10 +25,11 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from intel_nb.endpoints import LocalEndpoints, drift_status
-from intel_nb.images import MAX_BYTES, SAMPLE_CLASSES, encode_jpeg, sample_scene
+from intel_nb.serving.endpoints import LocalEndpoints, drift_status
+from intel_nb.images import MAX_BYTES, encode_jpeg
+from intel_nb.scenes import SAMPLE_CLASSES, sample_scene
 from intel_nb.model import load_package, sample_package
-from intel_nb.payloads import FORMATS, Refusal, parse
+from intel_nb.serving.payloads import FORMATS, Refusal, parse
 
 SIDE = 48
 SCENE = sample_scene(2, np.random.default_rng(0))[:60, :70]

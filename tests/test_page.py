@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 from websockets.sync.client import connect
 
-from intel_nb.endpoints import throwaway
-from intel_nb.images import encode_jpeg, sample_scene
+from intel_nb.serving.endpoints import throwaway
+from intel_nb.images import encode_jpeg
+from intel_nb.scenes import sample_scene
 from intel_nb.model import sample_package
-from intel_nb.page import CSP
-from intel_nb.worker import die_with_parent
+from intel_nb.serving.page import CSP
+from intel_nb.serving.worker import die_with_parent
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, chromium-browser or google-chrome")

@@ -27,8 +27,9 @@ from intel_nb.aws.pipeline import register as register_step
 from intel_nb.aws.stack import Options
 from intel_nb.aws.stages import Places
 from intel_nb.dataset import read_split, sample_dataset, write_predictions
-from intel_nb.endpoints import EndpointError, LocalEndpoints, Refused, answers, drift_status, invoke
-from intel_nb.images import encode_jpeg, sample_scene
+from intel_nb.serving.endpoints import EndpointError, LocalEndpoints, Refused, answers, drift_status, invoke
+from intel_nb.images import encode_jpeg
+from intel_nb.scenes import sample_scene
 from intel_nb.model import load_package, pack, sample_package
 from intel_nb.registry import open_registry
 from intel_nb.storage import InputError, write_json, write_text

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from intel_nb.endpoints import LocalEndpoints, drift_status, invoke
-from intel_nb.images import encode_jpeg, sample_scene
+from intel_nb.serving.endpoints import LocalEndpoints, drift_status, invoke
+from intel_nb.images import encode_jpeg
+from intel_nb.scenes import sample_scene
 from intel_nb.model import load_package, sample_package, write_manifest
 from intel_nb.storage import InputError
 
@@ -208,7 +209,7 @@ def test_the_cluster_dies_with_the_endpoint_and_the_endpoint_survives_the_cluste
 
 HOST = """
 import os, subprocess, sys
-from intel_nb.cluster import start_cluster
+from intel_nb.serving.ray import start_cluster
 os.environ["PYTHONPATH"] = os.pathsep.join([sys.argv[1], os.environ["PYTHONPATH"]])
 start_cluster()
 import ray
@@ -265,7 +266,7 @@ def test_engines_that_are_not_there(endpoints, packages, tmp_path):
     with pytest.raises(InputError, match="'thread' is unknown; there are process and ray"):
         endpoints.deploy("staging", packages[0], "1", engine="thread")
     assert not (tmp_path / "endpoints").exists()
-    code = "from intel_nb.endpoints import check_engine; check_engine('ray')"
+    code = "from intel_nb.serving.endpoints import check_engine; check_engine('ray')"
     source = str(Path(sys.modules["intel_nb"].__file__).parents[1])
     bare = subprocess.run([sys.executable, "-S", "-c", code], env={"PYTHONPATH": source}, capture_output=True,
                           text=True)  # without site-packages

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from intel_nb.model import load_package, sample_package
-from intel_nb.registry import is_locked, locked, open_registry
+from intel_nb.locks import is_locked, locked
+from intel_nb.registry import open_registry
 from intel_nb.storage import InputError, write_text
 
 REGISTER = """
@@ -111,7 +112,7 @@ def test_a_package_that_was_changed_is_not_registered(registry, package, tmp_pat
 
 
 def test_a_lock_of_a_killed_process_is_free(tmp_path):
-    code = ("import sys; from intel_nb.registry import locked\n"
+    code = ("import sys; from intel_nb.locks import locked\n"
             "with locked(sys.argv[1]): print('held', flush=True); input()")
     path = tmp_path / "x.lock"
     holder = subprocess.Popen([sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)

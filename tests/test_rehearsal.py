@@ -36,7 +36,7 @@ def notebook(path: Path, parameters: str, run: str) -> None:
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     "A checkout whose steps do next to nothing; the evaluation is what the environment's file `said.json` says."
-    from intel_nb.plan import notebooks_folder
+    from intel_nb.chain.plan import notebooks_folder
     from intel_nb.model import sample_package
     for name in ("pyproject.toml", "constraints.txt"):
         shutil.copy(notebooks_folder().parent / name, tmp_path)

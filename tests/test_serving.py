@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from intel_nb.endpoints import LocalEndpoints, throwaway
-from intel_nb.images import MAX_BYTES, encode_jpeg, sample_scene
+from intel_nb.serving.endpoints import LocalEndpoints, throwaway
+from intel_nb.images import MAX_BYTES, encode_jpeg
+from intel_nb.scenes import sample_scene
 from intel_nb.model import load_package, sample_package
 
 SCENES = [sample_scene(i % 6, np.random.default_rng(i)) for i in range(24)]
@@ -74,13 +75,13 @@ def probabilities(reply: httpx.Response) -> np.ndarray:
 def test_serving_needs_the_core_alone():
     heavy = ["torch", "torchvision", "timm", "lightning", "mlflow", "pyarrow", "sklearn", "pandas", "fastcore", "onnx", "scipy",
              "alibi_detect", "matplotlib", "IPython", "boto3", "ray", "safetensors"]
-    code = f"import sys, intel_nb.serving, intel_nb.worker; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, intel_nb.serving, intel_nb.serving.worker; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_commands_that_handle_endpoints_import_little():
     heavy = ["onnxruntime", "fastapi", "uvicorn", "torch", "mlflow", "pydantic", "PIL"]
-    code = f"import sys, intel_nb.endpoints; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, intel_nb.serving.endpoints; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
@@ -286,6 +287,6 @@ def test_a_slow_client_is_told_and_dropped(package):
 
 
 def test_a_wrong_setting_is_named(tmp_path, package):
-    from intel_nb.endpoints import EndpointError, LocalEndpoints
+    from intel_nb.serving.endpoints import EndpointError, LocalEndpoints
     with pytest.raises(EndpointError, match="INTEL_NB_QUEUE='lots' must be a whole number"):
         LocalEndpoints(tmp_path, owned=True, first_port=0, env={"INTEL_NB_QUEUE": "lots"}).deploy("staging", Path(package.path), "1")

@@ -9,8 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = {path.stem: json.loads(path.read_text())["cells"] for path in sorted((ROOT / "nbs").glob("*.ipynb"))}
-STEPS = [name for name in NOTEBOOKS if name < "06"]
+NOTEBOOKS = {str(path.relative_to(ROOT / "nbs").with_suffix("")): json.loads(path.read_text())["cells"]
+             for path in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in path.parts}
+STEPS = [name for name in NOTEBOOKS if re.match(r"0\d_", name)]
+
+# Each room may import those of the lines before its own. Within a line, and within a folder, a module imports lower numbers only.
+LAYERS = (("library",), ("labels", "training", "serving"), ("steps", "chain"), ("aws",), ("cli",))
+HEIGHT = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}
 
 
 def source(cell: dict) -> str:
@@ -18,8 +23,18 @@ def source(cell: dict) -> str:
 
 
 def module(cells: list[dict]) -> str:
-    "The module that a notebook exports to."
-    return next(m[1] for c in cells if (m := re.match(r"#\|\s*default_exp (\S+)", source(c))))
+    "The module that a notebook exports to; empty for one that exports nothing."
+    return next((m[1] for c in cells if (m := re.match(r"#\|\s*default_exp (\S+)", source(c)))), "")
+
+
+def room(name: str) -> str:
+    "The room of a notebook: its folder, or what its number says."
+    folder, _, notebook = name.rpartition("/")
+    return folder or ("steps" if notebook < "10" else "library" if notebook < "20" else "cli")
+
+
+def path_of(name: str) -> Path:
+    return ROOT / "intel_nb" / f"{name.replace('.', '/')}.py"
 
 
 def imports(path: Path) -> set[str]:
@@ -29,27 +44,50 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom):
             above = inside[:len(inside) + 1 - node.level] if node.level else ()
             start = ".".join([*above, *([node.module] if node.module else [])])
-            found |= {f"{start}.{a.name}" for a in node.names} if start in ("intel_nb", "intel_nb.aws") else {start}
+            is_package = start.startswith("intel_nb") and (ROOT / start.replace(".", "/")).is_dir()
+            found |= {f"{start}.{a.name}" for a in node.names} if is_package else {start}
         elif isinstance(node, ast.Import):
             found |= {a.name for a in node.names}
     return {name.removeprefix("intel_nb.") if name.startswith("intel_nb.") else name.split(".")[0] for name in found}
 
 
-NUMBER = {module(cells): name.split("_")[0] for name, cells in NOTEBOOKS.items()}
+MODULES = {module(cells): name for name, cells in NOTEBOOKS.items() if module(cells)}
 
 
-@pytest.mark.parametrize("name", NUMBER)
+@pytest.mark.parametrize("name", MODULES)
 def test_imports_go_one_way(name):
-    "Platform modules import lower numbers; a step imports the platform, never another step nor what drives the chain."
-    for other in imports(ROOT / "intel_nb" / f"{name.replace('.', '/')}.py") & set(NUMBER):
-        assert NUMBER[other] >= "10", f"{name} imports the step {other}"
-        limit = "17a" if NUMBER[name] < "10" else NUMBER[name]  # what drives the chain begins at 17a
-        assert NUMBER[other] < limit, f"{name} ({NUMBER[name]}) imports {other} ({NUMBER[other]})"
+    "A room imports those below it, a module lower numbers of its own room; a step imports no step."
+    notebook = MODULES[name]
+    for other in imports(path_of(name)) & set(MODULES):
+        below = MODULES[other]
+        if room(below) != room(notebook):
+            assert HEIGHT[room(below)] < HEIGHT[room(notebook)], f"{notebook} imports {below}"
+        else:
+            assert below < notebook and room(below) != "steps", f"{notebook} imports {below}"
 
 
-@pytest.mark.parametrize("name", NUMBER)
+def rooms() -> dict[str, set[str]]:
+    "Each room of the package's top level, and those that it imports."
+    found: dict[str, set[str]] = {name.split(".")[0]: set() for name in MODULES}
+    for name in MODULES:
+        first = name.split(".")[0]
+        found[first] |= {other.split(".")[0] for other in imports(path_of(name))} & set(found) - {first}
+    return found
+
+
+def test_the_house_stays_small():
+    "At most 22 rooms on the top level, and 8 levels of imports among them."
+    def level(name: str) -> int:
+        return 1 + max(map(level, arrows[name]), default=0)
+
+    arrows = rooms()
+    assert len(arrows) <= 22
+    assert max(map(level, arrows)) <= 8
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_only_one_door_to_the_cloud(name):
-    assert name == "aws.client" or not imports(ROOT / "intel_nb" / f"{name.replace('.', '/')}.py") & {"boto3", "botocore", "sagemaker"}
+    assert name == "aws.client" or not imports(path_of(name)) & {"boto3", "botocore", "sagemaker"}
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -85,13 +123,14 @@ def test_notebooks_are_committed_clean(name):
 
 def test_every_module_imports_in_a_fresh_process():
     code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(f'intel_nb.{name}')"
-    subprocess.run([sys.executable, "-c", code, *NUMBER], check=True, cwd="/")
+    subprocess.run([sys.executable, "-c", code, *MODULES], check=True, cwd="/")
 
 
 @pytest.mark.slow
 def test_serving_needs_the_core_alone(tmp_path):
     "In an environment with nothing but what is pinned for serving, a package answers."
-    from intel_nb.images import encode_jpeg, sample_scene
+    from intel_nb.images import encode_jpeg
+    from intel_nb.scenes import sample_scene
     from intel_nb.model import sample_package
     import numpy as np
     sample_package(tmp_path / "model")
@@ -118,6 +157,6 @@ print(urllib.request.urlopen(request, timeout=20).read().decode())
 def test_the_readme_lists_all_settings():
     from dataclasses import fields
 
-    from intel_nb.serving import Settings
+    from intel_nb.serving.app import Settings
     text = (ROOT / "README.md").read_text()
     assert [f.name for f in fields(Settings) if f"| `INTEL_NB_{f.name.upper()}` |" not in text] == []

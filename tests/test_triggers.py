@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from conftest import COMMAND, QUICK
 
-from intel_nb.plan import Request
-from intel_nb.runs import Run, StepRecord, write_run
+from intel_nb.chain.plan import Request
+from intel_nb.chain.runs import Run, StepRecord, write_run
 from intel_nb.storage import utc_now, write_json
 
 # Stands for `intel-nb`: a process that notes what it was given, and which of it is whole.
@@ -41,8 +41,8 @@ with open(out, "a") as record:
 WATCH = """
 import json, signal, sys
 from pathlib import Path
-from intel_nb.plan import Workspace
-from intel_nb.triggers import Times, watch
+from intel_nb.chain.plan import Workspace
+from intel_nb.chain.watch import Times, watch
 def end(number, frame):
     raise KeyboardInterrupt
 signal.signal(signal.SIGTERM, end)
