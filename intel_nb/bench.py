@@ -5,7 +5,19 @@
 # %% ../nbs/40_bench.ipynb #94a321d1
 from __future__ import annotations
 
-import asyncio, json, math, os, re, shutil, statistics, subprocess, sys, tempfile, threading, time, zipfile
+import asyncio
+import json
+import math
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,8 +32,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .images import FORMATS, ImageError, decode, encode_jpeg, open_image
-from .scenes import SAMPLE_CLASSES, sample_scene
 from .model import Package, cores, open_session
+from .scenes import SAMPLE_CLASSES, sample_scene
 from .storage import InputError, write_bytes, write_text
 
 if TYPE_CHECKING:
@@ -473,7 +485,8 @@ class Original:
     def __init__(self, images: Sequence[bytes]):
         from intel_nb import _torchvision
         _torchvision.allow()
-        import timm, torch
+        import timm
+        import torch
         from alibi_detect.cd import MMDDriftOnline
         torch.set_num_threads(cores())
         torch.manual_seed(0)

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .storage import InputError, _cloud
+from .storage import InputError, cloud_module
 
 if TYPE_CHECKING:  # what a command needs it imports itself: --help should not wait for it
-    from intel_nb.chain.run import Event
     from intel_nb.chain.plan import Workspace
+    from intel_nb.chain.run import RunEvent
     from intel_nb.chain.runs import Run
 
 # %% auto #0
@@ -83,7 +83,7 @@ class Lines:
     def __init__(self, write: Callable[[str], None] = say):
         self.write = write
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: RunEvent) -> None:
         if event.kind == "started":
             self.write(f"{event.step:<9} started")
         elif event.kind == "ended":
@@ -104,7 +104,7 @@ class Bars(Lines):
         self.progress.start()
         super().__init__(lambda text: self.progress.console.print(text, highlight=False, markup=False))
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: RunEvent) -> None:
         if event.kind == "started":
             self.bar = self.progress.add_task(event.step, total=None)
         elif event.kind == "cell":
@@ -117,7 +117,7 @@ class Bars(Lines):
     def close(self) -> None: self.progress.stop()
 
 # %% ../nbs/20_cli.ipynb #b2b8116c
-def watched(work: Callable[[Callable[[Event], None]], Any]) -> Any:
+def watched(work: Callable[[Callable[[RunEvent], None]], Any]) -> Any:
     "Do `work`, which is given whom to tell its events; shows them."
     shown = Bars() if sys.stdout.isatty() else Lines()
     try:
@@ -165,36 +165,36 @@ def conclude(workspace: Workspace, runs: list[Run]) -> None:
 # %% ../nbs/20_cli.ipynb #93bb1cdc
 def request_from(workspace: Workspace, settings: list[str], named: dict[str, Any], **fields: Any):
     "A request of `--param` settings and of options that stand for parameters (`step.name`: value; None: not given)."
-    from intel_nb.chain.plan import PLAN, Request, declared_parameters, read_settings
+    from intel_nb.chain.plan import PLAN, RunRequest, declared_parameters, read_settings
     parameters = read_settings(settings, declared_parameters(PLAN, workspace.notebooks))
     for name, value in named.items():
         if value is not None:
             step, _, parameter = name.partition(".")
             parameters.setdefault(step, {})[parameter] = value
-    return Request(parameters, **fields)
+    return RunRequest(parameters, **fields)
 
 # %% ../nbs/20_cli.ipynb #65c71d7d
 @app.command()
 def run(
-    data: Annotated[Optional[str], typer.Option(help="Zip, folder or s3:// URI of labelled images. "
+    data: Annotated[str | None, typer.Option(help="Zip, folder or s3:// URI of labelled images. "
                                                 "Without: drawn sample scenes.")] = None,
-    annotations: Annotated[Optional[list[str]], typer.Option(
+    annotations: Annotated[list[str] | None, typer.Option(
         help="Further labelled images: a folder, zip or s3:// URI of Ground Truth manifests, Label Studio exports or CSV files "
         "with their images; may be given more than once.")] = None,
-    profile: Annotated[Optional[str], typer.Option(help="How to train: quick, full or original.")] = None,
-    param: Annotated[Optional[list[str]], typer.Option(metavar="STEP.NAME=VALUE",
+    profile: Annotated[str | None, typer.Option(help="How to train: quick, full or original.")] = None,
+    param: Annotated[list[str] | None, typer.Option(metavar="STEP.NAME=VALUE",
                                                        help="Set a parameter of a step.")] = None,
     run_id: Annotated[str, typer.Option(help="Go on with this run, or start one under this id.")] = "",
     first: Annotated[str, typer.Option("--from", metavar="STEP", help="Do this step and those after it again.")] = "",
     last: Annotated[str, typer.Option("--to", metavar="STEP", help="Stop after this step.")] = "",
-    engine: Annotated[Optional[str], typer.Option(help="What serves: process or ray.")] = None,
+    engine: Annotated[str | None, typer.Option(help="What serves: process or ray.")] = None,
     approve: Annotated[bool, typer.Option("--approve", help="Approve a version that passes its gate.")] = False,
     trigger: Annotated[str, typer.Option(hidden=True)] = "run",
 ) -> None:
     "Run the chain; what is done already is taken from the store. Without --approve it stops before staging, to wait."
+    from intel_nb.chain.plan import open_workspace
     from intel_nb.chain.run import run_chain
     from intel_nb.serving.endpoints import check_engine
-    from intel_nb.chain.plan import open_workspace
     check_engine(engine or "process")
     workspace = open_workspace()
     named = {"data.archive": data, "data.annotations": annotations or None, "train.profile": profile, "deploy.engine": engine}
@@ -209,11 +209,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing el
 def runs(as_json: AsJson = False) -> None:
     "List the runs, newest first: what set each off, what data it had, which version it made, and what became of that."
     from dataclasses import asdict
-    from intel_nb.chain.history import as_row, told_runs
+
+    from intel_nb.chain.history import run_row, run_summaries
     from intel_nb.chain.plan import open_workspace
     from intel_nb.chain.runs import list_runs
     workspace = open_workspace()
-    rows = [asdict(run) for run in list_runs(workspace.executed)] if as_json else map(as_row, told_runs(workspace))
+    rows = [asdict(run) for run in list_runs(workspace.executed)] if as_json else map(run_row, run_summaries(workspace))
     show(rows, as_json, "no runs yet: intel-nb run starts one")
 
 # %% ../nbs/20_cli.ipynb #de6401d5
@@ -221,15 +222,16 @@ def runs(as_json: AsJson = False) -> None:
 def report(run: Annotated[str, typer.Argument(metavar="RUN", help="A run id.")], as_json: AsJson = False) -> None:
     "Show what a run did, and write its page."
     import json
+
+    from intel_nb.chain.history import run_summary, run_summary_html
     from intel_nb.chain.plan import open_workspace
-    from intel_nb.serving.captures import captures_section
-    from intel_nb.chain.history import told, told_page
     from intel_nb.chain.runs import read_run, write_report
+    from intel_nb.serving.captures import captures_section
     workspace = open_workspace()
     found = read_run(workspace.executed, run)
-    write_report(workspace.executed, found, told_page(workspace, found) + captures_section(workspace.home / "captures"))
+    write_report(workspace.executed, found, run_summary_html(workspace, found) + captures_section(workspace.home / "captures"))
     if as_json:
-        return print(json.dumps(told(workspace, found), indent=2))
+        return print(json.dumps(run_summary(workspace, found), indent=2))
     rows = [{"step": s.name, "status": s.status, "seconds": f"{s.seconds:.1f}", "notebook": s.notebook}
             for s in found.steps]
     show(rows, False, "")
@@ -253,9 +255,10 @@ Stage = Annotated[str, typer.Argument(metavar="STAGE", help="staging or producti
 def trace(version: Version, as_json: AsJson = False) -> None:
     "Show the exact data, code and parameters that a version was made from, and how to make it again."
     import json
-    from intel_nb.chain.history import trace_in_words, traced
+
+    from intel_nb.chain.history import trace_in_words, trace_version
     from intel_nb.chain.plan import open_workspace
-    found = traced(open_workspace(), version)
+    found = trace_version(open_workspace(), version)
     print(json.dumps(found, indent=2) if as_json else trace_in_words(found))
 
 # %% ../nbs/20_cli.ipynb #826d75a4
@@ -290,8 +293,8 @@ def drift_words(found: dict[str, Any]) -> str:
 @app.command()
 def captures(as_json: AsJson = False) -> None:
     "List what endpoints kept at drift alarms, newest first."
-    from intel_nb.serving.captures import list_captures, next_step
     from intel_nb.chain.plan import open_workspace
+    from intel_nb.serving.captures import list_captures, next_step
     found = list_captures(open_workspace().home / "captures")
     fields = ("stage", "time", "version", "images", "where")
     rows = [{name: getattr(kept, name) for name in fields} | {"where": str(kept.where)} for kept in found]
@@ -344,6 +347,7 @@ def shadow(version: Annotated[str, typer.Argument(metavar="[VERSION]", help="Wit
            end: Annotated[bool, typer.Option("--stop", help="Let the shadow go.")] = False, as_json: AsJson = False) -> None:
     "Let a version see copies of a stage's traffic, without answering; endpoints shows how often it agrees."
     import json
+
     from intel_nb.chain import decisions
     from intel_nb.chain.plan import open_workspace
     workspace = open_workspace()
@@ -357,12 +361,12 @@ def shadow(version: Annotated[str, typer.Argument(metavar="[VERSION]", help="Wit
 
 def shadow_words(seen: dict[str, Any] | None) -> str:
     "What is known of a shadow, in a line."
-    from intel_nb.serving.shadow import in_words
-    return f"{in_words(seen)}, {seen['status']}" if seen else "no shadow"
+    from intel_nb.serving.shadow import shadow_in_words
+    return f"{shadow_in_words(seen)}, {seen['status']}" if seen else "no shadow"
 
 # %% ../nbs/20_cli.ipynb #d527099d
 @app.command()
-def start(stage: Stage, engine: Annotated[Optional[str], typer.Option(help="What serves: process or ray; by default as before.")] = None) -> None:
+def start(stage: Stage, engine: Annotated[str | None, typer.Option(help="What serves: process or ray; by default as before.")] = None) -> None:
     "Start the endpoint of a stage, with the version that it served last."
     from intel_nb.chain import decisions
     from intel_nb.chain.plan import open_workspace
@@ -371,7 +375,7 @@ def start(stage: Stage, engine: Annotated[Optional[str], typer.Option(help="What
 
 # %% ../nbs/20_cli.ipynb #d3806177
 @app.command()
-def stop(stage: Annotated[Optional[str], typer.Argument(metavar="[STAGE]", help="Without: all.")] = None) -> None:
+def stop(stage: Annotated[str | None, typer.Argument(metavar="[STAGE]", help="Without: all.")] = None) -> None:
     "Stop the endpoint of a stage, or all of them."
     from intel_nb.chain import decisions
     from intel_nb.chain.plan import open_workspace
@@ -404,6 +408,7 @@ TYPES = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png", "webp": "webp", "bmp": "bm
 def ask(url: str, image: str) -> dict[str, Any]:
     "The endpoint's prediction for an image file; raises `InputError` when it is missing or the endpoint refuses it."
     from pathlib import Path
+
     from intel_nb.serving.endpoints import invoke
     kind = TYPES.get(Path(image).suffix.lower().lstrip("."))
     if not Path(image).is_file():
@@ -416,9 +421,9 @@ def ask(url: str, image: str) -> dict[str, Any]:
 @app.command()
 def watch(
     inbox: Annotated[str, typer.Argument(metavar="INBOX", help="A folder for intel.zip and annotations/.")],
-    profile: Annotated[Optional[str], typer.Option(help="As for run.")] = None,
-    param: Annotated[Optional[list[str]], typer.Option(metavar="STEP.NAME=VALUE", help="As for run.")] = None,
-    engine: Annotated[Optional[str], typer.Option(help="As for run.")] = None,
+    profile: Annotated[str | None, typer.Option(help="As for run.")] = None,
+    param: Annotated[list[str] | None, typer.Option(metavar="STEP.NAME=VALUE", help="As for run.")] = None,
+    engine: Annotated[str | None, typer.Option(help="As for run.")] = None,
     approve: Annotated[bool, typer.Option("--approve", help="As for run.")] = False,
     rest: Annotated[float, typer.Option(help="Seconds that a file must not have changed.", min=0)] = 2,
     poll: Annotated[bool, typer.Option("--poll", help="Look for changes (network disks do not tell).")] = False,
@@ -463,11 +468,11 @@ app.add_typer(aws, name="aws")
 
 def cloud():
     "The module behind the aws commands, imported when one is given."
-    return _cloud("commands")
+    return cloud_module("commands")
 
 Named = Annotated[str, typer.Option("--name", help="What the deployment is called.")]
-Parameter = Annotated[Optional[list[str]], typer.Option(metavar="NAME=VALUE", help="Set a parameter of the pipeline.")]
-Option = Annotated[Optional[list[str]], typer.Option(metavar="NAME=VALUE", help="Set an option of the stack, as in email=ann@example.org.")]
+Parameter = Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Set a parameter of the pipeline.")]
+Option = Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Set an option of the stack, as in email=ann@example.org.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Agree without being asked.")]
 
 # %% ../nbs/20_cli.ipynb #b1f75a0c
@@ -497,7 +502,7 @@ def rehearse(data: Annotated[str, typer.Option(help="Zip, folder or s3:// URI of
 
 # %% ../nbs/20_cli.ipynb #16d89337
 @aws.command()
-def cost(option: Annotated[Optional[list[str]], typer.Option(metavar="NAME=VALUE", help="How much is used, as in runs=4.")] = None,
+def cost(option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="How much is used, as in runs=4.")] = None,
          as_json: AsJson = False) -> None:
     "Show what a run and a month cost; needs no account."
     raise typer.Exit(cloud().cost(option or [], as_json))
@@ -524,7 +529,7 @@ def cloud_status(name: Named = "intel-nb", as_json: AsJson = False) -> None:
 # %% ../nbs/20_cli.ipynb #21c155b0
 @aws.command()
 def destroy(name: Named = "intel-nb", option: Option = None, yes: Yes = False,
-            keep: Annotated[Optional[list[str]], typer.Option(metavar="BUCKET", help="A bucket to leave: data, annotations, …")] = None) -> None:
+            keep: Annotated[list[str] | None, typer.Option(metavar="BUCKET", help="A bucket to leave: data, annotations, …")] = None) -> None:
     "Delete the stack, and all that bills."
     raise typer.Exit(cloud().destroy(option or [], name, keep or [], ask_unless(yes)))
 

@@ -5,16 +5,18 @@
 # %% ../nbs/00_data.ipynb #134378b3
 from __future__ import annotations
 
-import csv, hashlib, io
+import csv
+import hashlib
+import io
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
-from .labels.annotations import Located, Outcome, account, read_annotations, settle, short
 from .dataset import SPLITS, Row, write_split
 from .images import MAX_BYTES, ImageError, check_image
+from .labels.annotations import Located, Outcome, account, read_annotations, settle, short
 from .labels.members import UNREADABLE, Member, Rejected, is_hidden, members
 from .model import cores
 from .storage import InputError, tree_digest, write_json, write_text

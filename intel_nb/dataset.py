@@ -5,7 +5,8 @@
 # %% ../nbs/14_dataset.ipynb #1f18bdde
 from __future__ import annotations
 
-import hashlib, json
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .scenes import SAMPLE_CLASSES, sample_scene
 from .images import encode_jpeg
+from .scenes import SAMPLE_CLASSES, sample_scene
 from .storage import InputError, written_aside
 
 # %% auto #0
@@ -129,7 +130,7 @@ def read_split(dataset: str | Path, split: str) -> Split:
     except (pa.ArrowInvalid, ValueError, OSError) as e:
         raise InputError(f"{paths[0]} cannot be read as a {split} shard ({e})") from None
     image, labels = table["image"].combine_chunks(), table["label"].to_numpy()
-    if len(labels) and not (0 <= labels.min() and labels.max() < len(classes)):
+    if len(labels) and not (labels.min() >= 0 and labels.max() < len(classes)):
         raise InputError(f"{paths[0]} has labels outside 0–{len(classes) - 1}")
     return Split(image.field("bytes").to_pylist(), labels, image.field("path").to_pylist(),
                  table["sha256"].to_pylist(), table["source"].to_pylist(), classes)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .serving.endpoints import Endpoints
 from .registry import ModelVersion, Registry
+from .serving.endpoints import Endpoints
 from .storage import InputError
 
 # %% auto #0

@@ -5,7 +5,9 @@
 # %% ../nbs/15_detector.ipynb #1fbd3508
 from __future__ import annotations
 
-import io, math, zipfile
+import io
+import math
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property

@@ -16,9 +16,9 @@ from PIL import Image, ImageFilter
 
 from .dataset import Split, read_split
 from .detector import OnlineMMD, gaussian_kernel, usable_windows, window_mmd2
-from .serving.endpoints import invoke
 from .images import decode, encode_jpeg, open_image, to_rgb
 from .model import Package, run_batches
+from .serving.endpoints import invoke
 from .storage import InputError
 from .streams import Delay, RunTime, delay, run_time, slow_delay
 

@@ -5,7 +5,10 @@
 # %% ../nbs/12_images.ipynb #dbe1a6f9
 from __future__ import annotations
 
-import io, re, struct, warnings
+import io
+import re
+import struct
+import warnings
 from typing import NamedTuple
 
 import numpy as np

@@ -5,7 +5,9 @@
 # %% ../nbs/11_locks.ipynb #f7381c43
 from __future__ import annotations
 
-import fcntl, os, time
+import fcntl
+import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -5,7 +5,12 @@
 # %% ../nbs/18_model.ipynb #7a4a4307
 from __future__ import annotations
 
-import hashlib, json, os, queue, tarfile, tempfile
+import hashlib
+import json
+import os
+import queue
+import tarfile
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,6 +25,7 @@ from .storage import InputError, read_json, sha256_file, write_bytes, write_json
 
 if TYPE_CHECKING:  # neither is wanted by who only looks into a package
     import onnxruntime
+
     from intel_nb.detector import OnlineMMD
 
 # %% auto #0
@@ -144,6 +150,7 @@ MAX_PACKAGE_BYTES = 4 * 2**30
 def pack(folder: str | Path, path: str | Path) -> Path:
     "Write the package in `folder` as the archive `path`; the same package gives the same bytes."
     import gzip
+
     from intel_nb.storage import written_aside
     plain = lambda info: info.replace(mtime=0, uid=0, gid=0, uname="", gname="", mode=0o644, deep=False)
     with written_aside(path) as aside, open(aside, "wb") as out:

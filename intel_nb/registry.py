@@ -5,20 +5,27 @@
 # %% ../nbs/19_registry.ipynb #5150579e
 from __future__ import annotations
 
-import os, shutil, sqlite3, subprocess, sys, time, warnings
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+import warnings
 from contextlib import closing
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 from .locks import locked
-from .storage import InputError, _cloud, read_json, utc_now, write_json, written_aside
+from .storage import InputError, cloud_module, read_json, utc_now, write_json, written_aside
 
 # %% auto #0
 __all__ = ['STATUSES', 'MODEL', 'QUERIES', 'ModelVersion', 'Registry', 'create_database', 'create_beside', 'artifacts_of',
-           'keep_files', 'metrics_of', 'log_run', 'register_version', 'data_fingerprint', 'read_versions', 'note_stage',
-           'note_test', 'find_version', 'LocalRegistry', 'decide', 'point', 'kept_package', 'open_registry']
+           'keep_files', 'metrics_of', 'log_run', 'register_version', 'data_fingerprint', 'check_status',
+           'read_versions', 'note_stage', 'note_test', 'find_version', 'LocalRegistry', 'record_decision', 'point',
+           'kept_package', 'open_registry']
 
 # %% ../nbs/19_registry.ipynb #b4d6de69
 STATUSES = ("PendingManualApproval", "Approved", "Rejected")
@@ -128,7 +135,7 @@ def register_version(database: Path, package: Path, evaluation: dict, status: st
     run = client.create_run(client.get_experiment_by_name(MODEL).experiment_id).info.run_id
     kept = keep_files(artifacts_of(database, run), loaded.path, evaluation, artifacts)
     log_run(client, run, evaluation, params)
-    tags = {"approval": _known(status), "reason": reason[:5000], "decided": utc_now(),
+    tags = {"approval": check_status(status), "reason": reason[:5000], "decided": utc_now(),
             "fingerprint": loaded.fingerprint, "accuracy": repr(metrics_of(evaluation)["accuracy"]),
             "data": data_fingerprint(evaluation)}
     return str(client.create_model_version(MODEL, kept.as_uri(), run, tags=tags).version)
@@ -139,7 +146,7 @@ def data_fingerprint(evaluation: dict) -> str:
     return str(evaluation.get("fingerprints", {}).get("data", ""))
 
 # %% ../nbs/19_registry.ipynb #b37b7e8f
-def _known(status: str) -> str:
+def check_status(status: str) -> str:
     "`status`, if it is one; raises `ValueError` otherwise."
     if status not in STATUSES:
         raise ValueError(f"{status!r} is no status; there are {', '.join(STATUSES)}")
@@ -168,7 +175,7 @@ def read_versions(database: Path) -> list[ModelVersion]:
 # %% ../nbs/19_registry.ipynb #821a0839
 def _version(number: int, created: int, tracking_run: str, tags: dict[str, str], aliases: list[str]) -> ModelVersion:
     "A `ModelVersion` from its row (`created` in milliseconds since 1970), its tags and aliases."
-    when = datetime.fromtimestamp(created / 1000, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    when = datetime.fromtimestamp(created / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return ModelVersion(
         version=str(number), status=tags.get("approval", "PendingManualApproval"), reason=tags.get("reason", ""),
         accuracy=float(tags.get("accuracy", "nan")), aliases=aliases, run_id=tags.get("run_id", ""),
@@ -217,7 +224,7 @@ class LocalRegistry:
         return next((v for v in self.versions() if "production" in v.aliases), None)
 
     def set_status(self, version: str, status: str, reason: str = "") -> None:
-        decide(self.database, self.get(version), status, reason)
+        record_decision(self.database, self.get(version), status, reason)
 
     def set_tag(self, version: str, key: str, value: str) -> None:
         _client(self.database).set_model_version_tag(MODEL, self.get(version).version, key, value)
@@ -236,10 +243,10 @@ class LocalRegistry:
         return path if path.exists() else None
 
 # %% ../nbs/19_registry.ipynb #1668c43d
-def decide(database: Path, version: ModelVersion, status: str, reason: str) -> None:
+def record_decision(database: Path, version: ModelVersion, status: str, reason: str) -> None:
     "Give `version` a status, and say why and when."
     client = _client(database)
-    for key, value in {"reason": reason[:5000], "decided": utc_now(), "approval": _known(status)}.items():
+    for key, value in {"reason": reason[:5000], "decided": utc_now(), "approval": check_status(status)}.items():
         client.set_model_version_tag(MODEL, version.version, key, value)
 
 # %% ../nbs/19_registry.ipynb #2e5b4b04
@@ -265,7 +272,7 @@ def open_registry(uri: str) -> Registry:
     "The registry at `sqlite:///FILE` or `sagemaker://GROUP`; nothing is made before the first version."
     scheme, _, rest = uri.partition("://")
     if scheme == "sagemaker":
-        return _cloud().open_registry(rest)
+        return cloud_module().open_registry(rest)
     if scheme != "sqlite" or not rest.startswith("/") or len(rest) < 2:
         raise InputError(f"registry {uri!r} is not understood; give sqlite:///FILE.db or sagemaker://GROUP")
     database = Path(rest[1:]).absolute()

@@ -5,7 +5,10 @@
 # %% ../nbs/05_test_staging.ipynb #0cf12924
 from __future__ import annotations
 
-import json, math, struct, time
+import json
+import math
+import struct
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -13,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .dataset import Predictions, Split
-from .serving.endpoints import Refused, invoke
 from .images import FORMATS, MAX_BYTES
+from .serving.endpoints import Refused, invoke
 from .storage import InputError
 
 # %% auto #0

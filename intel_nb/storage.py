@@ -5,16 +5,20 @@
 # %% ../nbs/10_storage.ipynb #414f2816
 from __future__ import annotations
 
-import hashlib, json, os, shutil, tempfile
+import hashlib
+import json
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 # %% auto #0
 __all__ = ['InputError', 'written_aside', 'remove', 'write_bytes', 'write_text', 'write_json', 'read_json', 'sha256_file',
-           'files_of', 'tree_digest', 'is_remote', 'fetch', 'put', 'link', 'utc_now', 'output_folder']
+           'files_of', 'tree_digest', 'is_remote', 'fetch', 'cloud_module', 'put', 'link', 'utc_now', 'output_folder']
 
 # %% ../nbs/10_storage.ipynb #57c23216
 class InputError(ValueError):
@@ -105,13 +109,13 @@ def is_remote(uri: str | Path) -> bool:
 def fetch(uri: str | Path, folder: str | Path) -> Path:
     "`uri` as a local path: itself where it is one, else a copy below `folder`; raises `InputError` when it is not there."
     if is_remote(uri):
-        return _cloud().fetch(str(uri), Path(folder))
+        return cloud_module().fetch(str(uri), Path(folder))
     if not Path(uri).exists():
         raise InputError(f"{uri} does not exist; check the path (it is looked up from {Path.cwd().name}/)")
     return Path(uri)
 
 # %% ../nbs/10_storage.ipynb #4f307ba7
-def _cloud(part: str = "platform") -> Any:
+def cloud_module(part: str = "platform") -> Any:
     "A module that talks to AWS, imported only when a URI or a command asks for it."
     try:
         from importlib import import_module
@@ -123,7 +127,7 @@ def _cloud(part: str = "platform") -> Any:
 def put(path: str | Path, uri: str | Path) -> str:
     "Copy a file, or a folder's files but hidden ones, to `uri`, a path or an s3:// URI; returns it. A folder must not be there yet."
     if is_remote(uri):
-        return _cloud().put(Path(path), str(uri))
+        return cloud_module().put(Path(path), str(uri))
     if Path(path).is_dir() and Path(uri).exists():
         raise InputError(f"{uri} is there already; give a place where nothing lies")
     with written_aside(uri) as aside:
@@ -145,7 +149,7 @@ def link(source: Path, target: Path) -> None:
 # %% ../nbs/10_storage.ipynb #df2fb5aa
 def utc_now() -> str:
     "The time now, as `2026-01-31T12:00:00Z`."
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 # %% ../nbs/10_storage.ipynb #87db9832
 def output_folder(out_dir: str | Path = "") -> Path:

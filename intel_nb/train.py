@@ -5,7 +5,8 @@
 # %% ../nbs/01_train.ipynb #386e6b17
 from __future__ import annotations
 
-import copy, csv
+import copy
+import csv
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -293,6 +294,7 @@ def log_rows(log_dir: str | Path, rows: list[dict[str, float]]) -> None:
 def check_graph(onnx: bytes, model: nn.Module, images: np.ndarray) -> float:
     "The largest difference of a probability between the graph and torch on `images` (N, side, side, 3); raises `ValueError` above 1e-3."
     import torch
+
     from intel_nb.training.backbone import Embedder
     with torch.no_grad():
         said = model.get_classifier()(Embedder(model)(torch.from_numpy(images))).softmax(1).numpy()
@@ -310,8 +312,8 @@ def batch_tolerance(onnx: bytes, images: np.ndarray) -> float:
 # %% ../nbs/01_train.ipynb #249cae92
 def make_package(folder: str | Path, trained: Trained, labels: Sequence[str], chosen: dict[str, Any], examples: np.ndarray, data: str) -> Package:
     "Write the package of what was trained; `examples` are decoded images to check it on, `data` is the dataset's fingerprint."
-    from intel_nb.training.backbone import get_head
     from intel_nb.graph import STATISTICS, served_graph
+    from intel_nb.training.backbone import get_head
     head, known = get_head(trained.model), trained.detector.calibration
     onnx, exact = (served_graph(g, head, *trained.maps).SerializeToString(deterministic=True) for g in (trained.graph, trained.exact))
     card = {"model_name": chosen["model_name"], "profile": chosen["profile"], "image_size": chosen["image_size"], "precision": trained.precision,

@@ -14,13 +14,13 @@ import json
 import os
 import re
 import shutil
+import threading
 import urllib.error
 import urllib.request
-import threading
 import uuid
 from collections import Counter
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import boto3
@@ -114,7 +114,7 @@ class Cloud:
         got = {"observedContentType": "application/json", "mode": "OUTPUT", "encoding": "JSON", "data": answer.decode()}
         if kind == "application/json":
             sent |= {"encoding": "JSON", "data": body.decode()}
-        when = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        when = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         self.captured.setdefault(endpoint, []).append({
             "captureData": {"endpointInput": sent, "endpointOutput": got},
             "eventMetadata": {"eventId": str(uuid.uuid4()), "inferenceTime": when}, "eventVersion": "0"})
@@ -124,7 +124,7 @@ class Cloud:
         config = self.aws("sagemaker").describe_endpoint(EndpointName=endpoint)["EndpointConfigName"]
         to = self.aws("sagemaker").describe_endpoint_config(EndpointConfigName=config)["DataCaptureConfig"]["DestinationS3Uri"]
         bucket, _, prefix = to.removeprefix("s3://").partition("/")
-        entries, now = self.captured.pop(endpoint, []), datetime.now(timezone.utc)
+        entries, now = self.captured.pop(endpoint, []), datetime.now(UTC)
         for i in range(instances):
             key = f"{prefix}/{endpoint}/AllTraffic/{now:%Y/%m/%d/%H/%M-%S}-{i:03}-{uuid.uuid4()}.jsonl"
             lines = "".join(json.dumps(entry) + "\n" for entry in entries[i::instances])

@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cloud import cloud, cloud_once  # noqa: F401
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
-from intel_nb.labels.annotations import Said, read_annotations, read_labels
 from intel_nb.data import build_dataset
 from intel_nb.dataset import read_split
-from intel_nb.scenes import SAMPLE_CLASSES, sample_scene
 from intel_nb.images import encode_jpeg
+from intel_nb.labels.annotations import Said, read_annotations, read_labels
+from intel_nb.scenes import SAMPLE_CLASSES, sample_scene
 from intel_nb.storage import InputError, fetch, put, read_json
 
 

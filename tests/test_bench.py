@@ -10,11 +10,26 @@ from pathlib import Path
 
 import pytest
 
-from intel_nb.bench import (BODIES, Answer, Order, Tally, exchange, footprint, holders, image_type, load,
-                            original_served, overload, raw_request, read_images, soak, write_requests)
-from intel_nb.serving.endpoints import LocalEndpoints, drift_status, throwaway
-from intel_nb.scenes import sample_archive
+from intel_nb.bench import (
+    BODIES,
+    Answer,
+    Order,
+    Tally,
+    exchange,
+    footprint,
+    holders,
+    image_type,
+    load,
+    original_served,
+    overload,
+    raw_request,
+    read_images,
+    soak,
+    write_requests,
+)
 from intel_nb.model import sample_package
+from intel_nb.scenes import sample_archive
+from intel_nb.serving.endpoints import LocalEndpoints, drift_status, throwaway
 
 NOTEBOOK = Path(__file__).parent.parent / "nbs" / "40_bench.ipynb"
 PHOTOS = read_images(limit=24)

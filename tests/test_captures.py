@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from intel_nb.serving.captures import list_captures
-from intel_nb.serving.endpoints import LocalEndpoints, drift_status, invoke
-from intel_nb.scenes import SAMPLE_CLASSES, sample_scene
 from intel_nb.images import encode_jpeg
 from intel_nb.model import sample_package
+from intel_nb.scenes import SAMPLE_CLASSES, sample_scene
+from intel_nb.serving.captures import list_captures
+from intel_nb.serving.endpoints import LocalEndpoints, drift_status, invoke
 
 
 @pytest.fixture(scope="module")

@@ -162,10 +162,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 import sys
 from pathlib import Path
 from intel_nb.chain.run import run_chain
-from intel_nb.chain.plan import Request, Step, Workspace
+from intel_nb.chain.plan import RunRequest, Step, Workspace
 plan = (Step("a", "a.ipynb"), Step("b", "b.ipynb", files={"n": ("a", "n")}))
 root = Path(sys.argv[1])
-request = Request({"b": {"gate": str(root / "gate")}}, run_id=sys.argv[2])
+request = RunRequest({"b": {"gate": str(root / "gate")}}, run_id=sys.argv[2])
 run = run_chain(Workspace(root / "home", root / "executed", root / "nbs"), request, plan)
 print([step.status for step in run.steps], run.step("b").result)
 """

@@ -21,8 +21,9 @@ EVALUATION = {"multiclass_classification_metrics": {"accuracy": {"value": 0.9}},
 
 def rewrite(dataset, split: str, labels: np.ndarray | None = None, sources: list[str] | None = None) -> None:
     "Write `split` of `dataset` anew, with other labels or sources."
-    from PIL import Image
     import io
+
+    from PIL import Image
     old, names = read_split(dataset, split), class_names(dataset)
     sizes = [Image.open(io.BytesIO(data)).size for data in old.images]
     rows = [Row(data, int(label), sha256, *size, source) for data, label, sha256, size, source in

@@ -106,8 +106,9 @@ def test_the_documents(staged_once):
 
 def test_the_endpoint_answers(staged_once, tmp_path):
     import numpy as np
-    from intel_nb.scenes import SAMPLE_CLASSES, sample_scene
+
     from intel_nb.images import encode_jpeg
+    from intel_nb.scenes import SAMPLE_CLASSES, sample_scene
     endpoint = endpoints_of(staged_once)["staging"]
     assert urlopen(f"{endpoint['url']}/ping", timeout=10).status == 200
     images = []

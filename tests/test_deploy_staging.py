@@ -7,9 +7,9 @@ import papermill
 import pytest
 
 from intel_nb.dataset import read_split, sample_dataset, write_predictions
-from intel_nb.serving.endpoints import LocalEndpoints
 from intel_nb.model import load_package, sample_package
 from intel_nb.registry import open_registry
+from intel_nb.serving.endpoints import LocalEndpoints
 
 NOTEBOOKS = Path(__file__).parents[1] / "nbs"
 pytestmark = pytest.mark.slow

@@ -8,8 +8,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from intel_nb import detector as module
 from intel_nb.detector import OnlineMMD, closeness, gaussian_kernel, stream_statistics, survivor_thresholds, window_mmd2

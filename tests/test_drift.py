@@ -3,12 +3,25 @@ import numpy as np
 import pytest
 
 from intel_nb.detector import OnlineMMD
-from intel_nb.drift import (CORRUPTIONS, STRANGERS, case_table, cases_of, check_inputs, chosen_images, corrupted,
-                            drift_features, largest_difference, mean_delay, mix_table, replay, text_table,
-                            unseen_delay)
+from intel_nb.drift import (
+    CORRUPTIONS,
+    STRANGERS,
+    case_table,
+    cases_of,
+    check_inputs,
+    chosen_images,
+    corrupted,
+    drift_features,
+    largest_difference,
+    mean_delay,
+    mix_table,
+    replay,
+    text_table,
+    unseen_delay,
+)
 from intel_nb.images import decode, encode_jpeg, encode_png
-from intel_nb.scenes import sample_scene
 from intel_nb.model import load_package, sample_package
+from intel_nb.scenes import sample_scene
 from intel_nb.storage import InputError
 from intel_nb.streams import Delay, RunTime, delay, first_alarms, run_time
 

@@ -15,11 +15,20 @@ import httpx
 import numpy as np
 import pytest
 
-from intel_nb.serving.endpoints import (EndpointError, LocalEndpoints, Refused, answers, drift_status, invoke,
-                                        is_gone, open_endpoints, throwaway)
 from intel_nb.images import encode_jpeg
-from intel_nb.scenes import sample_scene
 from intel_nb.model import load_package, sample_package, write_manifest
+from intel_nb.scenes import sample_scene
+from intel_nb.serving.endpoints import (
+    EndpointError,
+    LocalEndpoints,
+    Refused,
+    drift_status,
+    invoke,
+    is_answering,
+    is_gone,
+    open_endpoints,
+    throwaway,
+)
 from intel_nb.storage import InputError
 
 PHOTO = encode_jpeg(sample_scene(3, np.random.default_rng(0)))
@@ -316,7 +325,7 @@ def test_an_endpoint_outlives_the_command_that_made_it(packages, tmp_path):
     endpoints = LocalEndpoints(tmp_path / "endpoints")
     try:
         assert done.stderr == "" and done.returncode == 0  # and its output ended: nothing holds the pipe
-        assert answers(done.stdout.strip())
+        assert is_answering(done.stdout.strip())
     finally:
         endpoints.stop("staging")
     assert processes_of(tmp_path) == []
@@ -365,7 +374,7 @@ def test_a_refusal_is_the_callers_error(endpoints, packages):
 
 def test_our_own_clients_bear_the_token(packages, monkeypatch):
     with throwaway(packages[0], INTEL_NB_TOKEN="s3cret") as url:
-        assert answers(url)
+        assert is_answering(url)
         for ask in (lambda: invoke(url, PHOTO, "image/jpeg"), lambda: drift_status(url)):
             with pytest.raises(Refused, match="401 unauthorized"):
                 ask()
@@ -380,7 +389,7 @@ def test_a_slow_upload_survives_an_update(endpoints, packages):
     with socket.create_connection((host, int(port)), timeout=20) as slow:
         head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nContent-Length: {len(PHOTO)}\r\n\r\n".encode()
         slow.sendall(head + PHOTO[:100])
-        while not answers(endpoint.url):  # a round trip: the worker has seen the head
+        while not is_answering(endpoint.url):  # a round trip: the worker has seen the head
             pass
         endpoints.deploy("staging", packages[0], "2")
         assert invoke(endpoint.url, PHOTO, "image/jpeg")["model"]["version"] == "2"

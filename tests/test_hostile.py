@@ -25,10 +25,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from intel_nb.serving.endpoints import LocalEndpoints, drift_status
 from intel_nb.images import MAX_BYTES, encode_jpeg
-from intel_nb.scenes import SAMPLE_CLASSES, sample_scene
 from intel_nb.model import load_package, sample_package
+from intel_nb.scenes import SAMPLE_CLASSES, sample_scene
+from intel_nb.serving.endpoints import LocalEndpoints, drift_status
 from intel_nb.serving.payloads import FORMATS, Refusal, parse
 
 SIDE = 48

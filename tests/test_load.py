@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from intel_nb.bench import Answer, exchange, raw_request
-from intel_nb.serving.endpoints import drift_status, throwaway
 from intel_nb.images import decode, encode_jpeg
-from intel_nb.scenes import sample_scene
 from intel_nb.model import load_package, sample_package
+from intel_nb.scenes import sample_scene
+from intel_nb.serving.endpoints import drift_status, throwaway
 
 SCENES = [sample_scene(i % 6, np.random.default_rng([7, i])) for i in range(24)]
 

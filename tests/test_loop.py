@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from conftest import COMMAND, QUICK, House
 
-from intel_nb.drift import fog
-from intel_nb.serving.endpoints import drift_status, invoke
-from intel_nb.scenes import SAMPLE_CLASSES, sample_archive, sample_scene
-from intel_nb.images import encode_jpeg
 from intel_nb.chain.plan import open_workspace
+from intel_nb.drift import fog
+from intel_nb.images import encode_jpeg
+from intel_nb.scenes import SAMPLE_CLASSES, sample_archive, sample_scene
+from intel_nb.serving.endpoints import drift_status, invoke
 from intel_nb.streams import run_time
 
 

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from websockets.sync.client import connect
 
-from intel_nb.serving.endpoints import throwaway
 from intel_nb.images import encode_jpeg
-from intel_nb.scenes import sample_scene
 from intel_nb.model import sample_package
+from intel_nb.scenes import sample_scene
+from intel_nb.serving.endpoints import throwaway
 from intel_nb.serving.page import CSP
 from intel_nb.serving.worker import die_with_parent
 

@@ -36,6 +36,7 @@ def test_a_role_without_code_has_only_what_services_do():
 def test_a_missing_and_a_needless_grant_are_found():
     "The test above would fail: an action that is taken away is lacking, one that is added is too many."
     from dataclasses import replace
+
     from intel_nb.aws.permissions import Grant
     role = ROLES["Deploy"]
     poorer = replace(role, grants=tuple(g for g in role.grants if "sagemaker:CreateModel" not in g.actions))

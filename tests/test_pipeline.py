@@ -69,9 +69,10 @@ def test_nothing_that_the_cache_looks_at_changes_with_the_execution(made):
 
 
 def test_other_code_has_another_address(tmp_path, monkeypatch):
+    import shutil
+
     from intel_nb.aws.pipeline import code_uri
     from intel_nb.chain.plan import notebooks_folder
-    import shutil
     shutil.copytree(notebooks_folder(), tmp_path / "nbs")
     for name in ("pyproject.toml", "constraints.txt"):
         shutil.copy(notebooks_folder().parent / name, tmp_path)

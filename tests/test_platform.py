@@ -13,8 +13,13 @@ import papermill
 import pytest
 from cloud import ROLE, backend, cloud, cloud_once  # noqa: F401
 from test_deploy_staging import NOTEBOOKS
-from test_registry import (evaluation, package, register, test_a_package_that_was_changed_is_not_registered,  # noqa: F401
-                           test_everything_about_a_version)
+from test_registry import (  # noqa: F401
+    evaluation,
+    package,
+    register,
+    test_a_package_that_was_changed_is_not_registered,
+    test_everything_about_a_version,
+)
 
 from intel_nb.aws import capture, deploy, executions, stages
 from intel_nb.aws.client import client
@@ -22,16 +27,15 @@ from intel_nb.aws.definition import Scope, follow, own, resolve
 from intel_nb.aws.hosting import Hosting, capacity
 from intel_nb.aws.objects import put
 from intel_nb.aws.package_group import PackageGroup, Settings, create_group, group_of
-from intel_nb.aws.pipeline import EVALUATION, PipelineConfig
-from intel_nb.aws.pipeline import register as register_step
+from intel_nb.aws.pipeline import EVALUATION, PipelineConfig, register as register_step
 from intel_nb.aws.stack import Options
 from intel_nb.aws.stages import Places
 from intel_nb.dataset import read_split, sample_dataset, write_predictions
-from intel_nb.serving.endpoints import EndpointError, LocalEndpoints, Refused, answers, drift_status, invoke
 from intel_nb.images import encode_jpeg
-from intel_nb.scenes import sample_scene
 from intel_nb.model import load_package, pack, sample_package
 from intel_nb.registry import open_registry
+from intel_nb.scenes import sample_scene
+from intel_nb.serving.endpoints import EndpointError, LocalEndpoints, Refused, drift_status, invoke, is_answering
 from intel_nb.storage import InputError, write_json, write_text
 
 PHOTO = encode_jpeg(sample_scene(4, np.random.default_rng(4)))
@@ -126,7 +130,7 @@ def test_a_stage_from_its_first_version_to_its_end(served, package):
         with pytest.raises(InputError, match="there is no endpoint staging; deploy a version first"):
             early("staging")
     first = endpoints.deploy("staging", package, one)
-    assert (first.stage, first.version, first.status) == ("staging", one, "running") and answers(first.url)
+    assert (first.stage, first.version, first.status) == ("staging", one, "running") and is_answering(first.url)
     answer = invoke(first.url, PHOTO, "image/jpeg")
     assert answer["predictions"][0]["label"] == "sea" and answer["model"]["version"] == one
     second = endpoints.deploy("staging", package, two)
@@ -141,7 +145,7 @@ def test_a_stage_from_its_first_version_to_its_end(served, package):
     assert (endpoints.history("staging"), endpoints.previous("staging", lambda version: True)) == ([one], None)
     endpoints.stop("staging")
     assert [(e.stage, e.version, e.status) for e in endpoints.list()] == [("staging", one, "stopped")]
-    assert not answers(first.url)
+    assert not is_answering(first.url)
     with pytest.raises(EndpointError, match="does not answer"):
         invoke(first.url, PHOTO, "image/jpeg")
     again = endpoints.start("staging")

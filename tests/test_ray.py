@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from intel_nb.serving.endpoints import LocalEndpoints, drift_status, invoke
 from intel_nb.images import encode_jpeg
-from intel_nb.scenes import sample_scene
 from intel_nb.model import load_package, sample_package, write_manifest
+from intel_nb.scenes import sample_scene
+from intel_nb.serving.endpoints import LocalEndpoints, drift_status, invoke
 from intel_nb.storage import InputError
 
 pytest.importorskip("ray", reason="engine ray is the extra intel-nb[ray]")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from intel_nb.model import load_package, sample_package
 from intel_nb.locks import is_locked, locked
+from intel_nb.model import load_package, sample_package
 from intel_nb.registry import open_registry
 from intel_nb.storage import InputError, write_text
 

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from intel_nb.serving.endpoints import LocalEndpoints, throwaway
 from intel_nb.images import MAX_BYTES, encode_jpeg
-from intel_nb.scenes import sample_scene
 from intel_nb.model import load_package, sample_package
+from intel_nb.scenes import sample_scene
+from intel_nb.serving.endpoints import LocalEndpoints, throwaway
 
 SCENES = [sample_scene(i % 6, np.random.default_rng(i)) for i in range(24)]
 

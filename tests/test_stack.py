@@ -130,6 +130,7 @@ def test_rules_have_a_role_a_target_and_a_queue_for_what_fails(made, name):
 def test_rules_match_real_events_with_the_names_that_the_stack_gives(made, name):
     "The pattern in the template, its references resolved, matches an upload to the bucket in the template."
     from test_rules import created, logged
+
     from intel_nb.aws.rules import matches
     resolve = lambda text: text["Fn::Sub"].replace("${AWS::AccountId}", ACCOUNT)
     bucket = resolve(of_kind(made[name], "S3::Bucket")["DataBucket"]["BucketName"])
@@ -367,6 +368,7 @@ def test_the_price_table_says_where_each_price_is_from():
 
 def test_the_bill_adds_up_and_grows_with_use():
     from dataclasses import replace
+
     from intel_nb.aws.cost import Usage, bill
     one = bill()
     assert one.per_run == pytest.approx(sum(i.quantity * i.price.usd for i in one.run))

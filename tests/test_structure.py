@@ -129,10 +129,11 @@ def test_every_module_imports_in_a_fresh_process():
 @pytest.mark.slow
 def test_serving_needs_the_core_alone(tmp_path):
     "In an environment with nothing but what is pinned for serving, a package answers."
-    from intel_nb.images import encode_jpeg
-    from intel_nb.scenes import sample_scene
-    from intel_nb.model import sample_package
     import numpy as np
+
+    from intel_nb.images import encode_jpeg
+    from intel_nb.model import sample_package
+    from intel_nb.scenes import sample_scene
     sample_package(tmp_path / "model")
     (tmp_path / "sea.jpg").write_bytes(encode_jpeg(sample_scene(4, np.random.default_rng(0))))
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)

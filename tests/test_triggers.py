@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import COMMAND, QUICK
 
-from intel_nb.chain.plan import Request
+from intel_nb.chain.plan import RunRequest
 from intel_nb.chain.runs import Run, StepRecord, write_run
 from intel_nb.storage import utc_now, write_json
 
@@ -68,7 +68,7 @@ class Scene:
         "A run that was, with the `parameters` of its steps."
         steps = [StepRecord(name, "") for name in parameters]
         write_run(self.root / "executed", Run(run_id, "succeeded", utc_now(), utc_now(), trigger, steps=steps))
-        write_json(self.root / "executed" / run_id / "request.json", asdict(Request(parameters, trigger)))
+        write_json(self.root / "executed" / run_id / "request.json", asdict(RunRequest(parameters, trigger)))
 
     def watch(self, patience: float = 15, **options) -> subprocess.Popen:
         told = json.dumps([str(self.root), self.command, patience, options])

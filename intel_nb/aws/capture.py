@@ -5,12 +5,13 @@
 # %% ../../nbs/aws/05_capture.ipynb #27402f73
 from __future__ import annotations
 
-import json, tempfile
+import json
+import tempfile
 from base64 import b64decode
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,6 +24,7 @@ from ..storage import read_json, write_json
 
 if TYPE_CHECKING:  # numpy is wanted by the job alone, not by who schedules it
     import numpy as np
+
     from intel_nb.model import Package
     from intel_nb.serving.monitor import Monitor
 
@@ -125,7 +127,7 @@ def watch(name: str, stage: str, now: datetime | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="intel-nb-") as scratch:
         kept, package = _state(state, Path(scratch)), load_package(registry.package(version))
         monitor, fed = Monitor(package, kept, version), Fed()
-        folders = hour_folders(f"{source.key}/{endpoint}/{VARIANT}".lstrip("/"), now or datetime.now(timezone.utc))
+        folders = hour_folders(f"{source.key}/{endpoint}/{VARIANT}".lstrip("/"), now or datetime.now(UTC))
         seen = {key for key in _seen(kept) if key >= folders[0]}
         for keys in new_files(source.bucket, folders, seen):
             fed = _add(fed, feed(monitor, package, read_captured(source.bucket, keys)))

@@ -5,13 +5,18 @@
 # %% ../../nbs/aws/01_client.ipynb #b0ccd690
 from __future__ import annotations
 
-import os, re, threading
+import os
+import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any
 
-import boto3, botocore.exceptions, botocore.session, botocore.validate
+import boto3
+import botocore.exceptions
+import botocore.session
+import botocore.validate
 from botocore import xform_name
 from botocore.config import Config
 

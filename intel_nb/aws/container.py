@@ -5,7 +5,15 @@
 # %% ../../nbs/aws/09_container.ipynb #97251ab0
 from __future__ import annotations
 
-import argparse, hashlib, json, os, re, signal, subprocess, sys, tempfile
+import argparse
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version

@@ -5,7 +5,8 @@
 # %% ../../nbs/aws/06_definition.ipynb #c4aced54
 from __future__ import annotations
 
-import operator, re
+import operator
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass

@@ -5,7 +5,8 @@
 # %% ../../nbs/aws/15_deploy.ipynb #0cb5d677
 from __future__ import annotations
 
-import os, time
+import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,8 +14,8 @@ from typing import Any
 
 from .client import check_credentials, client, explained, if_there, paginate, region_name, unless_there
 from .hosting import Hosting
-from .pipeline import PipelineConfig, code_files, code_uri
 from .objects import place_of
+from .pipeline import PipelineConfig, code_files, code_uri
 from .stack import ACCOUNT, Options, bucket_name, checked_options, config_of, template, to_json
 from ..storage import InputError
 

@@ -5,7 +5,9 @@
 # %% ../../nbs/aws/07_executions.ipynb #1efef3c8
 from __future__ import annotations
 
-import json, os, time
+import json
+import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -5,16 +5,19 @@
 # %% ../../nbs/aws/04_hosting.ipynb #dc01cf46
 from __future__ import annotations
 
-import hashlib, json, re, time
+import hashlib
+import json
+import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .client import ClientError, client, error_code, explained, if_there, is_missing, paginate, unless_there
 from .package_group import Group, PackageGroup, Settings, group_of, note
-from ..serving.endpoints import Endpoint, EndpointError, Refused, _refused, check_stage
-from ..storage import InputError, sha256_file
+from ..serving.endpoints import Endpoint, EndpointError, Refused, as_refusal, check_stage
 from ..serving.supervisor import extended
+from ..storage import InputError, sha256_file
 
 # %% auto #0
 __all__ = ['VARIANT', 'CAPACITY', 'STATUS', 'MAX_PAYLOAD', 'DRIFT_TYPE', 'endpoint_name', 'fixed_name', 'version_in', 'capacity',
@@ -317,7 +320,7 @@ def invoke(url: str, body: bytes, content_type: str, timeout: float = 60, test: 
 def _model_error(url: str, error: Any) -> Exception:
     "What an answer of SageMaker's runtime means: the container's own status is within it."
     if error_code(error) == "ModelError":
-        return _refused(int(error.response["OriginalStatusCode"]), str(error.response.get("OriginalMessage", "")).encode())
+        return as_refusal(int(error.response["OriginalStatusCode"]), str(error.response.get("OriginalMessage", "")).encode())
     if is_missing(error):
         return EndpointError(f"{url} does not answer ({error}); intel-nb aws status shows what runs")
     return error

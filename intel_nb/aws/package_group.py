@@ -5,7 +5,9 @@
 # %% ../../nbs/aws/03_package_group.ipynb #e4f0769a
 from __future__ import annotations
 
-import os, shutil, tempfile
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -16,7 +18,7 @@ from typing import Any
 
 from .client import client, explained, if_there, missing_as, paginate
 from .objects import NotThere, fetch, put
-from ..registry import ModelVersion, _known, data_fingerprint, find_version, metrics_of
+from ..registry import ModelVersion, check_status, data_fingerprint, find_version, metrics_of
 from ..storage import InputError, read_json, utc_now, write_json
 
 # %% auto #0
@@ -92,7 +94,7 @@ def package_request(group: Group, files: str, metadata: dict[str, str], status: 
     "What CreateModelPackage is asked for a version whose files lie at the URI `files`."
     container = {"Image": group.settings.need("image"), "ModelDataUrl": f"{files}/model.tar.gz"}
     evaluation = {"ContentType": "application/json", "S3Uri": f"{files}/evaluation.json"}
-    return {"ModelPackageGroupName": group.name, "ModelApprovalStatus": _known(status), "ModelPackageDescription": one_line(reason),
+    return {"ModelPackageGroupName": group.name, "ModelApprovalStatus": check_status(status), "ModelPackageDescription": one_line(reason),
             "InferenceSpecification": {"Containers": [container], **SERVED,
                                        "SupportedRealtimeInferenceInstanceTypes": [group.settings.instance]},
             "ModelMetrics": {"ModelQuality": {"Statistics": evaluation}}, "CustomerMetadataProperties": metadata}
@@ -210,7 +212,7 @@ class PackageGroup:
     @explained()
     def set_status(self, version: str, status: str, reason: str = "") -> None:
         arn = self.describe(version)["ModelPackageArn"]
-        client("sagemaker").update_model_package(ModelPackageArn=arn, ModelApprovalStatus=_known(status),
+        client("sagemaker").update_model_package(ModelPackageArn=arn, ModelApprovalStatus=check_status(status),
                                                  ApprovalDescription=one_line(reason))
 
     @explained()

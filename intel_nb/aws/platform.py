@@ -11,8 +11,8 @@ from .executions import Execution, latest_execution, start_execution, watch_exec
 from .hosting import Hosting, answers, drift_status, invoke
 from .objects import fetch, put
 from .package_group import PackageGroup
-from ..serving.endpoints import Endpoints
 from ..registry import Registry
+from ..serving.endpoints import Endpoints
 from ..storage import InputError
 
 # %% auto #0

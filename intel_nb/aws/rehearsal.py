@@ -5,7 +5,11 @@
 # %% ../../nbs/aws/10_rehearsal.ipynb #a7b160e7
 from __future__ import annotations
 
-import os, subprocess, sys, tarfile, time
+import os
+import subprocess
+import sys
+import tarfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +17,19 @@ from typing import Any
 
 from .client import check_request
 from .container import read_arguments
-from .definition import BRANCHES, KINDS, Scope, all_steps, follow, holds, in_order, index_of, own, resolve, settle
+from intel_nb.aws.definition import (
+    BRANCHES,
+    KINDS,
+    Scope,
+    all_steps,
+    follow,
+    holds,
+    in_order,
+    index_of,
+    own,
+    resolve,
+    settle,
+)
 from .pipeline import EVALUATION, PipelineConfig, checked, code_files, definition
 from ..chain.execution import end_process
 from ..chain.plan import notebooks_folder, open_workspace

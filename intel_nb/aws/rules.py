@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..storage import InputError
 from ..chain.watch import STARTS, Start
+from ..storage import InputError
 
 # %% auto #0
 __all__ = ['CREATED', 'RESTORED', 'WRITES', 'WAYS', 'PATHS', 'LIMIT', 'COMPARE', 'FILTERS', 'Names', 'Rule', 'key_filter',

@@ -5,7 +5,8 @@
 # %% ../../nbs/aws/14_stack.ipynb #682dad7b
 from __future__ import annotations
 
-import json, re
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -5,7 +5,10 @@
 # %% ../../nbs/aws/16_stages.ipynb #2a731a7f
 from __future__ import annotations
 
-import hashlib, json, os, sys
+import hashlib
+import json
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +20,10 @@ from .executions import start_execution
 from .objects import NotThere, below, objects_at, place_of
 from .pipeline import PipelineConfig, checked, definition
 from .stack import Options, checked_options
-from ..serving.endpoints import open_endpoints
 from ..chain.execution import NotebookFailed, execute
 from ..chain.plan import notebooks_folder
 from ..registry import ModelVersion, note_stage, note_test, open_registry
+from ..serving.endpoints import open_endpoints
 from ..storage import InputError, fetch, read_json, write_text
 
 # %% auto #0
@@ -114,7 +117,7 @@ def check_allowed(step: str, version: ModelVersion) -> None:
         raise InputError(f"version {version.version} has not passed the staging test; production stays as it is")
 
 # %% ../../nbs/aws/16_stages.ipynb #6b2a9e0a
-def modeldeploy(step: str, places: Places, version: str = "", folder: Path = Path("."), notebooks: Path | None = None) -> dict[str, Any]:
+def modeldeploy(step: str, places: Places, version: str = "", folder: Path = Path(), notebooks: Path | None = None) -> dict[str, Any]:
     "Run the notebook of `step` for a version, and note in the registry what came of it; its result."
     found = chosen(places, version)
     check_allowed(step, found)

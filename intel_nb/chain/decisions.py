@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from .run import DONE, Event, request_of, run_chain
 from .history import from_store
-from .plan import MOVE, PLAN, Request, Workspace
+from .plan import MOVE, PLAN, RunRequest, Workspace
+from .run import DONE, RunEvent, request_of, run_chain
 from .runs import Run, held, list_runs, write_run
-from ..storage import InputError, utc_now
 from .store import Entry
+from ..storage import InputError, utc_now
 
 # %% auto #0
 __all__ = ['Tell', 'NotAllowed', 'silent', 'approve', 'go_on', 'move', 'promote', 'earlier', 'rollback', 'check_stage', 'reject',
@@ -25,9 +25,9 @@ class NotAllowed(RuntimeError):
     "The registry or the endpoints do not allow it; the message says why, and what would."
 
 # %% ../../nbs/chain/09_decisions.ipynb #d5b595d8
-Tell = Callable[[Event], None]
+Tell = Callable[[RunEvent], None]
 
-def silent(event: Event) -> None:
+def silent(event: RunEvent) -> None:
     "Tell nobody."
 
 # %% ../../nbs/chain/09_decisions.ipynb #cbc45ea9
@@ -41,7 +41,7 @@ def approve(workspace: Workspace, version: str, reason: str = "", tell: Tell = s
         registry.set_status(version, "Approved", reason or "approved with intel-nb approve")
     waiting = [r for r in list_runs(workspace.executed) if r.status == "waiting" and r.model_version == version]
     if not waiting:
-        return [run_chain(workspace, Request(trigger="approve"), PLAN, tell, known=from_store(workspace, found))]
+        return [run_chain(workspace, RunRequest(trigger="approve"), PLAN, tell, known=from_store(workspace, found))]
     return [go_on(workspace, run, tell) for run in reversed(waiting)]
 
 # %% ../../nbs/chain/09_decisions.ipynb #f276eea9
@@ -61,7 +61,7 @@ def move(workspace: Workspace, trigger: str, stage: str, version: str, tell: Tel
     stages = {e.stage: e for e in workspace.endpoints().list()}
     engine = next((stages[s].engine for s in (stage, "staging") if s in stages), "process")
     wanted = {"version": version, "stage": stage, "engine": engine, "back": back}
-    return run_chain(workspace, Request({"deploy": wanted}, trigger), MOVE, tell)
+    return run_chain(workspace, RunRequest({"deploy": wanted}, trigger), MOVE, tell)
 
 # %% ../../nbs/chain/09_decisions.ipynb #6a9de06b
 def promote(workspace: Workspace, version: str, tell: Tell = silent) -> Run:
@@ -90,7 +90,7 @@ def rollback(workspace: Workspace, stage: str, tell: Tell = silent) -> Run:
     version = earlier(workspace, stage)
     if version is None:
         raise NotAllowed(f"{stage} has no earlier version that it could go back to; nothing was changed")
-    tell(Event("note", text=f"{stage} goes back from version {workspace.endpoints().describe(stage).version} to {version}"))
+    tell(RunEvent("note", text=f"{stage} goes back from version {workspace.endpoints().describe(stage).version} to {version}"))
     return move(workspace, "rollback", stage, version, tell, back=True)
 
 # %% ../../nbs/chain/09_decisions.ipynb #12a59924
@@ -120,9 +120,9 @@ def withdraw(workspace: Workspace, stage: str, tell: Tell = silent) -> list[Run]
     "Take a rejected version out of `stage`: back to an earlier one, or stop where there is none."
     version = earlier(workspace, stage)
     if version:
-        tell(Event("note", text=f"{stage} goes back to version {version}"))
+        tell(RunEvent("note", text=f"{stage} goes back to version {version}"))
         return [move(workspace, "reject", stage, version, tell, back=True)]
-    tell(Event("note", text=f"{stage} has no earlier version and is stopped"))
+    tell(RunEvent("note", text=f"{stage} has no earlier version and is stopped"))
     workspace.endpoints().stop(stage)
     workspace.registry().set_alias(stage, None)
     return []

@@ -5,7 +5,11 @@
 # %% ../../nbs/chain/03_execution.ipynb #92d9d88a
 from __future__ import annotations
 
-import logging, os, signal, subprocess, time
+import logging
+import os
+import signal
+import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path

@@ -5,22 +5,25 @@
 # %% ../../nbs/chain/06_history.ipynb #a814f798
 from __future__ import annotations
 
-import html, json, os, shlex
+import html
+import json
+import os
+import shlex
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 from .plan import Workspace
-from ..registry import ModelVersion
 from .runs import Run, list_runs
-from ..serving.shadow import in_words
-from ..storage import InputError, read_json
 from .store import Entry, key_of
+from ..registry import ModelVersion
+from ..serving.shadow import shadow_in_words
+from ..storage import InputError, read_json
 
 # %% auto #0
-__all__ = ['named_cause', 'data_of', 'data_in_words', 'became', 'told', 'told_runs', 'as_row', 'shadowed', 'told_page',
-           'from_store', 'origin', 'again', 'traced', 'trace_in_words']
+__all__ = ['named_cause', 'data_of', 'data_in_words', 'run_outcome', 'run_summary', 'run_summaries', 'run_row', 'shadowed',
+           'run_summary_html', 'from_store', 'origin', 'rerun_command', 'trace_version', 'trace_in_words']
 
 # %% ../../nbs/chain/06_history.ipynb #350224e3
 def named_cause(environ: Mapping[str, str] = os.environ) -> str:
@@ -48,7 +51,7 @@ def data_in_words(data: dict[str, Any] | None) -> str:
     return f"{data['images']} images" + (f" (annotations: {lines})" if lines else "") + known
 
 # %% ../../nbs/chain/06_history.ipynb #9d7390cb
-def became(run: Run, versions: Mapping[str, ModelVersion]) -> str:
+def run_outcome(run: Run, versions: Mapping[str, ModelVersion]) -> str:
     "What became of the version of `run`, in words; of the run itself where it has none."
     if not run.model_version:
         return f"{run.status}, no version"
@@ -61,23 +64,23 @@ def became(run: Run, versions: Mapping[str, ModelVersion]) -> str:
     return f"{version.status}, " + (f"in {' and '.join(version.aliases)}" if version.aliases else "serves nowhere")
 
 # %% ../../nbs/chain/06_history.ipynb #5b31e8c6
-def told(workspace: Workspace, run: Run, runs: list[Run] | None = None,
+def run_summary(workspace: Workspace, run: Run, runs: list[Run] | None = None,
          versions: Mapping[str, ModelVersion] | None = None) -> dict[str, Any]:
-    "The record of `run` with its `data` and what it `became`; `runs` are all there are, newest first."
+    "The record of `run` with its `data` and what it `run_outcome`; `runs` are all there are, newest first."
     runs = list_runs(workspace.executed) if runs is None else runs
     versions = {v.version: v for v in workspace.registry().versions()} if versions is None else versions
     after = next((k for k, r in enumerate(runs) if r.run_id == run.run_id), -1)
-    return asdict(run) | {"data": data_of(run, reversed(runs[after + 1:])), "became": became(run, versions)}
+    return asdict(run) | {"data": data_of(run, reversed(runs[after + 1:])), "became": run_outcome(run, versions)}
 
 # %% ../../nbs/chain/06_history.ipynb #b2546b7a
-def told_runs(workspace: Workspace) -> list[dict[str, Any]]:
-    "All runs as `told`, newest first."
+def run_summaries(workspace: Workspace) -> list[dict[str, Any]]:
+    "All runs as `run_summary`, newest first."
     runs = list_runs(workspace.executed)
     versions = {v.version: v for v in workspace.registry().versions()}
-    return [told(workspace, run, runs, versions) for run in runs]
+    return [run_summary(workspace, run, runs, versions) for run in runs]
 
 # %% ../../nbs/chain/06_history.ipynb #a9241628
-def as_row(record: dict[str, Any]) -> dict[str, Any]:
+def run_row(record: dict[str, Any]) -> dict[str, Any]:
     "A run as a row for the eye."
     return {"run": record["run_id"], "status": record["status"], "trigger": record["trigger"], "cause": record["cause"],
             "data": data_in_words(record["data"]), "version": record["model_version"], "became": record["became"]}
@@ -90,11 +93,11 @@ def shadowed(workspace: Workspace, version: str | None) -> dict[str, dict[str, A
     return {stage: tally for stage, tally in seen.items() if tally and tally["version"] == version}
 
 # %% ../../nbs/chain/06_history.ipynb #9d04d97c
-def told_page(workspace: Workspace, run: Run) -> str:
+def run_summary_html(workspace: Workspace, run: Run) -> str:
     "The section of a run's page with what its record does not say, as HTML."
-    row = as_row(told(workspace, run))
+    row = run_row(run_summary(workspace, run))
     facts = {"data": row["data"], "what became of it": row["became"]}
-    facts |= {f"as a shadow of {stage}": in_words(seen) for stage, seen in shadowed(workspace, run.model_version).items()}
+    facts |= {f"as a shadow of {stage}": shadow_in_words(seen) for stage, seen in shadowed(workspace, run.model_version).items()}
     rows = "".join(f"<tr><th>{name}</th><td>{html.escape(value)}</td></tr>" for name, value in facts.items())
     return f"<h2>History</h2><table>{rows}</table>"
 
@@ -116,7 +119,7 @@ def origin(entry: Entry) -> dict[str, Any]:
             "parameters": entry.recipe["parameters"], "inputs": entry.recipe["inputs"]}
 
 # %% ../../nbs/chain/06_history.ipynb #9176ae88
-def again(parameters: dict[str, dict[str, Any]]) -> str:
+def rerun_command(parameters: dict[str, dict[str, Any]]) -> str:
     "The command that asks for a run of these `parameters` (step: parameter: value)."
     words = ["intel-nb", "run"]
     for step, values in sorted(parameters.items()):
@@ -130,7 +133,7 @@ def again(parameters: dict[str, dict[str, Any]]) -> str:
     return shlex.join(words)
 
 # %% ../../nbs/chain/06_history.ipynb #b84a1a8a
-def traced(workspace: Workspace, version: str) -> dict[str, Any]:
+def trace_version(workspace: Workspace, version: str) -> dict[str, Any]:
     "All that is known of where `version` comes from; `steps` is empty where the store has lost them. Raises `InputError`."
     found = workspace.registry().get(version)
     runs, steps = list_runs(workspace.executed), {}
@@ -138,8 +141,8 @@ def traced(workspace: Workspace, version: str) -> dict[str, Any]:
         steps = {name: origin(entry) for name, entry in from_store(workspace, found).items()}
     mine = [run.run_id for run in runs if run.model_version == version]
     asked = workspace.executed / found.run_id / "request.json" if found.run_id else None
-    command = again(read_json(asked)["parameters"]) if asked and asked.is_file() else ""
-    made = next((told(workspace, run, runs, {version: found}) for run in runs if run.run_id == found.run_id), {})
+    command = rerun_command(read_json(asked)["parameters"]) if asked and asked.is_file() else ""
+    made = next((run_summary(workspace, run, runs, {version: found}) for run in runs if run.run_id == found.run_id), {})
     gate = workspace.registry().evaluation(version).get("gate", {}).get("reason", "")
     return {"version": version, "status": found.status, "reason": found.reason, "gate": gate, "aliases": found.aliases,
             "created": found.created, "accuracy": found.accuracy, "package": found.fingerprint, "dataset": found.data,
@@ -148,7 +151,7 @@ def traced(workspace: Workspace, version: str) -> dict[str, Any]:
 
 # %% ../../nbs/chain/06_history.ipynb #9085fc5b
 def trace_in_words(trace: dict[str, Any]) -> str:
-    "What `traced` found, for the eye; parameters that nobody gave a value are left out."
+    "What `trace_version` found, for the eye; parameters that nobody gave a value are left out."
     stages = f" in {' and '.join(trace['aliases'])}" if trace["aliases"] else ""
     runs = f"{trace['run_id'] or '-'} ({trace['cause'] or 'unknown'}); all runs: {', '.join(trace['runs']) or '-'}"
     facts = {"version": f"{trace['version']}, {trace['status']}{stages}", "gate": trace["gate"], "reason": trace["reason"],

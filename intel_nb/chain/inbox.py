@@ -5,7 +5,15 @@
 # %% ../../nbs/chain/10_inbox.ipynb #178480c1
 from __future__ import annotations
 
-import fcntl, hashlib, os, re, shutil, signal, stat, time, zipfile
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import signal
+import stat
+import time
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -15,8 +23,8 @@ from ..labels.annotations import FORMS, LABEL_BYTES
 from ..storage import files_of, link, sha256_file
 
 # %% auto #0
-__all__ = ['PASSING', 'Mark', 'uploads', 'passing', 'being_written', 'open_read', 'Watched', 'content_of', 'Inbox', 'keep_file',
-           'picture', 'named_captures', 'add_captured']
+__all__ = ['PASSING', 'Mark', 'uploads', 'is_temporary', 'being_written', 'open_read', 'Watched', 'content_of', 'Inbox',
+           'keep_file', 'snapshot', 'named_captures', 'add_captured']
 
 # %% ../../nbs/chain/10_inbox.ipynb #e103cf2b
 class Mark(NamedTuple):
@@ -33,7 +41,7 @@ def uploads(inbox: Path, keys: Iterable[str]) -> dict[str, Mark]:
         for path in _below(inbox / key) if key.endswith("/") else [inbox / key]:
             with suppress(OSError):  # it has gone
                 status = path.lstat()
-                if stat.S_ISREG(status.st_mode) and status.st_size and not passing(path.name):
+                if stat.S_ISREG(status.st_mode) and status.st_size and not is_temporary(path.name):
                     name = path.relative_to(inbox).as_posix()
                     found[name] = Mark(status.st_size, status.st_mtime_ns, status.st_ino)
     return found
@@ -48,7 +56,7 @@ def _below(folder: Path) -> Iterator[Path]:
 # %% ../../nbs/chain/10_inbox.ipynb #08ae3529
 PASSING = (".part", ".partial", ".filepart", ".crdownload", ".download", ".tmp", ".temp", ".swp", "~")
 
-def passing(name: str) -> bool:
+def is_temporary(name: str) -> bool:
     "Whether a file called so is on its way to another name, or has a name that cannot be written down."
     return name.startswith(".") or name.lower().endswith(PASSING) or not name.isprintable()
 
@@ -141,7 +149,7 @@ def keep_file(source: Path, target: Path, digest: str, earlier: Path | None = No
     return False
 
 # %% ../../nbs/chain/10_inbox.ipynb #fd7d3e4a
-def picture(inbox: Path, wanted: Mapping[str, str], into: Path, earlier: Mapping[str, Path] = {}) -> dict[str, str]:
+def snapshot(inbox: Path, wanted: Mapping[str, str], into: Path, earlier: Mapping[str, Path] = {}) -> dict[str, str]:
     "Keep the `wanted` files (digests by key) in `into`; `earlier` has files by digest. Returns those that were there."
     return {key: digest for key, digest in wanted.items()
             if keep_file(inbox / key, into / key, digest, earlier.get(digest))}

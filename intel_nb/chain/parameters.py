@@ -5,7 +5,11 @@
 # %% ../../nbs/chain/01_parameters.ipynb #cca18b2b
 from __future__ import annotations
 
-import ast, difflib, json, math, re
+import ast
+import difflib
+import json
+import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path

@@ -12,14 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import intel_nb
-from .parameters import (Parameter, check_profile, check_values, closest, read_parameters,
-                                       read_setting, read_value)
+from intel_nb.chain.parameters import (
+    Parameter,
+    check_profile,
+    check_values,
+    closest,
+    read_parameters,
+    read_setting,
+    read_value,
+)
 from .store import Store
 from ..storage import InputError
 
 # %% auto #0
 __all__ = ['DATASET', 'MODEL', 'PLAN', 'MOVE', 'Declared', 'FOLDERS', 'STAGE', 'Step', 'Workspace', 'notebooks_folder',
-           'open_workspace', 'Request', 'read_settings', 'check_step', 'declared_parameters', 'settable',
+           'open_workspace', 'RunRequest', 'read_settings', 'check_step', 'declared_parameters', 'settable',
            'check_request', 'absolute']
 
 # %% ../../nbs/chain/05_plan.ipynb #42693c7e
@@ -92,7 +99,7 @@ def open_workspace(environ: Mapping[str, str] = os.environ) -> Workspace:
 
 # %% ../../nbs/chain/05_plan.ipynb #365934b4
 @dataclass(frozen=True)
-class Request:
+class RunRequest:
     "What is asked of the chain."
     parameters: dict[str, dict[str, Any]] = field(default_factory=dict)  # step: parameter: value
     trigger: str = "run"
@@ -139,7 +146,7 @@ def settable(step: Step, declared: Mapping[str, Parameter]) -> dict[str, Paramet
     return {name: p for name, p in declared.items() if name not in filled}
 
 # %% ../../nbs/chain/05_plan.ipynb #c95e5b10
-def check_request(request: Request, declared: Declared, plan: Iterable[Step]) -> Request:
+def check_request(request: RunRequest, declared: Declared, plan: Iterable[Step]) -> RunRequest:
     "`request` with its values in their types; raises `InputError` for what the steps do not have or the chain decides."
     checked = {}
     steps = {step.name: step for step in plan}
@@ -153,7 +160,7 @@ def check_request(request: Request, declared: Declared, plan: Iterable[Step]) ->
             check_profile(checked[name]["profile"], known)
     for name in filter(None, (request.first, request.last)):
         check_step(name, steps)
-    return Request(**asdict(request) | {"parameters": checked})
+    return RunRequest(**asdict(request) | {"parameters": checked})
 
 # %% ../../nbs/chain/05_plan.ipynb #df741af0
 def absolute(source: str | list[str]) -> str | list[str]:

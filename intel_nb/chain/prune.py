@@ -12,8 +12,8 @@ from contextlib import suppress
 from .history import from_store
 from .plan import PLAN, Workspace
 from .runs import Run, list_runs
-from ..storage import InputError, files_of, remove
 from .store import Entry
+from ..storage import InputError, files_of, remove
 
 # %% auto #0
 __all__ = ['Key', 'needed_by_runs', 'needed_by_versions', 'unneeded', 'size_of', 'remove_entries']

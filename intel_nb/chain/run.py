@@ -5,32 +5,33 @@
 # %% ../../nbs/chain/08_run.ipynb #2cd9eb73
 from __future__ import annotations
 
-import shutil, time
+import shutil
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .history import named_cause, told_page
 from .execution import NotebookFailed, end_kernel, execute, get_ready
+from .history import named_cause, run_summary_html
 from .parameters import Parameter
-from .plan import PLAN, Request, Step, Workspace, check_request, declared_parameters
+from .plan import PLAN, RunRequest, Step, Workspace, check_request, declared_parameters
+from .runs import Run, StepRecord, held, new_run_id, read_run, with_step, write_report, write_run
+from .store import Entry, begin, key_of, publish, recipe_of, revision
 from ..locks import is_locked, locked
 from ..registry import note_stage, note_test
-from .runs import Run, StepRecord, held, new_run_id, read_run, with_step, write_report, write_run
 from ..storage import InputError, fetch, read_json, remove, tree_digest, utc_now, write_json
-from .store import Entry, begin, key_of, publish, recipe_of, revision
 
 # %% auto #0
-__all__ = ['DONE', 'Event', 'Job', 'given', 'asked', 'localised', 'contents', 'key_and_recipe', 'holds', 'forced', 'stored',
+__all__ = ['DONE', 'RunEvent', 'Job', 'given', 'asked', 'localised', 'contents', 'key_and_recipe', 'holds', 'forced', 'stored',
            'run_step', 'take', 'execute_step', 'prepare', 'parameters_for', 'put', 'give_up', 'note_effect', 'verdict',
            'advance', 'stage_lock', 'told_lock', 'run_chain', 'open_run', 'close_run', 'changed_the_world', 'tidy',
            'request_of']
 
 # %% ../../nbs/chain/08_run.ipynb #175f2326
 @dataclass(frozen=True)
-class Event:
+class RunEvent:
     "Something that happened in a run, for whoever watches it."
     kind: str  # started, cell, ended, note
     step: str = ""
@@ -45,10 +46,10 @@ class Job:
     "A run that is being worked on."
     workspace: Workspace
     plan: tuple[Step, ...]
-    request: Request
+    request: RunRequest
     declared: dict[str, dict[str, Parameter]]
     run: Run
-    tell: Callable[[Event], None]
+    tell: Callable[[RunEvent], None]
     entries: dict[str, Entry] = field(default_factory=dict)  # of the steps that are done
     known: Mapping[str, Entry] = field(default_factory=dict)  # entries to take as they are
     wanted: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each step, worked out once
@@ -162,7 +163,7 @@ def take(job: Job, step: Step, entry: Entry) -> Entry:
         if (entry.folder / ".step.ipynb").exists():
             shutil.copyfile(entry.folder / ".step.ipynb", job.folder / step.notebook)
         job.save(steps=with_step(job.run, record).steps)
-    job.tell(Event("ended", step.name, job.run.step(step.name).status))
+    job.tell(RunEvent("ended", step.name, job.run.step(step.name).status))
     return entry
 
 # %% ../../nbs/chain/08_run.ipynb #044ae054
@@ -171,19 +172,19 @@ def execute_step(job: Job, step: Step, key: str, recipe: dict[str, Any]) -> Entr
     get_ready()
     prepare(job, step)
     work, started = job.workspace.store.work(step.name, key), time.monotonic()
-    job.tell(Event("started", step.name))
+    job.tell(RunEvent("started", step.name))
     try:
         end_kernel(work)
         parameters = parameters_for(job, step, work)
         execute(job.workspace.notebooks / step.notebook, job.folder / step.notebook, parameters, work,
-                lambda done, total: job.tell(Event("cell", step.name, done=done, total=total)))
+                lambda done, total: job.tell(RunEvent("cell", step.name, done=done, total=total)))
         entry = put(job, step, key, recipe, time.monotonic() - started)
     except BaseException as error:
         give_up(job, step, key, time.monotonic() - started, error)
         raise
     record = StepRecord(step.name, step.notebook, "succeeded", entry.seconds, key, str(entry.folder), entry.result)
     job.save(steps=with_step(job.run, record).steps)
-    job.tell(Event("ended", step.name, "succeeded", seconds=entry.seconds))
+    job.tell(RunEvent("ended", step.name, "succeeded", seconds=entry.seconds))
     return entry
 
 # %% ../../nbs/chain/08_run.ipynb #c2923b90
@@ -221,7 +222,7 @@ def give_up(job: Job, step: Step, key: str, seconds: float, error: BaseException
         remove(work)
     remove(work / "out")
     job.run = with_step(job.run, StepRecord(step.name, step.notebook, "failed", round(seconds, 2), key))
-    job.tell(Event("ended", step.name, "failed", seconds=seconds))
+    job.tell(RunEvent("ended", step.name, "failed", seconds=seconds))
     if step.effect == "tested" and isinstance(error, NotebookFailed) and job.run.model_version:
         note_test(job.workspace.registry(), job.run.model_version, False)
 
@@ -276,12 +277,12 @@ def stage_lock(job: Job, step: Step):
 def told_lock(job: Job, step: Step, path: Path, text: str):
     "The lock `path`; says `text` when it is taken."
     if is_locked(path):
-        job.tell(Event("note", step.name, text))
+        job.tell(RunEvent("note", step.name, text))
     return locked(path)
 
 # %% ../../nbs/chain/08_run.ipynb #f06c9ef7
-def run_chain(workspace: Workspace, request: Request, plan: tuple[Step, ...] = PLAN,
-              tell: Callable[[Event], None] = lambda event: None, known: Mapping[str, Entry] = {}) -> Run:
+def run_chain(workspace: Workspace, request: RunRequest, plan: tuple[Step, ...] = PLAN,
+              tell: Callable[[RunEvent], None] = lambda event: None, known: Mapping[str, Entry] = {}) -> Run:
     """Carry `request` out, in a new run or in the one of its `run_id`. Entries in `known` are taken as they are.
 
     Raises `InputError` (a new run then leaves nothing behind) or `NotebookFailed` (the run is recorded as failed)."""
@@ -305,7 +306,7 @@ def run_chain(workspace: Workspace, request: Request, plan: tuple[Step, ...] = P
 # %% ../../nbs/chain/08_run.ipynb #d5de3e43
 DONE = ("succeeded", "cached")
 
-def open_run(workspace: Workspace, request: Request, run_id: str, plan: tuple[Step, ...]) -> Run:
+def open_run(workspace: Workspace, request: RunRequest, run_id: str, plan: tuple[Step, ...]) -> Run:
     "The record of a run that begins or goes on; raises `InputError` when that run was asked for something else."
     path = workspace.executed / run_id / "request.json"
     run = Run(run_id, "running", utc_now(), None, request.trigger, steps=[StepRecord(s.name, s.notebook) for s in plan],
@@ -324,7 +325,7 @@ def open_run(workspace: Workspace, request: Request, run_id: str, plan: tuple[St
 def close_run(job: Job, status: str) -> Run:
     "Write down how the run ended, and its page; one that waits has not finished."
     job.save(status=status, finished=None if status == "waiting" else utc_now())
-    write_report(job.workspace.executed, job.run, told_page(job.workspace, job.run))
+    write_report(job.workspace.executed, job.run, run_summary_html(job.workspace, job.run))
     return job.run
 
 # %% ../../nbs/chain/08_run.ipynb #d16748af
@@ -341,6 +342,6 @@ def tidy(workspace: Workspace) -> None:
             folder.rmdir()
 
 # %% ../../nbs/chain/08_run.ipynb #1d9b6d6a
-def request_of(workspace: Workspace, run_id: str) -> Request:
+def request_of(workspace: Workspace, run_id: str) -> RunRequest:
     "What a run was asked for."
-    return Request(**read_json(workspace.executed / run_id / "request.json"))
+    return RunRequest(**read_json(workspace.executed / run_id / "request.json"))

@@ -5,11 +5,14 @@
 # %% ../../nbs/chain/04_runs.ipynb #a50c2464
 from __future__ import annotations
 
-import base64, html, re, secrets
+import base64
+import html
+import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +61,7 @@ def with_step(run: Run, record: StepRecord) -> Run:
 # %% ../../nbs/chain/04_runs.ipynb #8aeb92e1
 def new_run_id() -> str:
     "A run id of the time in UTC and four hexadecimal digits."
-    return datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ-") + secrets.token_hex(2)
+    return datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ-") + secrets.token_hex(2)
 
 # %% ../../nbs/chain/04_runs.ipynb #13fe0c8b
 def check_run_id(run_id: str) -> str:

@@ -5,11 +5,16 @@
 # %% ../../nbs/chain/02_store.ipynb #96ee9ccd
 from __future__ import annotations
 
-import ast, hashlib, json, os, re, subprocess
+import ast
+import hashlib
+import json
+import os
+import re
+import subprocess
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -180,7 +185,7 @@ def publish(store: Store, step: str, key: str, taken: Iterable[str], **facts: An
     result = read_json(work / "out" / "result.json")
     digests = {name: tree_digest(work / "out" / result[name]) for name in taken if result.get(name)}
     record = {"step": step, "key": key, "result": result, "digests": digests, **facts,
-              "created": datetime.now(timezone.utc).isoformat(timespec="microseconds")}
+              "created": datetime.now(UTC).isoformat(timespec="microseconds")}
     write_json(work / "out" / ".step.json", record)
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():  # it was asked for again

@@ -5,23 +5,29 @@
 # %% ../../nbs/chain/11_watch.ipynb #5688a7f3
 from __future__ import annotations
 
-import fcntl, hashlib, os, shlex, subprocess, sys, time
+import fcntl
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import intel_nb
-from .run import request_of
 from .execution import end_process
-from .inbox import Inbox, Mark, add_captured, picture
+from .inbox import Inbox, Mark, add_captured, snapshot
 from .plan import Workspace
-from ..locks import is_locked, locked
+from .run import request_of
 from .runs import list_runs, new_run_id, read_run
-from ..storage import InputError, read_json, remove, utc_now, write_json
+from ..locks import is_locked, locked
 from ..serving.supervisor import last_line
+from ..storage import InputError, read_json, remove, utc_now, write_json
 
 # %% auto #0
 __all__ = ['STARTS', 'COMMANDS', 'BY_NAME', 'UPLOADS', 'ARCHIVE', 'LABELS', 'KEEP', 'COMMAND', 'Start', 'Event', 'upload_events',
@@ -183,7 +189,7 @@ def order_uploads(ledger: Ledger, workspace: Workspace, inbox: Path, ready: Mapp
         raise InputError(f"labels wait for the photographs that they add to; upload {ARCHIVE}, or run intel-nb run --data once")
     try:
         earlier = {digest: before / key for key, digest in had.items()}
-        files = picture(inbox, dict(sorted(wanted.items())), draft / "inbox", earlier)
+        files = snapshot(inbox, dict(sorted(wanted.items())), draft / "inbox", earlier)
         if not (events := ledger.new(upload_events(files))) or (base is None and ARCHIVE not in files):
             return None
         add_captured(draft / "inbox", [before / LABELS, workspace.home / "captures"])
@@ -294,7 +300,7 @@ class Watcher:
         if self._due(self.ledger.new(upload_events({key: digest for key, (_, digest) in inbox.ready.items()}))):
             self._waits = None
             return order_uploads(self.ledger, self.workspace, inbox.folder, inbox.ready, inbox.unready, self.options)
-        approved = self.ledger.new(approval_events(self.workspace, datetime.now(timezone.utc)))
+        approved = self.ledger.new(approval_events(self.workspace, datetime.now(UTC)))
         return order_approval(self.ledger, approved[0]) if approved else None
 
     def _due(self, new: list[Event]) -> bool:

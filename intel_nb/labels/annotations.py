@@ -5,11 +5,18 @@
 # %% ../../nbs/labels/02_annotations.ipynb #0097735a
 from __future__ import annotations
 
-import base64, binascii, csv, hashlib, json, math, posixpath, re
+import base64
+import binascii
+import csv
+import hashlib
+import json
+import math
+import posixpath
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,7 +143,7 @@ def _source(meta: Any) -> str:
     try:
         if meta["source"] == "capture":
             time = datetime.fromisoformat(meta["captured"])
-            return f"capture:{time.replace(tzinfo=time.tzinfo or timezone.utc).astimezone(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
+            return f"capture:{time.replace(tzinfo=time.tzinfo or UTC).astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
     except (KeyError, TypeError, ValueError, OverflowError):
         pass
     return "annotations"

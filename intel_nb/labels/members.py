@@ -5,7 +5,9 @@
 # %% ../../nbs/labels/01_members.ipynb #56f29de5
 from __future__ import annotations
 
-import stat, zipfile, zlib
+import stat
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath

@@ -5,7 +5,12 @@
 # %% ../../nbs/serving/09_app.ipynb #02177918
 from __future__ import annotations
 
-import asyncio, hmac, json, logging, os, time
+import asyncio
+import hmac
+import json
+import logging
+import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields
@@ -20,16 +25,16 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from .batching import Batcher, Overloaded
-from .captures import TEST, Recorder
 from ..images import MAX_BYTES
 from ..model import Package, cores, load_package
+from .batching import Batcher, Overloaded
+from .captures import TEST, Recorder
 from .monitor import Monitor
 from .page import CSP, PAGE
 from .payloads import Refusal, media_type, parse
 from .shadow import Copy, Mirror
-from ..storage import InputError
 from .telemetry import Metrics, log_request, request_id
+from ..storage import InputError
 
 # %% auto #0
 __all__ = ['LINGER_SECONDS', 'router', 'DRIFT_TYPE', 'Settings', 'Outputs', 'run_requests', 'run_model', 'predictions_of',

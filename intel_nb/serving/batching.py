@@ -5,7 +5,9 @@
 # %% ../../nbs/serving/02_batching.ipynb #97c59028
 from __future__ import annotations
 
-import asyncio, logging, threading
+import asyncio
+import logging
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

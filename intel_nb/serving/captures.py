@@ -5,12 +5,17 @@
 # %% ../../nbs/serving/05_captures.ipynb #37b6c17b
 from __future__ import annotations
 
-import base64, hashlib, html, logging, threading, time
+import base64
+import hashlib
+import html
+import logging
+import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from queue import Empty, Queue
 from typing import Any, NamedTuple
@@ -128,8 +133,8 @@ def room_for_another(folder: Path, keep: int, days: int, now: datetime) -> bool:
 def captured_at(path: Path) -> datetime:
     "When the capture in the folder `path` began, as its name says; long ago for a name that says nothing."
     with suppress(ValueError):
-        return datetime.strptime(path.name.partition("Z-")[0], "%Y-%m-%dT%H%M%S").replace(tzinfo=timezone.utc)
-    return datetime.min.replace(tzinfo=timezone.utc)
+        return datetime.strptime(path.name.partition("Z-")[0], "%Y-%m-%dT%H%M%S").replace(tzinfo=UTC)
+    return datetime.min.replace(tzinfo=UTC)
 
 # %% ../../nbs/serving/05_captures.ipynb #0614f946
 def write_captures(jobs: Queue, begin: Callable[[dict[str, Any]], Capture | None], done: Callable[[Seen], None]) -> None:
@@ -231,7 +236,7 @@ class Recorder:
 
     def _open(self, alarm: dict[str, Any]) -> Capture | None:
         "The capture for `alarm`; None where there is no room."
-        if not room_for_another(self.folder, self.keep, self.days, datetime.now(timezone.utc)):
+        if not room_for_another(self.folder, self.keep, self.days, datetime.now(UTC)):
             logging.getLogger(__name__).warning("an alarm's images are not kept: %d captures of today in %s",
                                                 self.keep, self.folder)
             return None

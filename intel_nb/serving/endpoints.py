@@ -5,7 +5,13 @@
 # %% ../../nbs/serving/12_endpoints.ipynb #fd407b4d
 from __future__ import annotations
 
-import json, os, re, signal, subprocess, tempfile, time
+import json
+import os
+import re
+import signal
+import subprocess
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -14,16 +20,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import intel_nb
-from .captures import TEST
 from ..locks import locked
+from .captures import TEST
 from .shadow import LOOK_SECONDS, name_shadow, read_seen, read_shadow
-from ..storage import InputError, _cloud, write_json
-from .supervisor import ENGINES, Request, command, is_alive, last_line, read_record
+from .supervisor import ENGINES, StageRequest, command, is_alive, last_line, read_record
+from ..storage import InputError, cloud_module, write_json
 
 # %% auto #0
-__all__ = ['SHADOW', 'Endpoint', 'EndpointError', 'Endpoints', 'open_endpoints', 'Refused', 'ask', 'invoke', 'drift_status',
-           'spawn', 'captures_of', 'is_gone', 'as_endpoint', 'check_stage', 'check_engine', 'known_stage', 'request',
-           'settled', 'answers', 'end_processes', 'LocalEndpoints', 'throwaway']
+__all__ = ['SHADOW', 'Endpoint', 'EndpointError', 'Endpoints', 'open_endpoints', 'Refused', 'ask', 'as_refusal', 'invoke',
+           'drift_status', 'spawn', 'captures_of', 'is_gone', 'as_endpoint', 'check_stage', 'check_engine',
+           'known_stage', 'request', 'settled', 'is_answering', 'end_processes', 'LocalEndpoints', 'throwaway']
 
 # %% ../../nbs/serving/12_endpoints.ipynb #1630776e
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Endpoints(Protocol):
 def open_endpoints(uri: str | Path) -> Endpoints:
     "The endpoints kept in the folder `uri`, or those of SageMaker for `sagemaker://`."
     if str(uri).startswith("sagemaker://"):
-        return _cloud().open_endpoints(str(uri))
+        return cloud_module().open_endpoints(str(uri))
     if "://" in str(uri):
         raise InputError(f"{uri}: endpoints are a folder or sagemaker://")
     return LocalEndpoints(uri)
@@ -90,12 +96,12 @@ def ask(url: str, body: bytes | None = None, content_type: str | None = None, ti
         with urlopen(Question(url, body, {k: v for k, v in headers.items() if v}), timeout=timeout) as reply:
             return json.load(reply)
     except HTTPError as e:
-        raise _refused(e.code, e.read()) from None
+        raise as_refusal(e.code, e.read()) from None
     except (OSError, HTTPException, ValueError) as e:
         raise EndpointError(f"{url} does not answer ({e}); intel-nb endpoints shows what runs") from None
 
 # %% ../../nbs/serving/12_endpoints.ipynb #4db24138
-def _refused(status: int, body: bytes) -> Exception:
+def as_refusal(status: int, body: bytes) -> Exception:
     "The error that an HTTP error stands for."
     try:
         error = json.loads(body)["error"]
@@ -109,14 +115,14 @@ def _refused(status: int, body: bytes) -> Exception:
 def invoke(url: str, body: bytes, content_type: str, timeout: float = 60, test: bool = False) -> dict[str, Any]:
     "The endpoint's answer to one request; raises as `ask` does. What a `test` sends is observed, but neither kept nor reported."
     if url.startswith("sagemaker://"):
-        return _cloud().invoke(url, body, content_type, timeout, test)
+        return cloud_module().invoke(url, body, content_type, timeout, test)
     return ask(f"{url}/invocations", body, content_type, timeout, dict([TEST]) if test else {})
 
 # %% ../../nbs/serving/12_endpoints.ipynb #56160eaf
 def drift_status(url: str, timeout: float = 10) -> dict[str, Any]:
     "What the endpoint's detector has counted: the answer of `GET /drift`."
     if url.startswith("sagemaker://"):
-        return _cloud().drift_status(url, timeout)
+        return cloud_module().drift_status(url, timeout)
     return ask(f"{url}/drift", timeout=timeout)
 
 # %% ../../nbs/serving/12_endpoints.ipynb #51e3dee7
@@ -191,7 +197,7 @@ def known_stage(folder: Path, stage: str) -> Path:
 def request(folder: Path, package: str, version: str, back: bool, engine: str,
             start: Callable[[Path], subprocess.Popen]) -> Endpoint:
     "Have the stage serve `package`, with a supervisor made by `start` if it has none; raises `EndpointError`."
-    wanted = Request(os.urandom(8).hex(), package, version, back, engine)
+    wanted = StageRequest(os.urandom(8).hex(), package, version, back, engine)
     write_json(folder / "request.json", asdict(wanted))
     if is_alive(folder):
         os.kill(read_record(folder).pid, signal.SIGHUP)
@@ -211,17 +217,17 @@ def request(folder: Path, package: str, version: str, back: bool, engine: str,
 def settled(folder: Path, patience: float = 60) -> Endpoint:
     "The endpoint once it answers, or is dead or stopped; raises `EndpointError` after `patience` seconds of neither."
     deadline = time.monotonic() + patience
-    while (found := as_endpoint(folder)).status in ("running", "starting") and not answers(found.url):
+    while (found := as_endpoint(folder)).status in ("running", "starting") and not is_answering(found.url):
         if time.monotonic() > deadline:
             raise EndpointError(f"{found.url} does not answer; stop it, and see {folder / 'supervisor.log'}")
         time.sleep(0.05)
     return found
 
 # %% ../../nbs/serving/12_endpoints.ipynb #3e73a24d
-def answers(url: str) -> bool:
+def is_answering(url: str) -> bool:
     "Whether the endpoint at `url` is ready."
     if url.startswith("sagemaker://"):
-        return _cloud().answers(url)
+        return cloud_module().answers(url)
     from urllib.request import urlopen
     try:
         with urlopen(f"{url}/ping", timeout=5) as reply:

@@ -5,7 +5,9 @@
 # %% ../../nbs/serving/03_monitor.ipynb #be0377fa
 from __future__ import annotations
 
-import json, logging, threading
+import json
+import logging
+import threading
 from base64 import b64decode, b64encode
 from collections import Counter, deque
 from collections.abc import Sequence

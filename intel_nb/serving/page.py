@@ -5,7 +5,8 @@
 # %% ../../nbs/serving/08_page.ipynb #4ff5cec1
 from __future__ import annotations
 
-import base64, hashlib
+import base64
+import hashlib
 
 # %% auto #0
 __all__ = ['BODY', 'LAYOUT', 'PARTS', 'COLOURS', 'ASK', 'TOKEN', 'CLASSIFY', 'TELL', 'WORDS', 'CHART', 'REFRESH', 'INPUT',

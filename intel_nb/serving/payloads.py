@@ -5,7 +5,10 @@
 # %% ../../nbs/serving/01_payloads.ipynb #f4346ca2
 from __future__ import annotations
 
-import base64, json, logging, re
+import base64
+import json
+import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain

@@ -5,7 +5,8 @@
 # %% ../../nbs/serving/07_protocol.ipynb #10ade9c9
 from __future__ import annotations
 
-import re, socket
+import re
+import socket
 from collections.abc import Callable
 from typing import Any
 

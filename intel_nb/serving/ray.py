@@ -5,7 +5,18 @@
 # %% ../../nbs/serving/13_ray.ipynb #0ad05b1a
 from __future__ import annotations
 
-import atexit, copyreg, logging, os, queue, secrets, shutil, signal, subprocess, sys, tempfile, threading
+import atexit
+import copyreg
+import logging
+import os
+import queue
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,11 +27,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..model import FILES, Package, check_manifest, cores, load_package
+from .app import Outputs, Service, Settings, create_app as create_local_app
 from .monitor import HISTORY, Monitor
 from .payloads import Refusal
-from .app import Outputs, Service, Settings, create_app as create_local_app
-from ..storage import InputError, remove, write_text
 from .worker import give_memory_back
+from ..storage import InputError, remove, write_text
 
 if TYPE_CHECKING:  # Ray takes seconds to import, and is an extra
     from fastapi import FastAPI

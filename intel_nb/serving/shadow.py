@@ -5,7 +5,11 @@
 # %% ../../nbs/serving/06_shadow.ipynb #0a14fed4
 from __future__ import annotations
 
-import json, logging, queue, threading, time
+import json
+import logging
+import queue
+import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,11 +21,13 @@ from ..storage import InputError, read_json, write_json
 
 if TYPE_CHECKING:  # who only reads a tally does without
     from http.client import HTTPConnection
+
     from intel_nb.serving.telemetry import Metrics
 
 # %% auto #0
-__all__ = ['LATEST', 'ANSWER_SECONDS', 'LOOK_SECONDS', 'ROOM', 'ROOM_BYTES', 'Tally', 'quantiles', 'in_words', 'name_shadow',
-           'read_shadow', 'read_seen', 'write_seen', 'Copy', 'classes_of', 'post', 'Line', 'Mirror', 'watch_shadow']
+__all__ = ['LATEST', 'ANSWER_SECONDS', 'LOOK_SECONDS', 'ROOM', 'ROOM_BYTES', 'Tally', 'quantiles', 'shadow_in_words',
+           'name_shadow', 'read_shadow', 'read_seen', 'write_seen', 'Copy', 'classes_of', 'post', 'Line', 'Mirror',
+           'watch_shadow']
 
 # %% ../../nbs/serving/06_shadow.ipynb #8b417a43
 LATEST = 1000  # requests that the times are told of
@@ -63,7 +69,7 @@ def quantiles(seconds: Sequence[float]) -> dict[str, float]:
     return {"median": at(.5), "p95": at(.95)}
 
 # %% ../../nbs/serving/06_shadow.ipynb #b40a21a5
-def in_words(seen: dict[str, Any]) -> str:
+def shadow_in_words(seen: dict[str, Any]) -> str:
     "What `summary` says, for a person."
     agreed = f"agrees on {seen['agreement']:.2%} of {seen['images']} images" if seen["images"] else "has answered nothing yet"
     times = f", {seen['shadow_ms']['median']:.1f} ms beside {seen['ms']['median']:.1f} ms" if "ms" in seen else ""

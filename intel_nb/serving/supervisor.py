@@ -5,7 +5,13 @@
 # %% ../../nbs/serving/11_supervisor.ipynb #f512d6c8
 from __future__ import annotations
 
-import json, logging, os, signal, socket, sys, time
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -13,20 +19,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..locks import is_locked, locked
-from ..storage import InputError, read_json, utc_now, write_json
 from .worker import Assignment
+from ..storage import InputError, read_json, utc_now, write_json
 
 if TYPE_CHECKING:
     import asyncio
 
 # %% auto #0
-__all__ = ['START_SECONDS', 'LEAVE_SECONDS', 'SPARE_SECONDS', 'ENGINES', 'WARM', 'Request', 'Record', 'read_record', 'extended',
-           'is_alive', 'last_line', 'neighbours_ports', 'listen', 'WorkerFailed', 'Worker', 'launch', 'warm_for',
-           'Stage', 'answer', 'revive', 'watch', 'run', 'open_stage', 'close', 'supervise', 'command']
+__all__ = ['START_SECONDS', 'LEAVE_SECONDS', 'SPARE_SECONDS', 'ENGINES', 'WARM', 'StageRequest', 'StageRecord', 'read_record',
+           'extended', 'is_alive', 'last_line', 'neighbours_ports', 'listen', 'WorkerFailed', 'Worker', 'launch',
+           'warm_for', 'Stage', 'answer', 'revive', 'watch', 'run', 'open_stage', 'close', 'supervise', 'command']
 
 # %% ../../nbs/serving/11_supervisor.ipynb #a85437ef
 @dataclass(frozen=True)
-class Request:
+class StageRequest:
     "What a stage shall serve."
     id: str
     package: str
@@ -35,7 +41,7 @@ class Request:
     engine: str = "process"
 
 @dataclass(frozen=True)
-class Record:
+class StageRecord:
     "What a stage serves; the history is that of its versions, the last one being the present one."
     stage: str
     url: str = ""
@@ -51,12 +57,12 @@ class Record:
     warm: str = ""           # the version before, while its worker stands by
 
 # %% ../../nbs/serving/11_supervisor.ipynb #84a430c5
-def read_record(folder: Path) -> Record:
+def read_record(folder: Path) -> StageRecord:
     "The record in a stage's folder; an empty one where there is none."
     if not (folder / "endpoint.json").exists():
-        return Record(folder.name)
-    known, values = {f.name for f in fields(Record)}, read_json(folder / "endpoint.json")
-    return Record(**{k: tuple(v) if k == "history" else v for k, v in values.items() if k in known})
+        return StageRecord(folder.name)
+    known, values = {f.name for f in fields(StageRecord)}, read_json(folder / "endpoint.json")
+    return StageRecord(**{k: tuple(v) if k == "history" else v for k, v in values.items() if k in known})
 
 # %% ../../nbs/serving/11_supervisor.ipynb #e245e14f
 def extended(history: tuple[str, ...], version: str, back: bool) -> tuple[str, ...]:
@@ -237,7 +243,7 @@ class Stage:
         "Have the present worker leave, or stand by; its last clients may still be served after this returns."
         old, self.worker = self.worker, None
         if old is None:
-            return
+            return None
         if old.process.returncode is not None:  # it died
             return await old.end()
         try:
@@ -271,7 +277,7 @@ class Stage:
 # %% ../../nbs/serving/11_supervisor.ipynb #0ad49251
 async def answer(stage: Stage) -> None:
     "Do what `request.json` asks for, unless that is done; a failure is noted, and what served before serves on."
-    request = Request(**read_json(stage.folder / "request.json"))
+    request = StageRequest(**read_json(stage.folder / "request.json"))
     if request.id == stage.record.answered:
         return
     try:

@@ -5,9 +5,14 @@
 # %% ../../nbs/serving/04_telemetry.ipynb #37a6d6be
 from __future__ import annotations
 
-import json, logging, random, re, threading, time
+import json
+import logging
+import random
+import re
+import threading
+import time
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
@@ -56,7 +61,7 @@ requests_log = logging.getLogger("intel_nb.requests")
 def log_request(**known: Any) -> None:
     "Write what is `known` of an answered request as one line; what is None is left out."
     if requests_log.isEnabledFor(logging.INFO):
-        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         requests_log.info(json.dumps({"time": now, **{k: v for k, v in known.items() if v is not None}}))
 
 # %% ../../nbs/serving/04_telemetry.ipynb #662fb62e

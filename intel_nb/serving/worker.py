@@ -5,7 +5,14 @@
 # %% ../../nbs/serving/10_worker.ipynb #44e1e226
 from __future__ import annotations
 
-import asyncio, json, logging, os, signal, socket, sys, time
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -17,6 +24,7 @@ from ..storage import InputError
 if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
+
     from intel_nb.serving.app import Service
 
 # %% auto #0
@@ -65,6 +73,7 @@ def give_memory_back() -> None:
 def work(assignment: str) -> None:
     "Load, wait for the word, serve, leave, and again if it was told to stand by; `assignment` is an `Assignment` in JSON."
     import uvloop
+
     from intel_nb.serving.telemetry import log_requests_to
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     told = Assignment(**json.loads(assignment))
@@ -105,6 +114,7 @@ def load(told: Assignment, control: socket.socket) -> FastAPI:
 def make_server(app: FastAPI) -> uvicorn.Server:
     "The HTTP server for `app`."
     import uvicorn
+
     from intel_nb.serving.protocol import Connection
 
     class Own(Connection):  # it gets a place to give its connections to, when this worker leaves

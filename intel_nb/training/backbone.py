@@ -5,7 +5,9 @@
 # %% ../../nbs/training/01_backbone.ipynb #55db0c06
 from __future__ import annotations
 
-import io, math, warnings
+import io
+import math
+import warnings
 from importlib import import_module
 
 import numpy as np

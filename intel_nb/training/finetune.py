@@ -5,7 +5,9 @@
 # %% ../../nbs/training/03_finetune.ipynb #e422de7d
 from __future__ import annotations
 
-import logging, math, warnings
+import logging
+import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +19,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .. import _torchvision
-from .backbone import Embedder
 from ..images import decode
 from ..model import cores
+from .backbone import Embedder
 
 _torchvision.allow()
 import lightning as L  # noqa: E402  (it imports torchvision, so the guard comes first)
