@@ -1,7 +1,11 @@
 # make run            the whole loop on drawn sample scenes, to a live staging endpoint
 # make run DATA=intel.zip [PROFILE=full] [ARGS="--param evaluate.min_accuracy=0.9"]
-# make test           all notebooks and tests
-# make export         intel_nb/ from nbs/, and clean notebooks
+# make test           every notebook, and the tests that take seconds
+# make slow           the tests that kill, wait or rehearse: within an hour
+# make long           the tests that take longer still
+# make export         write intel_nb/ from nbs/, and clean the notebooks
+# make check          what must hold before a commit: nothing left to export, ruff, mypy
+# make hooks          check all of that at each commit, and merge notebooks cell by cell
 # make lock           pin all dependencies anew
 # make clean          remove what the runs and the tests left here, the environment too
 
@@ -10,7 +14,7 @@ BIN    := .venv/bin
 PINS   := pyproject.toml constraints.txt
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e
 
-.PHONY: run test slow export check lock clean
+.PHONY: run test slow long export check hooks lock clean
 
 run: .venv/run.stamp
 	@$(BIN)/intel-nb run --approve $(if $(DATA),--data "$(DATA)") $(if $(PROFILE),--profile "$(PROFILE)") $(ARGS)
@@ -23,17 +27,25 @@ test: .venv/test.stamp
 slow: .venv/test.stamp
 	$(BIN)/pytest -q -m slow
 
+long: .venv/test.stamp
+	$(BIN)/pytest -q -m long
+
 export: .venv/run.stamp
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 
-# What must hold before a commit: export and clean change nothing, no undefined name.
 check: .venv/test.stamp
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 	git diff --exit-code --stat -- intel_nb nbs
 	test -z "$$(git status --porcelain -- intel_nb nbs)"
-	$(BIN)/ruff check intel_nb tests
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+hooks: .venv/run.stamp
+	$(BIN)/pre-commit install
+	git config merge.nbdev-merge.name "merge notebooks cell by cell"
+	git config merge.nbdev-merge.driver "$(BIN)/nbdev_merge %O %A %B %P"
 
 .venv/run.stamp: $(PINS)
 	@echo "Installing into .venv (some minutes, once) …"
@@ -50,5 +62,5 @@ lock:
 	$(PYTHON) .ci/lock.py
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
