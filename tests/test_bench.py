@@ -10,28 +10,27 @@ from pathlib import Path
 
 import pytest
 
-from intel_nb.bench import (
-    BODIES,
+from bench.load import (
     Answer,
-    Order,
+    LoadSpec,
     Tally,
     exchange,
     footprint,
-    holders,
     image_type,
+    listening_processes,
     load,
-    original_served,
     overload,
     raw_request,
     read_images,
     soak,
     write_requests,
 )
+from bench.original import BODIES, original_served
 from intel_nb.model import sample_package
 from intel_nb.scenes import sample_archive
 from intel_nb.serving.endpoints import LocalEndpoints, drift_status, throwaway
 
-NOTEBOOK = Path(__file__).parent.parent / "nbs" / "40_bench.ipynb"
+NOTEBOOK = Path(__file__).parent.parent / "bench" / "benchmark.ipynb"
 PHOTOS = read_images(limit=24)
 needs_wrk = pytest.mark.skipif(not shutil.which("wrk"), reason="wrk is not installed")
 
@@ -47,30 +46,31 @@ def requests(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def order(package, requests):
-    "A load on an endpoint that takes in four requests at most."
+def spec(package, requests):
+    "A load on an endpoint that holds four requests at most."
     with throwaway(package, INTEL_NB_QUEUE="4") as url:
-        yield Order(url, requests, connections=4)
+        yield LoadSpec(url, requests, connections=4)
 
 
 @pytest.mark.parametrize("wrk", [False, pytest.param(True, marks=needs_wrk)])
-def test_a_client_counts_what_the_endpoint_counts(order, wrk):
-    before = drift_status(order.url)["observations"]
-    found = load(replace(order, seconds=1), wrk=wrk)
-    seen = drift_status(order.url)["observations"] - before
+def test_a_client_counts_what_the_endpoint_counts(spec, wrk):
+    before = drift_status(spec.url)["observations"]
+    found = load(replace(spec, seconds=1), wrk=wrk)
+    seen = drift_status(spec.url)["observations"] - before
     assert set(found.statuses) == {"200"} and found.statuses["200"] > 10
-    assert found.statuses["200"] <= seen <= found.statuses["200"] + (order.connections if wrk else 0)  # wrk cuts off the last ones
+    cut_off = spec.connections if wrk else 0  # wrk does not wait for the last answers
+    assert found.statuses["200"] <= seen <= found.statuses["200"] + cut_off
     assert 0 < found.p50 <= found.p99 and 0 < found.client < 1.5
 
 
-def test_a_number_of_requests_is_kept(order):
-    assert load(replace(order, requests=33)).statuses == {"200": 33}
+def test_a_number_of_requests_is_kept(spec):
+    assert load(replace(spec, requests=33)).statuses == {"200": 33}
 
 
 @needs_wrk
-def test_wrk_tells_refusals_apart(order, tmp_path):
+def test_wrk_tells_refusals_apart(spec, tmp_path):
     bad = write_requests(tmp_path, [raw_request(PHOTOS[0], "image/jpeg"), raw_request(b"no image", "image/jpeg")])
-    found = load(replace(order, folder=str(bad), seconds=1), wrk=True)
+    found = load(replace(spec, folder=str(bad), seconds=1), wrk=True)
     assert set(found.statuses) == {"200", "other"}
     assert abs(found.statuses["200"] - found.statuses["other"]) <= 1
 
@@ -92,8 +92,8 @@ def test_a_lost_connection_is_counted_and_made_anew():
     assert tally.statuses == {"lost": 5}
 
 
-def test_more_than_it_can_carry_is_refused_and_leaves_no_trace(order):
-    found = overload(replace(order, connections=2, requests=200), queue=4, factor=8)
+def test_more_than_it_can_carry_is_refused_and_leaves_no_trace(spec):
+    found = overload(replace(spec, connections=2, requests=200), queue=4, factor=8)
     statuses = {name: load["statuses"] for name, load in found["loads"].items()}
     assert statuses["before"] == statuses["after"] == {"200": 200}
     for flood in (statuses["flood"], statuses["again"]):
@@ -105,18 +105,18 @@ def test_more_than_it_can_carry_is_refused_and_leaves_no_trace(order):
 def test_the_processes_of_an_endpoint_are_found(tmp_path, package):
     endpoints = LocalEndpoints(tmp_path, owned=True, first_port=0)
     endpoint = endpoints.deploy("staging", package, "1")
-    pids = holders(endpoint.url)
+    pids = listening_processes(endpoint.url)
     assert endpoint.pid in pids and len(pids) >= 2 and os.getpid() not in pids
     assert footprint(pids)["memory_mb"] > footprint([endpoint.pid])["memory_mb"]
     endpoints.stop("staging")
-    assert holders(endpoint.url) == []
+    assert listening_processes(endpoint.url) == []
 
 
-def test_a_soak_watches_while_it_loads(order):
-    found, rows = soak(replace(order, connections=2, seconds=1), every=0.1)
+def test_a_soak_watches_while_it_loads(spec):
+    found, rows = soak(replace(spec, connections=2, seconds=1), every=0.1)
     assert set(found.statuses) == {"200"}
     assert 2 <= len(rows) <= 11 and [r["seconds"] for r in rows] == sorted(r["seconds"] for r in rows)
-    idle = footprint(holders(order.url))["files"]
+    idle = footprint(listening_processes(spec.url))["files"]
     assert max(r["files"] for r in rows) > idle  # the connections
 
 
@@ -124,8 +124,8 @@ def test_a_token_goes_along(monkeypatch, package, requests, tmp_path):
     monkeypatch.setenv("INTEL_NB_TOKEN", "secret")
     bearing = write_requests(tmp_path, [raw_request(PHOTOS[0], "image/jpeg")])
     with throwaway(package) as url:
-        assert load(Order(url, requests, requests=3)).statuses == {"401": 3}
-        assert load(Order(url, str(bearing), requests=3)).statuses == {"200": 3}
+        assert load(LoadSpec(url, requests, requests=3)).statuses == {"401": 3}
+        assert load(LoadSpec(url, str(bearing), requests=3)).statuses == {"200": 3}
 
 
 def test_papermill_sees_every_parameter():
@@ -154,15 +154,17 @@ def test_the_originals_handler_answers_both_forms_alike():
 @pytest.mark.slow
 def test_the_notebook_measures_what_it_is_given(tmp_path, package):
     from papermill import execute_notebook
-    given = {"package": str(package), "images": str(sample_archive(tmp_path / "scenes.zip", 6, 0)), "other_package": str(package),
+    archive = sample_archive(tmp_path / "scenes.zip", 6, 0)
+    given = {"package": str(package), "images": str(archive), "other_package": str(package),
              "other_settings": {"INTEL_NB_BATCH": "1"}, "rounds": 2, "connections": 4, "out_dir": str(tmp_path / "out")}
     execute_notebook(str(NOTEBOOK), str(tmp_path / "ran.ipynb"), given, progress_bar=False, cwd=str(tmp_path))
     report = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert set(report) == {"settings", "figures", "ratios", "drift", "overload", "soak"}
     assert {len(loads) for loads in report["figures"].values()} == {2}
     ratios = {r["ratio"] for r in report["ratios"]}
-    assert ratios == {"endpoint / bare loop", "endpoint, one connection / bare loop, one image", "endpoint / other bare loop",
-                      "bare loop / bare loop without drift", "other settings / endpoint"}
+    assert ratios == {"endpoint / bare loop", "endpoint, one connection / bare loop, one image",
+                      "endpoint / other bare loop", "bare loop / bare loop without drift", "other settings / endpoint"}
     assert set(report["overload"]["loads"]["flood"]["statuses"]) <= {"200", "503"}
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert all(result[f"{r['ratio']}, {'images/s' if r['figure'] == 'rate' else 'p50'}"] == r["median"] for r in report["ratios"])
+    for row in report["ratios"]:
+        assert result[f"{row['ratio']}, {'images/s' if row['figure'] == 'rate' else 'p50'}"] == row["median"]
