@@ -1,5 +1,6 @@
 """The steps deploy and staging as papermill runs them: against a real registry and a real endpoint."""
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ pytestmark = pytest.mark.slow
 
 def run(name: str, tmp_path: Path, **parameters) -> dict:
     "The result of a step's notebook."
-    papermill.execute_notebook(NOTEBOOKS / name, tmp_path / name, parameters | {"out_dir": str(tmp_path / "out")}, progress_bar=False)
+    given = parameters | {"out_dir": str(tmp_path / "out")}
+    papermill.execute_notebook(NOTEBOOKS / name, tmp_path / name, given, progress_bar=False)
     return json.loads((tmp_path / "out" / "result.json").read_text())
 
 
@@ -43,10 +45,11 @@ def test_an_approved_version_is_deployed_and_tested(tmp_path):
         write_predictions(tmp_path / "true.parquet", split, true, **about)
         write_predictions(tmp_path / "false.parquet", split, np.roll(true, 1, axis=1), **about)
         asked = {"url": deployed["url"], "dataset": str(tmp_path / "dataset"), "sample": 12}
-        result = run("05_test_staging.ipynb", tmp_path, version=version, predictions=str(tmp_path / "true.parquet"), **asked)
+        test_of = partial(run, "05_test_staging.ipynb", tmp_path, version=version, **asked)
+        result = test_of(predictions=str(tmp_path / "true.parquet"))
         assert result["passed"] and result["images"] == 12
         with pytest.raises(papermill.PapermillExecutionError, match="a probability differs"):
-            run("05_test_staging.ipynb", tmp_path, version=version, predictions=str(tmp_path / "false.parquet"), **asked)
+            test_of(predictions=str(tmp_path / "false.parquet"))
         with pytest.raises(papermill.PapermillExecutionError, match=f"version {version} answered, not 99"):
             run("05_test_staging.ipynb", tmp_path, version="99", predictions=str(tmp_path / "true.parquet"), **asked)
         assert not json.loads((tmp_path / "out" / "staging.json").read_text())["passed"]

@@ -1,4 +1,5 @@
-"The detector against its formula, its promise, damaged files, and alibi-detect as an oracle; its monitor when it is killed."
+"The detector against its formula, its promise, damaged files and alibi-detect; and its monitor when it is killed."
+import contextlib
 import dataclasses
 import math
 import subprocess
@@ -73,7 +74,8 @@ def test_a_loaded_detector_goes_on_exactly(stop, seed, width, tmp_path_factory):
 
 @settings(max_examples=40, deadline=None)
 @given(sizes=st.lists(st.integers(0, 20), min_size=1, max_size=8), seed=st.integers(0, 10**6),
-       width=st.sampled_from([1, 5, 136]), shift=st.sampled_from([0, 3]), windows=st.sampled_from([(1,), (2, 3, 8), (3, 30)]))
+       width=st.sampled_from([1, 5, 136]), shift=st.sampled_from([0, 3]),
+       windows=st.sampled_from([(1,), (2, 3, 8), (3, 30)]))
 def test_batches_give_the_statistics_of_one_by_one(sizes, seed, width, shift, windows):
     detector = OnlineMMD(normal(20, seed, width), 20, windows, 100, pool=normal(61, seed + 1, width))
     live = normal(sum(sizes) + 1, seed + 2, width) + np.float32(shift)
@@ -262,10 +264,8 @@ def test_flipped_or_missing_bytes_never_crash_the_loader(data, tmp_path_factory)
         for _ in range(data.draw(st.integers(1, 5))):
             content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(content)
-    try:
+    with contextlib.suppress(InputError):
         OnlineMMD.load(path).update(np.zeros(5))
-    except InputError:
-        pass
 
 
 def test_no_file_and_no_archive(tmp_path):

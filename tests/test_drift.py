@@ -5,10 +5,10 @@ import pytest
 from intel_nb.detector import OnlineMMD
 from intel_nb.drift import (
     CORRUPTIONS,
-    STRANGERS,
+    OUT_OF_DISTRIBUTION,
     case_table,
     cases_of,
-    check_inputs,
+    check_drift_inputs,
     chosen_images,
     corrupted,
     drift_features,
@@ -80,10 +80,10 @@ def test_a_dark_stream_is_caught_and_a_clean_one_runs_long(package, images):
 
 def test_few_images_are_enough(package, images):
     clean, shifted = seen(package, images[:2], 0, 2, [1, 2], ["fog"], over=7)
-    assert clean.shape[0] == 2 and len(shifted) == 18 + 1 + len(STRANGERS)
+    assert clean.shape[0] == 2 and len(shifted) == 18 + 1 + len(OUT_OF_DISTRIBUTION)
     assert all(len(rows) == (7 if how == "slow" else 2) for (_, how), rows in shifted.items())
     tables = case_table(package.detector(), clean, shifted, 3, seed=0)
-    assert [len(tables[kind]) for kind in ("delays", "slow", "strangers")] == [18, 1, len(STRANGERS)]
+    assert [len(tables[kind]) for kind in ("delays", "slow", "out_of_distribution")] == [18, 1, len(OUT_OF_DISTRIBUTION)]
     assert len(text_table(tables["slow"], ["corruption"]).split("\n")) == 1
     assert run_time(package.detector(), clean, 3, seed=0).summary()["length"] == 2
     delay(package.detector(), clean, shifted["fog", 1], 3, seed=0).summary()
@@ -111,11 +111,11 @@ def test_a_mix_names_its_classes_and_needs_images_of_them():
     assert [row["classes"] for row in table] == [["a"], ["b"], ["a", "b"], ["b", "none"], ["none", "a"]]
 
 
-BAD = (([], 1, 1, 1, [], 1), ([0], 1, 1, 1, [], 1), (["2"], 1, 1, 1, [], 1), ([2], 0, 1, 1, [], 1), ([2], 1, -1, 1, [], 1),
-       ([2], 1, 1, 0, [], 1), ([2], 1, 1, 1, ["snow"], 1), ([2], 1, 1, 1, [], 0))
+BAD = (([], 1, 1, 1, [], 1), ([0], 1, 1, 1, [], 1), (["2"], 1, 1, 1, [], 1), ([2], 0, 1, 1, [], 1),
+       ([2], 1, -1, 1, [], 1), ([2], 1, 1, 0, [], 1), ([2], 1, 1, 1, ["snow"], 1), ([2], 1, 1, 1, [], 0))
 
 
 @pytest.mark.parametrize("bad", BAD)
 def test_senseless_parameters_are_refused(bad):
     with pytest.raises(InputError):
-        check_inputs(*bad)
+        check_drift_inputs(*bad)
