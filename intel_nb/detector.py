@@ -9,18 +9,19 @@ import io
 import math
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .storage import InputError, write_bytes
 
 # %% auto #0
-__all__ = ['TAIL', 'ENOUGH', 'split_sizes', 'usable_windows', 'fit_whitening', 'gaussian_kernel', 'median_sigma', 'Calibration',
-           'stream_statistics', 'survivor_thresholds', 'calibrate', 'closeness', 'OnlineMMD', 'window_mmd2',
-           'latest_rows', 'feature_shift']
+__all__ = ['TAIL', 'ENOUGH', 'Reading', 'split_sizes', 'usable_windows', 'fit_whitening', 'gaussian_kernel', 'median_sigma',
+           'Calibration', 'stream_statistics', 'survivor_thresholds', 'closeness', 'calibrate', 'OnlineMMD',
+           'window_mmd2', 'latest_rows', 'feature_shift']
 
 # %% ../nbs/15_detector.ipynb #af89a4db
 def split_sizes(available: int, reference_size: int = 1000) -> dict[str, int]:
@@ -29,15 +30,29 @@ def split_sizes(available: int, reference_size: int = 1000) -> dict[str, int]:
     The reference gets `reference_size`, the pool four times that, the whitening the rest; but the reference gets a quarter
     at most, and the pool half."""
     if available < 16:
-        raise InputError(f"{available} images cannot calibrate a drift detector; 16 are the least, some 9,000 are good")
+        raise InputError(f"{available} images cannot calibrate a drift detector; at least 16 are needed, 9,000 are good")
     reference = max(1, min(reference_size, available // 4))
     pool = min(4 * reference, available // 2)
     return {"whiten": available - reference - pool, "reference": reference, "pool": pool}
 
 # %% ../nbs/15_detector.ipynb #b2d2b953
 def usable_windows(windows: tuple[int, ...], pool_size: int) -> tuple[int, ...]:
-    "Those of `windows` that a pool of `pool_size` images can calibrate: at most half of it; the smallest in any case."
+    "Return those of `windows` that a pool of `pool_size` rows can calibrate."
     return tuple(w for w in windows if 2 * w <= pool_size) or (min(windows),)
+
+# %% ../nbs/15_detector.ipynb #00381e6f
+def _matrix(rows: np.ndarray, name: str) -> np.ndarray:
+    "`rows` as float32 (n, D), or `ValueError`."
+    with np.errstate(over="ignore"):
+        rows = np.ascontiguousarray(rows, dtype=np.float32)
+    if rows.ndim != 2 or 0 in rows.shape:
+        raise ValueError(f"{name}: a matrix with a row for each observation is needed, not shape {rows.shape}")
+    if not np.isfinite(rows).all():
+        raise ValueError(f"{name}: some numbers are NaN or infinite")
+    return rows.clip(-_FAR, _FAR)
+
+# %% ../nbs/15_detector.ipynb #9d0070e3
+_FAR = np.float32(1e15)  # a feature beyond this is no less alike, and its square is still a finite float32
 
 # %% ../nbs/15_detector.ipynb #846fb036
 def fit_whitening(features: np.ndarray, n_components: int | None = None, ridge: float = 1e-4
@@ -57,25 +72,6 @@ def fit_whitening(features: np.ndarray, n_components: int | None = None, ridge: 
     scale = np.sqrt(values + ridge * values.mean() + np.finfo(np.float32).tiny)
     return mean.astype(np.float32), (vectors / scale).astype(np.float32)
 
-# %% ../nbs/15_detector.ipynb #00381e6f
-def _matrix(rows: np.ndarray, name: str) -> np.ndarray:
-    "`rows` as float32 (n, D), or `ValueError`."
-    with np.errstate(over="ignore"):
-        rows = np.ascontiguousarray(rows, dtype=np.float32)
-    if rows.ndim != 2 or 0 in rows.shape:
-        raise ValueError(f"{name}: a matrix with a row for each observation is needed, not shape {rows.shape}")
-    if not np.isfinite(rows).all():
-        raise ValueError(f"{name}: some numbers are NaN or infinite")
-    return rows.clip(-_FAR, _FAR)
-
-# %% ../nbs/15_detector.ipynb #9d0070e3
-_FAR = np.float32(1e15)  # a feature beyond this is no less alike, and its square is still a finite float32
-
-# %% ../nbs/15_detector.ipynb #dab77d2f
-def gaussian_kernel(a: np.ndarray, b: np.ndarray, sigma: float) -> np.ndarray:
-    "Kernel values (len(a), len(b)) between the rows of `a` and `b`, float32."
-    return np.exp(_squared_distances(a, b) * np.float32(-0.5 / sigma**2))
-
 # %% ../nbs/15_detector.ipynb #8ddcb641
 def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     "Squared Euclidean distances (len(a), len(b)), taken around the mean of `b`: float32 has too few digits far from 0."
@@ -87,6 +83,16 @@ def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     squares += np.einsum("ij,ij->i", b, b)
     return np.maximum(squares, 0, out=squares)
 
+# %% ../nbs/15_detector.ipynb #8fcdc830
+def _thinned(rows: np.ndarray, limit: int) -> np.ndarray:
+    "At most `limit` of `rows`, evenly spaced: what is quadratic in their number stays bounded."
+    return rows if len(rows) <= limit else rows[np.linspace(0, len(rows) - 1, limit).astype(int)]
+
+# %% ../nbs/15_detector.ipynb #dab77d2f
+def gaussian_kernel(a: np.ndarray, b: np.ndarray, sigma: float) -> np.ndarray:
+    "Kernel values (len(a), len(b)) between the rows of `a` and `b`, float32."
+    return np.exp(_squared_distances(a, b) * np.float32(-0.5 / sigma**2))
+
 # %% ../nbs/15_detector.ipynb #cf263668
 def median_sigma(rows: np.ndarray) -> float:
     "The bandwidth for `rows`: the root of half the lower median of the squared distances; 1 where all are alike."
@@ -95,11 +101,6 @@ def median_sigma(rows: np.ndarray) -> float:
     middle = (len(squares) - 1) // 2
     median = float(np.partition(squares, middle)[middle]) if len(squares) else 0.0
     return math.sqrt(median / 2) or 1.0
-
-# %% ../nbs/15_detector.ipynb #8fcdc830
-def _thinned(rows: np.ndarray, limit: int) -> np.ndarray:
-    "At most `limit` of `rows`, evenly spaced: what is quadratic in their number stays bounded."
-    return rows if len(rows) <= limit else rows[np.linspace(0, len(rows) - 1, limit).astype(int)]
 
 # %% ../nbs/15_detector.ipynb #2a0008df
 def _additions(closeness: np.ndarray, neighbours: np.ndarray, largest: int) -> np.ndarray:
@@ -141,7 +142,7 @@ def _moments(kernel: np.ndarray, closeness: np.ndarray, reference_mean: float, l
 # %% ../nbs/15_detector.ipynb #da854df5
 @dataclass(frozen=True)
 class Calibration:
-    "What an `OnlineMMD` knows before it has seen anything; W is its largest window."
+    "What a calibration has fixed for an `OnlineMMD`; W is its largest window."
     reference: np.ndarray   # float32 (N, D)
     ert: float              # expected run time without drift, in observations
     windows: np.ndarray     # int64, rising
@@ -155,23 +156,23 @@ class Calibration:
 
     @property
     def largest(self) -> int:
-        "W, the number of observations that are looked back on."
+        "Return W, the number of observations that the detector looks back on."
         return int(self.windows[-1])
 
     @cached_property
     def kernel(self) -> _Kernel:
-        "Of new rows to the reference and to each other."
+        "Return the kernel of new rows to the reference and to each other."
         return _Kernel(self.reference, self.sigma)
 
     @cached_property
     def _weights(self) -> np.ndarray:
-        "(3, windows, W + 1): for each time up to W, what makes `1, sums[0], sums[1]` the standardised MMD²."
+        "Return (3, windows, W + 1): weights that turn `1, sums[0], sums[1]` into standardised MMD² at each time."
         n = np.arange(self.largest + 1).clip(1)
         weights = np.stack([self.reference_mean - self.means, 2 / (n * (n - 1)).clip(1), -2 / n]) / self.deviations
         return weights[:, np.minimum(self.windows[:, None], np.arange(self.largest + 1))]
 
     def standardised(self, sums: np.ndarray, times: np.ndarray) -> np.ndarray:
-        """Statistic of each window, (windows, B), from `sums` (2, W + 1, B) at the rising `times` (B,) or (1,).
+        """Return each window's statistic, (windows, B), from `sums` (2, W + 1, B) at the rising `times` (B,) or (1,).
 
         A window that is not full yet takes what there is."""
         full = times[0] >= self.largest  # as it nearly always is
@@ -181,7 +182,7 @@ class Calibration:
         return constant + pairs * sums[0] + near * sums[1]
 
     def threshold(self, times: int | np.ndarray) -> np.ndarray:
-        "What the statistic must exceed at `times` (1 is the first observation)."
+        "Return what the statistic must exceed at `times` (1 is the first observation)."
         return self.thresholds[np.minimum(times, len(self.thresholds)) - 1]
 
 # %% ../nbs/15_detector.ipynb #69de441a
@@ -244,31 +245,15 @@ def survivor_thresholds(statistics: np.ndarray, ert: float, separate: int) -> np
     later, steps = statistics[separate:, alive].max(axis=0), len(statistics) - separate
     return np.array([*thresholds, _upper_quantile(later, 1 - (1 - 1 / ert)**steps, shape)])
 
-# %% ../nbs/15_detector.ipynb #0b2e15bd
-def calibrate(reference: np.ndarray, ert: float, windows: tuple[int, ...], n_bootstraps: int, pool: np.ndarray,
-              seed: int) -> Calibration:
-    "A `Calibration` for `reference` (N, D), with streams drawn from `pool` (P, D), which must be disjoint from it."
-    pool = _thinned(pool, 4_000)
-    sigma = median_sigma(reference)
-    start = dict(reference=reference, ert=float(ert), windows=np.array(sorted(set(windows)), np.int64), sigma=sigma,
-                 reference_mean=_mean_apart(reference, sigma), pool_size=len(pool), n_bootstraps=n_bootstraps)
-    largest = int(start["windows"][-1])
-    kernel, near = gaussian_kernel(pool, pool, sigma), closeness(pool, reference, sigma)
-    means, deviations = _moments(kernel, near, start["reference_mean"], largest)
-    bare = Calibration(**start, thresholds=np.zeros(largest + 1), means=means, deviations=deviations)
-    statistics = _bootstrap(bare, kernel, near, np.random.default_rng(seed))
-    thresholds = survivor_thresholds(statistics, ert, largest)
-    return Calibration(**start, thresholds=thresholds, means=means, deviations=deviations)
-
 # %% ../nbs/15_detector.ipynb #182c3aa9
 def closeness(rows: np.ndarray, reference: np.ndarray, sigma: float) -> np.ndarray:
-    "Mean kernel value (n,) of each of `rows` to the reference, float32; in blocks, so that memory stays bounded."
+    "Return the mean kernel value (n,) of each of `rows` to the reference, float32, in blocks of bounded memory."
     blocks = np.split(rows, range(1024, len(rows), 1024))
     return np.concatenate([gaussian_kernel(b, reference, sigma).mean(axis=1) for b in blocks])
 
 # %% ../nbs/15_detector.ipynb #7b02e285
 def _mean_apart(reference: np.ndarray, sigma: float) -> float:
-    "Mean kernel value between different rows of `reference`."
+    "Return the mean kernel value between different rows of `reference`."
     n = len(reference)
     return (float(closeness(reference, reference, sigma).sum(dtype=np.float64)) * n - n) / (n * max(1, n - 1))
 
@@ -283,6 +268,23 @@ def _bootstrap(bare: Calibration, kernel: np.ndarray, near: np.ndarray, rng: np.
         streams = next(chunks)[:, :bare.n_bootstraps - begin]
         statistics[:, begin:begin + width] = stream_statistics(bare, kernel, near, streams)
     return statistics
+
+# %% ../nbs/15_detector.ipynb #0b2e15bd
+def calibrate(reference: np.ndarray, ert: float, windows: tuple[int, ...], n_bootstraps: int, pool: np.ndarray,
+              seed: int) -> Calibration:
+    "Calibrate for `reference` (N, D) with streams drawn from `pool` (P, D), which must be disjoint from it."
+    pool = _thinned(pool, 4_000)
+    sigma = median_sigma(reference)
+    kernel, near = gaussian_kernel(pool, pool, sigma), closeness(pool, reference, sigma)
+    largest, reference_mean = max(windows), _mean_apart(reference, sigma)
+    means, deviations = _moments(kernel, near, reference_mean, largest)
+    bare = Calibration(reference, float(ert), np.array(sorted(set(windows)), np.int64), np.zeros(largest + 1), means,
+                       deviations, sigma, reference_mean, len(pool), n_bootstraps)
+    statistics = _bootstrap(bare, kernel, near, np.random.default_rng(seed))
+    return replace(bare, thresholds=survivor_thresholds(statistics, ert, largest))
+
+# %% ../nbs/15_detector.ipynb #5de25462
+Reading = dict[str, float | int | bool | None]  # time, statistic, threshold, is_drift
 
 # %% ../nbs/15_detector.ipynb #32606d40
 def _prepared(reference: np.ndarray, pool: np.ndarray | None, windows: tuple[int, ...], ert: float, n_bootstraps: int,
@@ -331,12 +333,34 @@ class _Kernel:
         kernel = np.exp(self.scale * np.einsum("nkd,nkd->kn", apart, apart)[::-1], dtype=np.float64)
         return kernel if time >= back else np.where(np.arange(back)[:, None] < time + np.arange(n), kernel, 0)
 
+# %% ../nbs/15_detector.ipynb #3179ecc1
+def _rows(features: np.ndarray, width: int) -> np.ndarray:
+    "Observations as float32 (n, width), or `ValueError`."
+    rows = np.asarray(features)
+    if rows.dtype != np.float32:
+        with np.errstate(over="ignore"):
+            rows = rows.astype(np.float32)
+    if rows.ndim != 2 or rows.shape[1] != width:
+        raise ValueError(f"an observation has shape ({width},), not {rows.shape[1:]}")
+    largest = np.abs(rows).max() if len(rows) else 0
+    if not largest < np.inf:  # as it is for NaN too
+        raise ValueError("an observation with NaN or infinite features is refused")
+    return rows if largest <= _FAR else rows.clip(-_FAR, _FAR)
+
+# %% ../nbs/15_detector.ipynb #e8407b61
+def _readings(known: Calibration, sums: np.ndarray, times: np.ndarray) -> list[Reading]:
+    "Return the readings at `times` (n,), after which the sums were `sums` (2, W + 1, n)."
+    statistics = np.maximum.reduce(known.standardised(sums, times))
+    found = zip(times.tolist(), statistics.tolist(), known.threshold(times).tolist())
+    return [{"time": t, "statistic": s, "threshold": limit, "is_drift": s > limit} for t, s, limit in found]
+
 # %% ../nbs/15_detector.ipynb #f3f431ea
 class OnlineMMD:
     """Online maximum mean discrepancy over several windows, calibrated to a mean run time of `ert` without drift.
 
     `reference` (N, D) and the disjoint `pool` are rows of features without drift; without `pool` a third of the rows,
-    drawn by `seed`, is the reference and the rest the pool. Observations must be independent. Raises `ValueError`."""
+    drawn by `seed`, is the reference and the rest the pool. Observations must be independent. Raise `ValueError` for bad
+    arguments."""
     def __init__(self, reference: np.ndarray, ert: float, windows: tuple[int, ...] = (2, 4, 8, 16, 32),
                  n_bootstraps: int = 100_000, pool: np.ndarray | None = None, seed: int = 0):
         reference, pool = _prepared(reference, pool, windows, ert, n_bootstraps, seed)
@@ -349,14 +373,14 @@ class OnlineMMD:
         self.time, self._sums = 0, np.zeros((2, known.largest + 1))
         self._latest = np.zeros((known.largest, known.reference.shape[1]), np.float32)
 
-    def update(self, features: np.ndarray) -> dict[str, float | int | bool]:
-        "Take one observation (D,); its time, statistic, threshold, and if it is drift. A bad one changes nothing."
+    def update(self, features: np.ndarray) -> Reading:
+        "Take one observation (D,) and return its reading. Raise `ValueError` for a bad one, which changes nothing."
         return self.update_many(np.asarray(features)[None])[0]
 
-    def update_many(self, features: np.ndarray, stop: bool = False) -> list[dict[str, float | int | bool]]:
-        """Take observations (n, D) in their order; a reading of each. A bad one among them changes nothing.
+    def update_many(self, features: np.ndarray, stop: bool = False) -> list[Reading]:
+        """Take observations (n, D) in order and return a reading of each. If one of them is bad, none is taken.
 
-        With `stop` those after an alarm are not taken, and there are only as many readings as were."""
+        With `stop`, observations after an alarm are not taken and have no reading."""
         known = self.calibration
         rows = _rows(features, known.reference.shape[1]) - known.kernel.origin
         if not len(rows):
@@ -374,25 +398,25 @@ class OnlineMMD:
         return readings[:taken]
 
     @property
-    def reading(self) -> dict[str, float | int | bool | None]:
-        "The latest reading; without numbers before the first observation."
+    def reading(self) -> Reading:
+        "Return the latest reading; before the first observation it has no numbers."
         if not self.time:
             return {"time": 0, "statistic": None, "threshold": None, "is_drift": False}
         return _readings(self.calibration, self._sums[..., None], np.array([self.time]))[0]
 
     @property
     def window_statistics(self) -> np.ndarray:
-        "Standardised MMD² of each of `calibration.windows`; the statistic is the largest."
+        "Return the standardised MMD² of each of `calibration.windows`; the statistic is the largest."
         if not self.time:
             return np.zeros(len(self.calibration.windows))
         return self.calibration.standardised(self._sums[..., None], np.array([self.time]))[:, 0]
 
     def state(self) -> bytes:
-        "What it has seen since the start, without the calibration: for `restore`, of a detector with the same one."
+        "Return what it has seen, without the calibration, for `restore` of a detector with the same calibration."
         return _state_bytes(self.time, self._latest, self._sums)
 
     def restore(self, state: bytes) -> None:
-        "Go on exactly where `state` was taken; raises `InputError` when it does not fit this detector."
+        "Go on exactly where `state` was taken; raise `InputError` if it does not fit this detector."
         time, rows, sums = _read_state(state, self.calibration)
         self.time, self._sums, self._latest = time, sums, rows
 
@@ -402,29 +426,8 @@ class OnlineMMD:
 
     @classmethod
     def load(cls, path: str | Path) -> OnlineMMD:
-        "The detector that `save` wrote, at the very observation; raises `InputError` when the file is not one."
+        "Load what `save` wrote, at the very observation; raise `InputError` if the file is no detector."
         return _unpacked(cls, path)
-
-# %% ../nbs/15_detector.ipynb #3179ecc1
-def _rows(features: np.ndarray, width: int) -> np.ndarray:
-    "Observations as float32 (n, width), or `ValueError`."
-    rows = np.asarray(features)
-    if rows.dtype != np.float32:
-        with np.errstate(over="ignore"):
-            rows = rows.astype(np.float32)
-    if rows.ndim != 2 or rows.shape[1] != width:
-        raise ValueError(f"an observation has shape ({width},), not {rows.shape[1:]}")
-    largest = np.abs(rows).max() if len(rows) else 0
-    if not largest < np.inf:  # as it is for NaN too
-        raise ValueError("an observation with NaN or infinite features is refused")
-    return rows if largest <= _FAR else rows.clip(-_FAR, _FAR)
-
-# %% ../nbs/15_detector.ipynb #e8407b61
-def _readings(known: Calibration, sums: np.ndarray, times: np.ndarray) -> list[dict[str, float | int | bool]]:
-    "What is said about the observations at `times` (n,), after which the sums were `sums` (2, W + 1, n)."
-    statistics = np.maximum.reduce(known.standardised(sums, times))
-    found = zip(times.tolist(), statistics.tolist(), known.threshold(times).tolist())
-    return [{"time": t, "statistic": s, "threshold": limit, "is_drift": s > limit} for t, s, limit in found]
 
 # %% ../nbs/15_detector.ipynb #a93eb0c5
 def window_mmd2(detector: OnlineMMD) -> np.ndarray:
@@ -435,7 +438,7 @@ def window_mmd2(detector: OnlineMMD) -> np.ndarray:
 
 # %% ../nbs/15_detector.ipynb #130b9507
 def latest_rows(detector: OnlineMMD) -> np.ndarray:
-    "The observations (n, D) in the window with the largest statistic, oldest first; empty before the first."
+    "Return the observations (n, D) in the window with the largest statistic, oldest first; empty before the first one."
     known = detector.calibration
     leading = int(known.windows[detector.window_statistics.argmax()])
     count = min(leading, detector.time)
@@ -443,9 +446,9 @@ def latest_rows(detector: OnlineMMD) -> np.ndarray:
 
 # %% ../nbs/15_detector.ipynb #da57bd11
 def feature_shift(detector: OnlineMMD, back: np.ndarray | None = None) -> np.ndarray:
-    """Mean of `latest_rows` less the reference's (D,), each feature in the reference's deviations; 0 before the first.
+    """Return how far `latest_rows` lie from the reference (D,), in its deviations; 0 before the first observation.
 
-    With `back` (D, m) that of the m quantities `features @ back`: whitened features mean little by themselves."""
+    With `back` (D, m), return that of the m quantities `features @ back`: whitened features mean little alone."""
     rows, reference = latest_rows(detector), detector.calibration.reference
     if back is not None:
         rows, reference = rows @ back, reference @ back
@@ -491,7 +494,7 @@ def _read_arrays(path: str | Path) -> dict[str, np.ndarray]:
 
 # %% ../nbs/15_detector.ipynb #c9ff3ae7
 def _consistent(a: dict[str, np.ndarray]) -> bool:
-    "Whether the arrays of a detector's file fit each other."
+    "Tell whether the arrays of a detector's file fit each other."
     windows, (n, width) = a["windows"], a["reference"].shape
     if not len(windows) or windows[0] < 1 or (np.diff(windows) < 1).any() or n < 2 or width < 1:
         return False
@@ -499,23 +502,24 @@ def _consistent(a: dict[str, np.ndarray]) -> bool:
     shapes = {"thresholds": (largest + 1,), "means": (largest + 1,), "deviations": (largest + 1,),
               "rows": (largest, width), "sums": (2, largest + 1)}
     fits = all(a[name].shape == shape for name, shape in shapes.items())
-    fits = fits and a["deviations"].min() > 0 and a["sigma"] > 0 and a["ert"] > 1
-    return bool(fits and _plausible(a["time"], a["rows"], a["sums"]))
+    fits = fits and bool(a["deviations"].min() > 0 and a["sigma"] > 0 and a["ert"] > 1)
+    return fits and _plausible(int(a["time"]), a["rows"], a["sums"])
 
 # %% ../nbs/15_detector.ipynb #3fee307a
 def _plausible(time: int, rows: np.ndarray, sums: np.ndarray) -> bool:
-    "Whether a detector could have been in that state: sums of at most W² kernel values, each between 0 and 1."
+    "Tell whether a detector could have been in that state: sums of at most W² kernel values, each between 0 and 1."
     near = (np.abs(rows) <= 3 * _FAR).all()
     return bool(0 <= time < 2**53 and near and sums.min() >= 0 and sums.max() <= len(rows)**2)
 
 # %% ../nbs/15_detector.ipynb #1aec5c09
 def _unpacked(cls: type[OnlineMMD], path: str | Path) -> OnlineMMD:
-    "The detector in the file, without calibrating anything."
+    "Load the detector in the file, without calibrating anything."
     arrays = _read_arrays(path)
     if not _consistent(arrays):
         raise InputError(f"{path} is no drift detector (its arrays do not fit each other); make the package again")
     detector = cls.__new__(cls)
-    fixed = {name: arrays[name] if ndim else arrays[name].item() for name, (_, ndim) in _CALIBRATION.items()}
+    dimensions = {name: ndim for name, (_, ndim) in _CALIBRATION.items()}
+    fixed: dict[str, Any] = {name: arrays[name] if n else arrays[name].item() for name, n in dimensions.items()}
     detector.calibration = Calibration(**fixed)
     detector.reset()
     detector.time, detector._sums, detector._latest = arrays["time"].item(), arrays["sums"], arrays["rows"]

@@ -271,7 +271,7 @@ def plot_run_time(found: RunTime, ert: float, path: Path) -> Path:
     axes = (figure := Figure((6, 2.6), layout="constrained")).subplots()
     edges = np.linspace(0, found.length, 41)
     alarms = found.times[found.times > 0]
-    axes.hist(alarms, edges, color=SHADES[1], label=f"{len(found.times):,} streams without drift")
+    axes.hist(alarms, edges.tolist(), color=SHADES[1], label=f"{len(found.times):,} streams without drift")
     law = len(found.times) * -np.diff((1 - 1 / ert) ** edges)
     axes.plot((edges[1:] + edges[:-1]) / 2, law, color=RED, label=f"geometric, mean {ert:g}")
     axes.set(xlabel="observations until the alarm", ylabel="streams")

@@ -83,7 +83,8 @@ def test_few_images_are_enough(package, images):
     assert clean.shape[0] == 2 and len(shifted) == 18 + 1 + len(OUT_OF_DISTRIBUTION)
     assert all(len(rows) == (7 if how == "slow" else 2) for (_, how), rows in shifted.items())
     tables = case_table(package.detector(), clean, shifted, 3, seed=0)
-    assert [len(tables[kind]) for kind in ("delays", "slow", "out_of_distribution")] == [18, 1, len(OUT_OF_DISTRIBUTION)]
+    counts = [len(tables[kind]) for kind in ("delays", "slow", "out_of_distribution")]
+    assert counts == [18, 1, len(OUT_OF_DISTRIBUTION)]
     assert len(text_table(tables["slow"], ["corruption"]).split("\n")) == 1
     assert run_time(package.detector(), clean, 3, seed=0).summary()["length"] == 2
     delay(package.detector(), clean, shifted["fog", 1], 3, seed=0).summary()
