@@ -25,12 +25,12 @@ __all__ = ['TAIL', 'ENOUGH', 'Reading', 'split_sizes', 'usable_windows', 'fit_wh
 
 # %% ../nbs/15_detector.ipynb #af89a4db
 def split_sizes(available: int, reference_size: int = 1000) -> dict[str, int]:
-    """How many of `available` images fit the whitening, are the reference, and are the bootstrap pool.
+    """Divide `available` images between whitening, reference and bootstrap pool.
 
-    The reference gets `reference_size`, the pool four times that, the whitening the rest; but the reference gets a quarter
-    at most, and the pool half."""
+    The reference gets `reference_size`, the pool four times that, the whitening the rest. The reference gets a quarter at
+    most, and the pool half."""
     if available < 16:
-        raise InputError(f"{available} images cannot calibrate a drift detector; at least 16 are needed, 9,000 are good")
+        raise InputError(f"{available} images cannot calibrate a drift detector; 16 are the least, 9,000 are good")
     reference = max(1, min(reference_size, available // 4))
     pool = min(4 * reference, available // 2)
     return {"whiten": available - reference - pool, "reference": reference, "pool": pool}
@@ -359,8 +359,8 @@ class OnlineMMD:
     """Online maximum mean discrepancy over several windows, calibrated to a mean run time of `ert` without drift.
 
     `reference` (N, D) and the disjoint `pool` are rows of features without drift; without `pool` a third of the rows,
-    drawn by `seed`, is the reference and the rest the pool. Observations must be independent. Raise `ValueError` for bad
-    arguments."""
+    drawn by `seed`, is the reference and the rest the pool. Observations must be independent. Raise
+    `ValueError` for bad arguments."""
     def __init__(self, reference: np.ndarray, ert: float, windows: tuple[int, ...] = (2, 4, 8, 16, 32),
                  n_bootstraps: int = 100_000, pool: np.ndarray | None = None, seed: int = 0):
         reference, pool = _prepared(reference, pool, windows, ert, n_bootstraps, seed)
