@@ -29,7 +29,7 @@ from intel_nb.images import MAX_BYTES, encode_jpeg
 from intel_nb.model import load_package, sample_package
 from intel_nb.scenes import SAMPLE_CLASSES, sample_scene
 from intel_nb.serving.endpoints import LocalEndpoints, drift_status
-from intel_nb.serving.payloads import FORMATS, Refusal, parse
+from intel_nb.serving.payloads import CONTENT_TYPES, Refusal, parse
 
 SIDE = 48
 SCENE = sample_scene(2, np.random.default_rng(0))[:60, :70]
@@ -86,7 +86,7 @@ VALID: list[tuple[str, bytes]] = [
     ("application/json", as_json(instances=[as_text(encoded(IMAGE, "PNG")), as_text(encode_jpeg(SCENE))])),
     ("application/json; charset=utf-8", as_json(instances=[as_text(encode_jpeg(SCENE))])),
 ]
-KINDS = sorted(FORMATS) + ["", "text/html", "image/gif", "application/json, image/png", "multipart/form-data; boundary=x",
+KINDS = sorted(CONTENT_TYPES) + ["", "text/html", "image/gif", "application/json, image/png", "multipart/form-data; boundary=x",
                            "image/*", "\xff\xfe", "application/x-npy;" + "x" * 3000]
 
 
@@ -293,7 +293,7 @@ def hostile(seed: int) -> Iterator[tuple[str, bytes]]:
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
-@given(kind=st.sampled_from(sorted(FORMATS)), body=st.binary(max_size=300),
+@given(kind=st.sampled_from(sorted(CONTENT_TYPES)), body=st.binary(max_size=300),
        prefix=st.sampled_from([b"", *(b[:60] for _, b in VALID)]))
 def test_bytes_become_images_or_a_refusal(kind, body, prefix):
     check_parsed(kind, prefix + body)

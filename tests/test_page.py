@@ -22,7 +22,7 @@ from intel_nb.images import encode_jpeg
 from intel_nb.model import sample_package
 from intel_nb.scenes import sample_scene
 from intel_nb.serving.endpoints import throwaway
-from intel_nb.serving.page import CSP
+from intel_nb.serving.app import CSP
 from intel_nb.serving.worker import die_with_parent
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

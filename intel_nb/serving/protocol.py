@@ -111,7 +111,7 @@ class Connection(HttpToolsProtocol):
         if self.head > HEAD_BYTES:
             raise ValueError("the head of the request is too long")  # the parser makes a 400 of it
 
-# %% ../../nbs/serving/07_protocol.ipynb #3219b589
+# %% ../../nbs/serving/07_protocol.ipynb #7984f28a
 class HttpServer(uvicorn.Server):
     "The HTTP server of an ASGI application, which takes connections over and hands its own over to the next server."
     def __init__(self, app: Callable):
@@ -121,7 +121,7 @@ class HttpServer(uvicorn.Server):
         self.server_state: _State = _State()
 
     async def begin(self, listener: socket.socket) -> asyncio.Task[None]:
-        "Serve the connections that `listener` accepts; return the running task once the application has started or failed."
+        "Serve the connections that `listener` accepts; return the task once the application started or failed."
         serving = asyncio.create_task(self.serve(sockets=[listener]))
         while not self.started and not serving.done():
             await asyncio.sleep(0.005)

@@ -23,7 +23,7 @@ from ..storage import InputError
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from intel_nb.serving.app import Service
+    from intel_nb.serving.dataplane import Service
     from intel_nb.serving.protocol import HttpServer
 
 # %% auto #0
