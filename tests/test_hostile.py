@@ -113,7 +113,7 @@ def bmp(width: int, height: int, data: bytes, *, bits: int = 8, compression: int
 
 
 def exif(entries: int, size: int) -> bytes:
-    "Return EXIF of `size` bytes whose `entries` each claim nearly all of it: unpacked, they are `entries` times as much."
+    "Return EXIF of `size` bytes whose `entries` each claim nearly all of it, which makes them much larger unpacked."
     table = b"".join(struct.pack("<HHLL", 0x8000 + i, 7, size - 100, 8) for i in range(entries))
     return (b"II*\0" + struct.pack("<LH", 8, entries) + table + bytes(4)).ljust(size, b"\0")
 

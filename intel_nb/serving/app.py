@@ -79,7 +79,7 @@ async def on_http_error(request: Request, error: Any) -> Response:
     refusal = Refusal(code, f"{request.method} {request.url.path[:100]}: {error.detail}")
     return JSONResponse(refusal.body(), error.status_code, error.headers)
 
-# %% ../../nbs/serving/09_app.ipynb #d35413bb
+# %% ../../nbs/serving/09_app.ipynb #62a78f20
 async def read_body(request: Request, limit: int, seconds: float,
                     reserve: Callable[[int], None] = lambda size: None) -> bytes:
     """Return the body of `request`, at most `limit` bytes that arrive within `seconds`; raise `Refusal`.
@@ -88,20 +88,24 @@ async def read_body(request: Request, limit: int, seconds: float,
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limit:
         raise Refusal("too_large", f"{int(declared):,} bytes; at most {limit:,} are accepted")
-    chunks, size = [], 0
     try:
         async with asyncio.timeout(seconds):
-            async for chunk in request.stream():
-                chunks.append(chunk)
-                size += len(chunk)
-                if size > limit:
-                    raise Refusal("too_large", f"more than {limit:,} bytes")
-                reserve(len(chunk))
+            return b"".join([chunk async for chunk in _chunks(request, limit, reserve)])
     except TimeoutError:
         raise Refusal("slow_body", f"the body did not arrive within {seconds} seconds") from None
     except ClientDisconnect:
         raise Refusal("left", "the client left before its request was complete") from None
-    return b"".join(chunks)
+
+# %% ../../nbs/serving/09_app.ipynb #577177f7
+async def _chunks(request: Request, limit: int, reserve: Callable[[int], None]) -> AsyncIterator[bytes]:
+    "Yield the parts of the body; raise `Refusal` once they are more than `limit` bytes."
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            raise Refusal("too_large", f"more than {limit:,} bytes")
+        reserve(len(chunk))
+        yield chunk
 
 # %% ../../nbs/serving/09_app.ipynb #6209307e
 async def read_request(request: Request, settings: Settings, reserve: Callable[[int], None]) -> InferenceRequest:
