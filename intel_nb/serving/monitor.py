@@ -24,8 +24,8 @@ from ..model import Package
 from ..storage import InputError, read_json, utc_now, write_json, write_text
 
 # %% auto #0
-__all__ = ['HISTORY', 'MonitorState', 'save_state', 'load_state', 'clean_folder', 'named_features', 'describe_shift',
-           'alarm_report', 'raise_alarm', 'Observation', 'Monitor']
+__all__ = ['HISTORY', 'MonitorState', 'save_state', 'load_state', 'clean_folder', 'name_features', 'describe_shift',
+           'describe_alarm', 'raise_alarm', 'Observation', 'Monitor']
 
 # %% ../../nbs/serving/03_monitor.ipynb #9fa9e9d1
 @dataclass
@@ -84,8 +84,8 @@ def clean_folder(folder: Path) -> Path:
         left.unlink(missing_ok=True)
     return folder
 
-# %% ../../nbs/serving/03_monitor.ipynb #09892e7c
-def named_features(card: dict[str, Any], width: int) -> tuple[list[str], np.ndarray, int]:
+# %% ../../nbs/serving/03_monitor.ipynb #63099111
+def name_features(card: dict[str, Any], width: int) -> tuple[list[str], np.ndarray, int]:
     """Return how the `width` drift features of a package with this `card` are reported.
 
     These are m names, the matrix (width, m) from drift features to the named quantities, and the number of features
@@ -96,26 +96,26 @@ def named_features(card: dict[str, Any], width: int) -> tuple[list[str], np.ndar
     rest = width - len(unmixing)
     return list(card["drift_statistics"]), np.vstack([np.zeros((rest, unmixing.shape[1])), unmixing]), rest
 
-# %% ../../nbs/serving/03_monitor.ipynb #c620f678
+# %% ../../nbs/serving/03_monitor.ipynb #cbe60b07
 def describe_shift(detector: OnlineMMD, card: dict[str, Any]) -> dict[str, Any]:
     """Return what moved in the latest observations.
 
     `window` is their number, `moved` the eight named quantities that moved most, in deviations, and `embedding` how far
     the embedding moved."""
-    names, back, rest = named_features(card, detector.calibration.reference.shape[1])
+    names, back, rest = name_features(card, detector.calibration.reference.shape[1])
     window, moves = len(latest_rows(detector)), feature_shift(detector, back)
     embedding = np.sqrt(window * (feature_shift(detector)[:rest]**2).mean())
     moved = [{"feature": names[i], "deviations": round(float(moves[i]), 2)} for i in np.argsort(-np.abs(moves))[:8]]
     return {"window": window, "moved": moved, "embedding": round(float(embedding), 2)}
 
-# %% ../../nbs/serving/03_monitor.ipynb #cc314ca1
-def alarm_report(state: MonitorState, detector: OnlineMMD, package: Package, version: str) -> dict[str, Any]:
+# %% ../../nbs/serving/03_monitor.ipynb #12e5dad9
+def describe_alarm(state: MonitorState, detector: OnlineMMD, package: Package, version: str) -> dict[str, Any]:
     "Return the report of an alarm, for JSON: the reading, what moved, and how often each class was predicted."
     return {"model": package.name, "version": version, "fingerprint": package.fingerprint,
             "observations": state.observations, **detector.reading, **describe_shift(detector, package.card),
             "classes": {package.labels[k]: n for k, n in Counter(state.recent).most_common()}}
 
-# %% ../../nbs/serving/03_monitor.ipynb #e1a587ec
+# %% ../../nbs/serving/03_monitor.ipynb #50f8efbd
 def raise_alarm(folder: Path, state: MonitorState, detector: OnlineMMD, package: Package, version: str,
                 is_test: bool = False) -> dict[str, Any]:
     """Count an alarm, report it in `folder` if it is the first of this minute and not a test's, and reset `detector`.
@@ -127,7 +127,7 @@ def raise_alarm(folder: Path, state: MonitorState, detector: OnlineMMD, package:
     alarm = {"name": f"{now.replace(':', '')}-{state.observations:08}", "raised": now, "reported": reported,
              "observations": state.observations, "window": len(latest_rows(detector))}
     if reported:
-        report = {"raised": now, **alarm_report(state, detector, package, version)}
+        report = {"raised": now, **describe_alarm(state, detector, package, version)}
         write_json(folder / f"{alarm['name']}.json", report)
         state.last_report = now
     state.alarms, state.last_alarm, state.recent = state.alarms + 1, now, []

@@ -21,7 +21,7 @@ from ..images import MAX_PIXELS, ImageError, check_size, decode, decode_opened, 
 
 # %% auto #0
 __all__ = ['STATUS', 'MAX_INSTANCES', 'JSON_FIELDS', 'CONTENT_TYPES', 'Refusal', 'read_image', 'read_json_body', 'read_npy',
-           'media_type', 'parse', 'image_files']
+           'read_media_type', 'parse', 'image_files']
 
 # %% ../../nbs/serving/01_payloads.ipynb #549a28fd
 STATUS = {
@@ -211,18 +211,18 @@ CONTENT_TYPES: dict[str, Callable[[bytes, int], np.ndarray]] = {
     "application/x-npy": read_npy,
 }
 
-# %% ../../nbs/serving/01_payloads.ipynb #df951a69
-def media_type(content_type: str) -> str:
+# %% ../../nbs/serving/01_payloads.ipynb #fd2bac09
+def read_media_type(content_type: str) -> str:
     "Return the key of `CONTENT_TYPES` that a Content-Type header names, without parameters; raise `Refusal`."
     kind = content_type.split(";")[0].strip().lower()
     if kind not in CONTENT_TYPES:
         raise Refusal("unsupported_media_type", f"content type {kind[:60]!r}; {', '.join(CONTENT_TYPES)} are accepted")
     return kind
 
-# %% ../../nbs/serving/01_payloads.ipynb #276f667a
+# %% ../../nbs/serving/01_payloads.ipynb #13f53511
 def parse(content_type: str, body: bytes, side: int) -> np.ndarray:
     "Return a request body as uint8 (N, side, side, 3); raise `Refusal` and nothing else, which would fail the batch."
-    read = CONTENT_TYPES[media_type(content_type)]
+    read = CONTENT_TYPES[read_media_type(content_type)]
     try:
         return read(body, side)
     except Refusal:
