@@ -90,6 +90,12 @@ def test_commands_that_handle_endpoints_import_little():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+def test_the_dataplane_knows_no_http():
+    http = ["fastapi", "starlette", "uvicorn"]
+    code = f"import sys, intel_nb.serving.dataplane; print([m for m in {http} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
 @pytest.mark.parametrize("kind", FORMS)
 def test_every_form_of_an_image_gets_the_packages_answer(client, package, kind):
     expected = package.predict_bytes([encoded(SCENES[5], "PNG")])["probabilities"]
