@@ -357,7 +357,8 @@ def test_a_killed_monitor_goes_on_where_an_undisturbed_one_would_be(package, tmp
 
 def test_history_has_the_latest_observations(package, tmp_path):
     monitor, (rows, classes) = Monitor(package, tmp_path), traffic(package, HISTORY + 40)
-    readings = [seen for i in range(0, len(rows), 7) for seen in monitor.update(rows[i:i + 7], classes[i:i + 7])]
+    observed = [seen for i in range(0, len(rows), 7) for seen in monitor.update(rows[i:i + 7], classes[i:i + 7])]
+    readings = [one.reading for one in observed]
     assert monitor.history() == [[r["statistic"], r["threshold"], r["is_drift"]] for r in readings[-HISTORY:]]
     assert monitor.status()["alarms"] == sum(r["is_drift"] for r in readings) > 0
     after = [b["time"] for a, b in zip(readings, readings[1:]) if a["is_drift"]]

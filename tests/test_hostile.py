@@ -1,4 +1,4 @@
-"""Requests made to break the endpoint: each is answered or refused, and what was refused leaves no trace."""
+"""Requests made to break the endpoint: each is answered or refused, and a refused one leaves no trace."""
 import base64
 import http.client
 import io
@@ -29,7 +29,7 @@ from intel_nb.images import MAX_BYTES, encode_jpeg
 from intel_nb.model import load_package, sample_package
 from intel_nb.scenes import SAMPLE_CLASSES, sample_scene
 from intel_nb.serving.endpoints import LocalEndpoints, drift_status
-from intel_nb.serving.payloads import FORMATS, Refusal, parse
+from intel_nb.serving.payloads import CONTENT_TYPES, Refusal, parse
 
 SIDE = 48
 SCENE = sample_scene(2, np.random.default_rng(0))[:60, :70]
@@ -68,12 +68,14 @@ FRAMES = {"save_all": True, "append_images": [IMAGE.rotate(90), IMAGE.rotate(180
 GREY16 = Image.fromarray(SCENE[..., 0].astype(np.uint16) * 256)
 VALID: list[tuple[str, bytes]] = [
     *(("image/jpeg", encoded(IMAGE.convert(mode), "JPEG", **options)) for mode, options in (
-        ("RGB", {}), ("RGB", {"progressive": True}), ("L", {}), ("CMYK", {}), 
-        ("RGB", {"exif": turned(6), "icc_profile": bytes(3000)}), ("RGB", {"restart_marker_blocks": 2, "comment": b"a comment"}),
+        ("RGB", {}), ("RGB", {"progressive": True}), ("L", {}), ("CMYK", {}),
+        ("RGB", {"exif": turned(6), "icc_profile": bytes(3000)}),
+        ("RGB", {"restart_marker_blocks": 2, "comment": b"a comment"}),
         ("RGB", {"exif": turned(9), "subsampling": 0}))),
     *(("image/png", encoded(IMAGE.convert(mode), "PNG", **options)) for mode, options in (
         ("RGB", {}), ("RGBA", {}), ("L", {}), ("1", {}), ("P", {"transparency": 3}), ("LA", {}),
-        ("RGB", {**FRAMES, "duration": 50}), ("RGB", {"exif": turned(3), "icc_profile": bytes(3000), "dpi": (72, 72)}))),
+        ("RGB", {**FRAMES, "duration": 50}),
+        ("RGB", {"exif": turned(3), "icc_profile": bytes(3000), "dpi": (72, 72)}))),
     ("image/png", encoded(GREY16, "PNG")),
     *(("image/webp", encoded(IMAGE.convert(mode), "WEBP", **options)) for mode, options in (
         ("RGB", {"quality": 60}), ("RGB", {"lossless": True}), ("RGBA", {"quality": 50}),
@@ -86,11 +88,11 @@ VALID: list[tuple[str, bytes]] = [
     ("application/json", as_json(instances=[as_text(encoded(IMAGE, "PNG")), as_text(encode_jpeg(SCENE))])),
     ("application/json; charset=utf-8", as_json(instances=[as_text(encode_jpeg(SCENE))])),
 ]
-KINDS = sorted(FORMATS) + ["", "text/html", "image/gif", "application/json, image/png", "multipart/form-data; boundary=x",
-                           "image/*", "\xff\xfe", "application/x-npy;" + "x" * 3000]
+KINDS = [*sorted(CONTENT_TYPES), "", "text/html", "image/gif", "application/json, image/png",
+         "multipart/form-data; boundary=x", "image/*", "\xff\xfe", "application/x-npy;" + "x" * 3000]
 
 
-# --- Requests that were thought of ------------------------------------------------------------------------------------
+# --- Requests with a known answer -------------------------------------------------------------------------------------
 
 def chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -98,7 +100,7 @@ def chunk(name: bytes, data: bytes) -> bytes:
 
 def png(width: int, height: int, *, depth: int = 8, kind: int = 2, chunks: bytes = b"",
         pixels: bytes | None = None) -> bytes:
-    "A PNG of zeros, with `chunks` before its pixels."
+    "Return a PNG of zeros, with `chunks` before its pixels."
     row = -(-{0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind] * width * depth // 8) + 1
     packed = zlib.compress(bytes(row * height)) if pixels is None else pixels
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))
@@ -111,20 +113,20 @@ def bmp(width: int, height: int, data: bytes, *, bits: int = 8, compression: int
 
 
 def exif(entries: int, size: int) -> bytes:
-    "EXIF in `size` bytes whose `entries` all claim nearly all of them: unpacked they are `entries` times as many."
+    "Return EXIF of `size` bytes whose `entries` each claim nearly all of it, which makes them much larger unpacked."
     table = b"".join(struct.pack("<HHLL", 0x8000 + i, 7, size - 100, 8) for i in range(entries))
     return (b"II*\0" + struct.pack("<LH", 8, entries) + table + bytes(4)).ljust(size, b"\0")
 
 
 def jpeg(*segments: tuple[int, bytes]) -> bytes:
-    "A small JPEG with `segments` (marker, content) in front, without the one that names its density."
+    "Return a small JPEG with `segments` (marker, content) in front, without the one that names its density."
     plain = encode_jpeg(SCENE)
-    own = b"".join(struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content for marker, content in segments)
-    return plain[:2] + own + plain[4 + int.from_bytes(plain[4:6], "big"):]
+    added = b"".join(struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content for marker, content in segments)
+    return plain[:2] + added + plain[4 + int.from_bytes(plain[4:6], "big"):]
 
 
-def scans(count: int, side: int) -> bytes:
-    "A progressive JPEG whose last scan comes `count` times more."
+def with_scans(count: int, side: int) -> bytes:
+    "Return a progressive JPEG that repeats its last scan `count` times."
     plain = encoded(Image.new("RGB", (side, side)), "JPEG", progressive=True)
     return plain[:-2] + plain[plain.rfind(b"\xff\xda"):-2] * count + plain[-2:]
 
@@ -151,8 +153,8 @@ LARGE = as_text(png(3000, 3000))
 
 
 @cache
-def thought_of() -> dict[str, tuple[str, bytes, int]]:
-    "By name: content type, body, and the status of the answer."
+def known_cases() -> dict[str, tuple[str, bytes, int]]:
+    "Return by name: content type, body, and the status of the answer."
     return {
         # Images that are odd, and fine
         "1×1": ("image/png", png(1, 1), 200),
@@ -183,8 +185,8 @@ def thought_of() -> dict[str, tuple[str, bytes, int]]:
         "2³¹ pixels square": ("image/png", png(1, 1).replace(struct.pack(">II", 1, 1), b"\x7f\xff\xff\xff" * 2), 400),
         "26 megapixels": ("image/png", png(5100, 5100, pixels=b""), 413),
         "progressive, cut off": ("image/jpeg", encoded(IMAGE, "JPEG", progressive=True)[:-300], 400),
-        "500 scans": ("image/jpeg", scans(500, 3000), 413),
-        "300,000 scans": ("image/jpeg", scans(300_000, 64), 413),
+        "500 scans": ("image/jpeg", with_scans(500, 3000), 413),
+        "300,000 scans": ("image/jpeg", with_scans(300_000, 64), 413),
         "four million comments": ("image/jpeg", b"\xff\xd8" + b"\xff\xfe\0\2" * 4_000_000, 413),
         "a million chunks": ("image/png", png(8, 8, chunks=chunk(b"abCd", b"") * 1_000_000), 413),
         "run lengths": ("image/bmp", bmp(5000, 5000, b"\1\1" * 1_000_000, compression=1), 400),
@@ -193,22 +195,26 @@ def thought_of() -> dict[str, tuple[str, bytes, int]]:
         "BMP of absurd size": ("image/bmp", bmp(2**31 - 1, 2**31 - 1, bytes(100)), 413),
         "BMP of 3 bits": ("image/bmp", bmp(5, 5, bytes(100), bits=3), 400),
         "WebP of absurd size": ("image/webp", lying_webp(16_383), 413),
-        "WebP that claims more than it has": ("image/webp", b"RIFF\xff\xff\xff\xffWEBPVP8 \xff\xff\xff\x7f" + bytes(50), 400),
+        "WebP that claims more than it has": (
+            "image/webp", b"RIFF\xff\xff\xff\xffWEBPVP8 \xff\xff\xff\x7f" + bytes(50), 400),
         "WAV": ("image/webp", b"RIFF\x24\0\0\0WAVEfmt " + bytes(50), 400),
         "too many bytes": ("image/jpeg", encode_jpeg(SCENE) + bytes(MAX_BYTES), 413),
         # JSON
         **{f"the number {n}": ("application/json", inputs(n), status) for n, status in (
-            ("NaN", 400), ("Infinity", 400), ("-Infinity", 400), ("01", 400), ("+1", 400), ("0x1", 400), ("9" * 5000, 400),
-            ("1e400", 422), ("-1", 422), ("-0.0", 200), ("255.0", 200), ("255.1", 422), ("256", 422), ('"1"', 422), ("true", 422), ("null", 422),
-            ("[]", 422), ("{}", 422), ("1" + "0" * 400, 422), ("1." + "0" * 10**6 + "1", 200))},
+            ("NaN", 400), ("Infinity", 400), ("-Infinity", 400), ("01", 400), ("+1", 400), ("0x1", 400),
+            ("9" * 5000, 400), ("1e400", 422), ("-1", 422), ("-0.0", 200), ("255.0", 200), ("255.1", 422),
+            ("256", 422), ('"1"', 422), ("true", 422), ("null", 422), ("[]", 422),
+            ("{}", 422), ("1" + "0" * 400, 422), ("1." + "0" * 10**6 + "1", 200))},
         "a thousand deep": ("application/json", b'{"inputs": ' + b"[" * 1000 + b"]" * 1000 + b"}", 400),
         "900 deep": ("application/json", b'{"inputs": ' + b"[" * 900 + b"]" * 900 + b"}", 422),
-        "900 deep, again and again": ("application/json", b'{"inputs": [' + (b"[" * 900 + b"]" * 900 + b",") * 9000 + b"1]}", 413),
+        "900 deep, again and again": (
+            "application/json", b'{"inputs": [' + (b"[" * 900 + b"]" * 900 + b",") * 9000 + b"1]}", 413),
         "a million deep": ("application/json", b"[" * 1_000_000, 400),
         "five million empty lists": ("application/json", b'{"inputs": [' + b"[]," * 5_000_000 + b"[]]}", 413),
         "two megapixels": ("application/json", b'{"inputs": [[' + b"[0,0,0]," * 2_000_000 + b"[0,0,0]]]}", 413),
         "200,000 fields": ("application/json", b"{" + b",".join(b'"%x":1' % i for i in range(200_000)) + b"}", 413),
-        "a long string among short ones": ("application/json", as_json(inputs=[[["A" * 15_000_000] + ["a"] * 400]]), 422),
+        "a long string among short ones": (
+            "application/json", as_json(inputs=[[["A" * 15_000_000] + ["a"] * 400]]), 422),
         "ragged": ("application/json", b'{"inputs": [[[1, 2, 3]], [[1, 2, 3], [4, 5, 6]]]}', 422),
         "grey": ("application/json", b'{"inputs": [[1, 2], [3, 4]]}', 422),
         "1×20,000 in JSON": ("application/json", as_json(inputs=[[[0] * 3]] * 20_000), 413),
@@ -221,7 +227,8 @@ def thought_of() -> dict[str, tuple[str, bytes, int]]:
         "half a surrogate": ("application/json", b'{"instances": ["\\ud800"]}', 400),
         "NUL": ("application/json", b"\0" * 100, 400),
         **{f"base64 {name}": ("application/json", as_json(instances=[text]), 400) for name, text in (
-            ("without padding", GOOD[:-3]), ("in lines", GOOD[:76] + "\n" + GOOD[76:]), ("of the other alphabet", "_-_-" + GOOD),
+            ("without padding", GOOD[:-3]), ("in lines", GOOD[:76] + "\n" + GOOD[76:]),
+            ("of the other alphabet", "_-_-" + GOOD),
             ("as data: URL", "data:image/jpeg;base64," + GOOD), ("of nothing", ""), ("of padding", "===="),
             ("with more", GOOD + "AAAA="))},
         "a bad one among good ones": ("application/json", as_json(instances=[GOOD, GOOD, "AAAA", GOOD]), 400),
@@ -248,16 +255,17 @@ def thought_of() -> dict[str, tuple[str, bytes, int]]:
     }
 
 
-# --- Requests that nobody thought of: valid ones, damaged ---------------------------------------------------------------
+# --- Requests that nobody thought of: valid ones, damaged -------------------------------------------------------------
 
 WORDS = [b"NaN", b"-Infinity", b"1e400", b"-1", b"256", b"null", b"true", b'""', b'"\\ud800"', b"[]", b"{}", b"[" * 500,
-         b"9" * 400, b'"inputs":', b'"instances":', b"\xff\xfe", b"\xef\xbb\xbf", b"\0", b"'", b"\\", b"(", b"-5", b"Exif\0\0II*\0",
-         b"\xff\xd8\xff", b"\xff\xd9", b"\xff\xda", b"IDAT", b"IEND", b"acTL", b"VP8X", b"ANMF"]
-EXTREMES = [bytes(4), b"\xff" * 4, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\0\1", b"\1\0\0\0", b"\0\0\x40\0", b"\x80\0\0\0"]
+         b"9" * 400, b'"inputs":', b'"instances":', b"\xff\xfe", b"\xef\xbb\xbf", b"\0", b"'", b"\\", b"(", b"-5",
+         b"Exif\0\0II*\0", b"\xff\xd8\xff", b"\xff\xd9", b"\xff\xda", b"IDAT", b"IEND", b"acTL", b"VP8X", b"ANMF"]
+EXTREMES = [bytes(4), b"\xff" * 4, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\0\1", b"\1\0\0\0", b"\0\0\x40\0",
+            b"\x80\0\0\0"]
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:
-    "`data` with one thing wrong; what is wrong is more often near its beginning, where the headers are."
+    "Return `data` with one thing wrong, more often near the beginning, where the headers are."
     at = int(len(data) * rng.random() ** 3)
     to = min(len(data), at + int(rng.expovariate(0.02)) + 1)
     other = rng.choice(VALID)[1]
@@ -276,31 +284,32 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
     ])() if data else other
 
 
-def retold(body: bytes, rng: random.Random) -> bytes:
-    "JSON in which one number, word or bracket is another."
+def damaged_json(body: bytes, rng: random.Random) -> bytes:
+    "Return JSON in which one number, word or bracket is replaced."
     token = rng.choice(list(re.finditer(rb'[-+.\w]+|"[^"]*"|[][{}:,]', body)) or [re.match(b"", body)])
     return body[:token.start()] + rng.choice(WORDS + [b"128", b"0.5", b",", b"]", b"[1,2,3]"]) + body[token.end():]
 
 
 def hostile(seed: int) -> Iterator[tuple[str, bytes]]:
-    "Content types and bodies without end, the same for the same `seed`."
+    "Yield content types and bodies without end, the same for the same `seed`."
     rng = random.Random(seed)
     while True:
         kind, body = rng.choice(VALID)
         for _ in range(rng.choice((1, 1, 1, 2, 3, 8))):
-            body = retold(body, rng) if "json" in kind and rng.random() < 0.7 else damaged(body, rng)
+            body = damaged_json(body, rng) if "json" in kind and rng.random() < 0.7 else damaged(body, rng)
         yield rng.choice(KINDS) if rng.random() < 0.1 else kind, body
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
-@given(kind=st.sampled_from(sorted(FORMATS)), body=st.binary(max_size=300),
+@given(kind=st.sampled_from(sorted(CONTENT_TYPES)), body=st.binary(max_size=300),
        prefix=st.sampled_from([b"", *(b[:60] for _, b in VALID)]))
 def test_bytes_become_images_or_a_refusal(kind, body, prefix):
     check_parsed(kind, prefix + body)
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.sampled_from([0, 255, 128.5, GOOD]),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+    | st.sampled_from([0, 255, 128.5, GOOD]),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["inputs", "instances", "x"]), inner),
     max_leaves=30)
 
@@ -330,7 +339,7 @@ def check_parsed(kind: str, body: bytes) -> None:
 
 @dataclass
 class Target:
-    "A live endpoint, what was asked of it, and what a good request is answered with."
+    "A live endpoint, a count of its answers, and the answer to a good request."
     url: str
     pid: int  # its supervisor
     good: dict = field(default_factory=dict)
@@ -352,18 +361,19 @@ class Target:
         return reply.status, reply.read()
 
     def send(self, kind: str, body: bytes) -> int:
-        "Send a request, see that it is answered as it should be, and count; the number of images that it was answered for."
+        "Send a request and check and count its answer; return the number of images that were answered."
         status, answer = self.post(kind, body)
         seen = self.note(status, answer)
         assert (status == 200) == (seen > 0)
         return seen
 
     def note(self, status: int, body: bytes) -> int:
-        "Count an answer and see that it is as it should be; the number of its images."
+        "Check and count an answer; return the number of its images."
         with self.lock:
             self.statuses[status] += 1
         if status == 200:
-            answer = json.loads(body) if body.startswith(b"{") else {"predictions": [], "drift": []}  # the page, or metrics
+            is_json = body.startswith(b"{")  # not the page, nor the metrics
+            answer = json.loads(body) if is_json else {"predictions": [], "drift": []}
             assert len(answer["drift"]) == len(answer["predictions"])
             assert all(set(p["probabilities"]) <= {*SAMPLE_CLASSES} for p in answer["predictions"])
             return len(answer["predictions"])
@@ -372,7 +382,7 @@ class Target:
         return 0
 
     def is_right(self) -> int:
-        "See that a good request is answered as ever; the number of its images."
+        "Check that a good request gets the same answer as before; return the number of its images."
         status, body = self.post("image/jpeg", encode_jpeg(SCENE))
         assert status == 200
         (prediction,) = json.loads(body)["predictions"]
@@ -384,13 +394,13 @@ class Target:
         return drift_status(self.url)["observations"]
 
     def worker(self) -> Path:
-        "The folder in /proc of the process that serves."
+        "Return the folder in /proc of the process that serves."
         found = [p.parent for p in Path("/proc").glob("[0-9]*/stat") if parent_of(p) == self.pid]
         (serving,) = found
         return serving
 
     def memory(self) -> float:
-        "MiB that the serving process holds."
+        "Return the memory of the serving process in MiB."
         return int((self.worker() / "statm").read_text().split()[1]) * 4096 / 2**20
 
     def handles(self) -> int:
@@ -438,10 +448,10 @@ def impatient(package, tmp_path_factory):
         yield target
 
 
-def test_what_was_thought_of(target):
-    expected = {name: status for name, (_, _, status) in thought_of().items()}
+def test_known_cases(target):
+    expected = {name: status for name, (_, _, status) in known_cases().items()}
     answered, before = {}, drift_status(target.url)
-    for name, (kind, body, status) in sorted(thought_of().items(), key=lambda item: item[1][2] == 200):
+    for name, (kind, body, status) in sorted(known_cases().items(), key=lambda item: item[1][2] == 200):
         if status == 200 and before:
             assert drift_status(target.url) == before, "what was refused has left no trace"
             before = None
@@ -459,7 +469,7 @@ def head(*lines: str, body: bytes = b"", method: str = "POST /invocations HTTP/1
 
 
 def in_turn(*requests: bytes) -> bytes:
-    "All `requests` at once, over a connection that only the last one closes."
+    "Return `requests` as one, of which only the last closes the connection."
     return b"".join(r.replace(b"Connection: close\r\n", b"") for r in requests[:-1]) + requests[-1]
 
 
@@ -484,7 +494,8 @@ RAW: dict[str, tuple[bytes, list[list[int]]]] = {  # what is sent, and which sta
     "a path too long": (head(method=f"GET /{'a' * 70_000} HTTP/1.1"), [[400]]),
     "a path that is none": (head(method="GET \xff\xfe HTTP/1.1"), [[400]]),
     "a full address": (head(JPEG, LENGTH, body=PHOTO, method="POST http://x/invocations HTTP/1.1"), [[200]]),
-    "no host": (f"POST /invocations HTTP/1.1\r\n{JPEG}\r\n{LENGTH}\r\nConnection: close\r\n\r\n".encode() + PHOTO, [[200], [400]]),
+    "no host": (f"POST /invocations HTTP/1.1\r\n{JPEG}\r\n{LENGTH}\r\nConnection: close\r\n\r\n".encode() + PHOTO,
+                [[200], [400]]),
     "two types": (head(JPEG, "Content-Type: text/plain", LENGTH, body=PHOTO), [[200], [415], [400]]),
     "no length": (head(JPEG, body=PHOTO), [[400], [400, 400]]),  # no body then; what follows is no request
     "a length too short": (head(JPEG, "Content-Length: 100", body=PHOTO), [[400], [400, 400]]),
@@ -496,8 +507,10 @@ RAW: dict[str, tuple[bytes, list[list[int]]]] = {  # what is sent, and which sta
     "two lengths": (head(JPEG, LENGTH, "Content-Length: 5", body=PHOTO), [[400]]),
     "length and chunks": (head(JPEG, LENGTH, CHUNKED, body=PHOTO), [[400]]),
     "chunks": (head(JPEG, CHUNKED, body=b"%x\r\n%s\r\n0\r\n\r\n" % (len(PHOTO), PHOTO)), [[200]]),
-    "chunks of a byte": (head(JPEG, CHUNKED, body=b"".join(b"1;x=y\r\n%c\r\n" % b for b in PHOTO) + b"0\r\nLater: x\r\n\r\n"), [[200]]),
-    "chunks of 17 MiB": (head(JPEG, CHUNKED, body=(b"100000\r\n" + bytes(2**20) + b"\r\n") * 17 + b"0\r\n\r\n"), [[413]]),
+    "chunks of a byte": (
+        head(JPEG, CHUNKED, body=b"".join(b"1;x=y\r\n%c\r\n" % b for b in PHOTO) + b"0\r\nLater: x\r\n\r\n"), [[200]]),
+    "chunks of 17 MiB": (
+        head(JPEG, CHUNKED, body=(b"100000\r\n" + bytes(2**20) + b"\r\n") * 17 + b"0\r\n\r\n"), [[413]]),
     "chunks that are none": (head(JPEG, CHUNKED, body=b"zz\r\n"), [[400]]),
     "a chunk too large to be": (head(JPEG, CHUNKED, body=b"f" * 16 + b"\r\n"), [[400], [408]]),
     "chunks without end": (head(JPEG, CHUNKED, body=b"5\r\nabc"), [[408]]),
@@ -506,8 +519,8 @@ RAW: dict[str, tuple[bytes, list[list[int]]]] = {  # what is sent, and which sta
     "another encoding": (head(JPEG, "Transfer-Encoding: gzip, chunked", body=b"0\r\n\r\n"), [[400]]),
     "an upgrade": (head(JPEG, LENGTH, "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABk",
                         body=PHOTO), [[200]]),
-    "a socket": (head("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Key: eA==", "Sec-WebSocket-Version: 13",
-                      method="GET /invocations HTTP/1.1"), [[405], [400], [404]]),
+    "a socket": (head("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Key: eA==",
+                      "Sec-WebSocket-Version: 13", method="GET /invocations HTTP/1.1"), [[405], [400], [404]]),
     "a header without colon": (head(JPEG, LENGTH, "what is this", body=PHOTO), [[400]]),
     "a header without name": (head(JPEG, LENGTH, ": x", body=PHOTO), [[400]]),
     "a header in two lines": (head(JPEG, LENGTH, "X: a\r\n b", body=PHOTO), [[400], [200]]),
@@ -524,9 +537,9 @@ RAW: dict[str, tuple[bytes, list[list[int]]]] = {  # what is sent, and which sta
 
 
 def talk(target: Target, sent: bytes, patience: float = 30, enough: int = 1) -> list[tuple[int, bytes]]:
-    """Status and body of what comes back for the bytes `sent`, until the endpoint closes the connection.
+    """Return status and body of each answer to the bytes `sent`, until the endpoint closes the connection.
 
-    `patience` is the seconds to wait for it; one is once `enough` answers have come."""
+    Wait `patience` seconds for it, and one second once `enough` answers have come."""
     received = b""
     with socket.create_connection(target.address, timeout=patience) as raw:
         try:
@@ -538,14 +551,14 @@ def talk(target: Target, sent: bytes, patience: float = 30, enough: int = 1) -> 
                 if len(answers_in(received)) >= enough:
                     raw.settimeout(patience := 1)
         except (BrokenPipeError, ConnectionResetError):
-            pass  # it has said enough
+            return answers_in(received)  # it has said enough
         except TimeoutError:
             assert patience < 30, "no end"
-    return answers_in(bytes(received))
+    return answers_in(received)
 
 
 def answers_in(received: bytes) -> list[tuple[int, bytes]]:
-    "The complete answers among the bytes `received`."
+    "Return the complete answers in the bytes `received`."
     found = []
     while b"\r\n\r\n" in received:
         first, received = received.split(b"\r\n\r\n", 1)
@@ -607,8 +620,8 @@ def test_a_head_has_an_end(target, case):
 
 
 def attack(target: Target, count: int, rounds: int, threads: int = 4) -> list[float]:
-    "Send `count` hostile requests in `rounds`, good ones among them; MiB of memory after each round."
-    names, memory = list(thought_of()), []
+    "Send `count` hostile requests in `rounds`, good ones among them; return the MiB of memory after each round."
+    names, memory = list(known_cases()), []
     per_thread = count // rounds // threads
 
     def some(seed: int) -> int:
@@ -617,11 +630,13 @@ def attack(target: Target, count: int, rounds: int, threads: int = 4) -> list[fl
             if i % 50 == 1:
                 answered += target.is_right()
             if i % 50 == 33:  # damage to the head of a request
-                request = head(f"Content-Type: {kind.encode('ascii', 'replace').decode()}", f"Content-Length: {len(body)}", body=body)
+                request = head(f"Content-Type: {kind.encode('ascii', 'replace').decode()}",
+                               f"Content-Length: {len(body)}", body=body)
                 request = damaged(request[:150], rng) + request[150:]
-                answered += sum(target.note(*answer) for answer in talk(target, request, patience=3) if answer[0] != 100)
+                answers = talk(target, request, patience=3)
+                answered += sum(target.note(*answer) for answer in answers if answer[0] != 100)
             elif i % 25 == 7:
-                kind, body, _ = thought_of()[rng.choice(names)]
+                kind, body, _ = known_cases()[rng.choice(names)]
                 answered += target.send(kind, body)
             else:
                 answered += target.send(kind, body)
@@ -650,9 +665,9 @@ def test_twenty_thousand_hostile_requests(target):
     began = time.monotonic()
     memory = attack(target, 20_000, rounds=20)
     handles = target.handles()
-    print(f"\n{sum(target.statuses.values())} requests in {time.monotonic() - began:.0f} s; {dict(sorted(target.statuses.items()))}; "
-          f"MiB {[round(m) for m in memory]}; {handles} handles")
-    # What it holds between two images is looked at; one image in hand is 75 MB more for a moment.
+    print(f"\n{sum(target.statuses.values())} requests in {time.monotonic() - began:.0f} s; "
+          f"{dict(sorted(target.statuses.items()))}; MiB {[round(m) for m in memory]}; {handles} handles")
+    # The median is the memory between two images; an image in hand takes 75 MB more for a moment.
     assert statistics.median(memory[10:]) < statistics.median(memory[:10]) + 15, "memory does not grow"
     assert max(memory) < memory[0] + 150, memory
     assert handles < 40

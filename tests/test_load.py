@@ -1,4 +1,4 @@
-"""Answers under load are each request's own: mixed formats, many at a time, and callers who hang up among them."""
+"""Under load each request gets its own answer, whatever its format, while some clients hang up."""
 import asyncio
 import base64
 import io
@@ -45,7 +45,8 @@ FORMS: dict[str, tuple[str, Callable[[int], bytes], Callable[[int], list[int]]]]
     "npy": ("application/x-npy", lambda i: as_npy(SCENES[i]), lambda i: [i]),
     "npy of two": ("application/x-npy", lambda i: as_npy(np.stack([SCENES[i], SCENES[i - 1]])), lambda i: [i, i - 1]),
     "inputs": ("application/json", lambda i: json.dumps({"inputs": SCENES[i].tolist()}).encode(), lambda i: [i]),
-    "instances": ("application/json", lambda i: as_instances([SCENES[i - k] for k in range(3)]), lambda i: [i, i - 1, i - 2]),
+    "instances": ("application/json", lambda i: as_instances([SCENES[i - k] for k in range(3)]),
+                  lambda i: [i, i - 1, i - 2]),
 }
 
 
@@ -56,15 +57,16 @@ def package(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cases(package) -> list[tuple[bytes, np.ndarray]]:
-    "A request for each scene in each form, and the probabilities that the package has for its images alone."
-    lossless = package.predict(np.stack([decode(encoded(s, "PNG"), package.image_size) for s in SCENES]), 1)["probabilities"]
+    "Return a request for each scene in each form, and the package's probabilities for its images alone."
+    pixels = np.stack([decode(encoded(s, "PNG"), package.image_size) for s in SCENES])
+    lossless = package.predict(pixels, 1)["probabilities"]
     jpegs = package.predict_bytes([encode_jpeg(s) for s in SCENES], 1)["probabilities"]
     return [(raw_request(body(i), kind), (jpegs if form == "jpeg" else lossless)[scenes(i)])
             for form, (kind, body, scenes) in FORMS.items() for i in range(len(SCENES))]
 
 
 async def hang_up(port: int, request: bytes, turns: int) -> None:
-    "Send a request and be gone: at once, or when it is being worked on."
+    "Send a request and close the connection: at once, or while the request is processed."
     _, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(request)
     for _ in range(turns):
@@ -73,7 +75,7 @@ async def hang_up(port: int, request: bytes, turns: int) -> None:
 
 
 async def under_load(url: str, requests: list[bytes], leavers: list[bytes], connections: int = 16) -> list[Answer]:
-    "The answers to `requests` in their order, while `leavers` come and go among them."
+    "Return the answers to `requests` in their order, while clients send `leavers` and hang up."
     answers: list[Answer] = []
     port, rng = int(url.rpartition(":")[2]), random.Random(0)
     gone: set[asyncio.Task] = set()
@@ -90,7 +92,7 @@ async def under_load(url: str, requests: list[bytes], leavers: list[bytes], conn
 
 
 def wait_until_idle(url: str) -> None:
-    "What was under way when its caller left is still being finished."
+    "Wait for the requests whose clients have left: they are finished all the same."
     deadline = time.monotonic() + 30
     while "intel_nb_requests_in_hand 0.0" not in urlopen(f"{url}/metrics").read().decode():
         assert time.monotonic() < deadline
@@ -106,14 +108,14 @@ def test_each_answer_under_load_is_that_of_its_request_alone(package, cases, cou
         wait_until_idle(url)
         observed = drift_status(url)["observations"]
     assert [a.index for a in answers] == list(range(count))
-    wrong = [k for k, answer in zip(chosen, answers) if difference(answer, cases[k][1]) > package.card["batch_tolerance"]]
-    assert not wrong
+    tolerance = package.card["batch_tolerance"]
+    assert not [k for k, answer in zip(chosen, answers) if difference(answer, cases[k][1]) > tolerance]
     times = [reading["time"] for answer in answers for reading in json.loads(answer.body)["drift"]]
     staying, left = (sum(len(cases[k][1]) for k in group) for group in (chosen, leaving))
     assert len(times) == staying <= observed <= staying + left
 
 
 def difference(answer: Answer, expected: np.ndarray) -> float:
-    "The largest difference of the answer's probabilities from the `expected` ones (N, C)."
+    "Return the largest difference of the answer's probabilities from the `expected` ones (N, C)."
     predictions = json.loads(answer.body)["predictions"]
     return float(np.abs(np.array([list(p["probabilities"].values()) for p in predictions]) - expected).max())

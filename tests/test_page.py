@@ -21,8 +21,8 @@ from websockets.sync.client import connect
 from intel_nb.images import encode_jpeg
 from intel_nb.model import sample_package
 from intel_nb.scenes import sample_scene
+from intel_nb.serving.app import CSP
 from intel_nb.serving.endpoints import throwaway
-from intel_nb.serving.page import CSP
 from intel_nb.serving.worker import die_with_parent
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -32,7 +32,7 @@ FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "-
          "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
          "--remote-debugging-port=0"]
 SCENES = [encode_jpeg(sample_scene(i % 6, np.random.default_rng(i))) for i in range(12)]
-SECONDS = 30  # in which anything that is asked for must come
+SECONDS = 30  # to wait for anything at most
 HTTP = httpx.Client(timeout=SECONDS)
 
 # Resolves when %s is true, which is looked at whenever the document changes.
@@ -44,12 +44,12 @@ WHEN = """new Promise(done => {
 
 
 class Tab:
-    "A tab of the browser (or the browser itself): what it is told to do, and what it has reported."
+    "A connection to a tab, or to the browser: it sends commands and collects the events."
     def __init__(self, socket):
         self.socket, self.count, self.events, self.prefix = socket, 0, [], None
 
     def call(self, method: str, **params) -> dict:
-        "Send a command, and take note of what comes before its answer."
+        "Send a command and return its result; note the events that arrive before it."
         number, end = self.send(method, **params), time.monotonic() + SECONDS
         while (message := json.loads(self.socket.recv(end - time.monotonic()))).get("id") != number:
             self.note(message)
@@ -72,17 +72,17 @@ class Tab:
         return [e["params"] for e in self.events if e.get("method") == method]
 
     def js(self, expression: str):
-        "The value of a JavaScript expression, or what its promise comes to."
+        "Return the value of a JavaScript expression, or of its promise."
         answer = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def when(self, condition: str) -> None:
-        "Wait until `condition` (JavaScript) holds in the page."
+        "Wait until the JavaScript `condition` is true in the page."
         assert self.js(WHEN % condition)
 
     def text(self, name: str) -> str:
-        "What a person reads in the element with the id `name`."
+        "Return the visible text of the element with the id `name`."
         return self.js(f"(e => e.checkVisibility() ? e.innerText : '')(document.getElementById({name!r}))")
 
     def open(self, url: str) -> None:
@@ -101,18 +101,18 @@ class Tab:
         self.call("Input.dispatchKeyEvent", type="keyUp", **key)
 
     def bars(self) -> list[list[str]]:
-        "Name, width of the bar and percentage of each row."
+        "Return name, width of the bar, and percentage of each row."
         return self.js("[...document.querySelectorAll('#classes tr')].map(row => "
                        "[row.cells[0].textContent, row.querySelector('div').style.width, row.cells[2].textContent])")
 
     def points(self, line: str) -> int:
-        "How many points a line of the chart has."
+        "Return the number of points of a line of the chart."
         return len(re.findall("[ML]", self.js(f"document.getElementById('{line}-line').getAttribute('d')") or ""))
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    "The address at which a fresh browser listens."
+    "Start a browser and yield the address at which it listens."
     profile = tmp_path_factory.mktemp("browser")
     process = subprocess.Popen([CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
                                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
@@ -130,7 +130,7 @@ def browser(tmp_path_factory):
 
 @contextmanager
 def new_tab(browser: str):
-    "A tab with storage and cache of its own."
+    "Open a tab with its own storage and cache."
     version = json.load(urlopen(f"http://{browser}/json/version", timeout=SECONDS))
     with connect(version["webSocketDebuggerUrl"], max_size=None, proxy=None) as socket:
         whole = Tab(socket)
@@ -146,9 +146,9 @@ def new_tab(browser: str):
 
 @pytest.fixture
 def tab(browser):
-    """A tab, of which is asserted afterwards that it talked to the endpoint alone and that nothing in it went wrong.
+    """Yield a tab, and assert afterwards that it talked only to the endpoint and that nothing in it went wrong.
 
-    `tab.expected` holds what is in the log on purpose: for a browser an answer of 415 is an error too."""
+    `tab.expected` lists errors that the test causes: the browser logs an answer of 415 as an error, for example."""
     with new_tab(browser) as tab:
         tab.expected = []
         yield tab
