@@ -17,8 +17,7 @@ from ..streams import run_time
 
 # %% auto #0
 __all__ = ['AffineMap', 'WHITENING_SIZE', 'MIN_CAPTURED', 'fit_drift_maps', 'apply_drift_maps', 'DriftCalibration',
-           'calibrate_detector', 'find_current_capture', 'calibrate_on_newest', 'count_held_out',
-           'choose_detector_rows']
+           'calibrate_detector', 'calibrate_on_newest', 'count_held_out', 'choose_detector_rows']
 
 # %% ../../nbs/training/04_calibration.ipynb #ed117229
 AffineMap = tuple[np.ndarray, np.ndarray]  # matrix (E, k) and offset (k,)
@@ -71,36 +70,31 @@ def calibrate_detector(features: dict[str, np.ndarray], settings: dict[str, Any]
     detector = OnlineMMD(drift[:cut], settings["ert"], windows, settings["bootstraps"], drift[cut:], seed)
     return DriftCalibration(maps, detector, run_time(detector, drift[cut:], 2000, seed).mean, capture)
 
-# %% ../../nbs/training/04_calibration.ipynb #3daddc53
-MIN_CAPTURED = 200  # rows
+# %% ../../nbs/training/04_calibration.ipynb #0b89efa5
+MIN_CAPTURED = 200  # rows of a capture; a smaller one is ignored
 
-# %% ../../nbs/training/04_calibration.ipynb #6c1c22aa
-def find_current_capture(sources: Sequence[str]) -> tuple[str, list[int]]:
-    "Return the newest capture that has `MIN_CAPTURED` of the `sources`, and its rows; `('', [])` if there is none."
-    return newest_capture(sources, least=MIN_CAPTURED)
-
-# %% ../../nbs/training/04_calibration.ipynb #b6dd91e4
+# %% ../../nbs/training/04_calibration.ipynb #547553bd
 def calibrate_on_newest(features: dict[str, np.ndarray], n_train: int, sources: Sequence[str], settings: dict[str, Any],
                         seed: int) -> DriftCalibration:
-    """Calibrate on the current capture if there is one, and otherwise on all training images.
+    """Calibrate on the newest capture that is large enough, and otherwise on all training images.
 
     `features` and `sources` are those of the `n_train` training images, followed by those of the validation images."""
     part = lambda rows: {name: values[rows] for name, values in features.items()}
-    capture, captured = find_current_capture(sources)
+    capture, captured = newest_capture(sources, least=MIN_CAPTURED)
     older = np.setdiff1d(np.arange(n_train), captured)[:WHITENING_SIZE]
     if captured and len(older) >= 16:
         return calibrate_detector(part(captured), settings, seed, whitening=part(older), capture=capture)
     return calibrate_detector(part(slice(n_train)), settings, seed)
 
-# %% ../../nbs/training/04_calibration.ipynb #a10a7dd1
+# %% ../../nbs/training/04_calibration.ipynb #5740563e
 def count_held_out(n_train: int, n_validation: int, reference_size: int) -> int:
     "Return how many training images to hold out: what validation lacks for reference and pool, and at most 15 %."
     return int(min(max(0, 3 * reference_size - n_validation), .15 * n_train))
 
-# %% ../../nbs/training/04_calibration.ipynb #6ba82652
+# %% ../../nbs/training/04_calibration.ipynb #627c1db2
 def choose_detector_rows(train: Split, validation: Split, reference_size: int) -> tuple[str, list[int], list[int]]:
-    "Return the current capture (or `''`), and the rows of `train` to hold out and of `validation` for the detector."
-    capture, rows = find_current_capture(train.source + validation.source)
+    "Return the newest large capture or `''`, and the rows of `train` to hold out and of `validation` for the detector."
+    capture, rows = newest_capture(train.source + validation.source, least=MIN_CAPTURED)
     if not capture:
         spare = count_held_out(len(train), len(validation), reference_size)
         return "", list(range(spare)), list(range(len(validation)))
