@@ -144,9 +144,7 @@ class Gate:
 # %% ../nbs/02_evaluate.ipynb #b554bb0d
 def decide_gate(right: np.ndarray, min_accuracy: float, champion: str = "",
                 champion_right: np.ndarray | None = None) -> Gate:
-    """Return the gate for a package that is `right` or wrong on each test image (N,).
-
-    `champion` is the version of the champion, and `champion_right` (N,) is None if it has other classes."""
+    "Return the gate of a package, `right` or wrong (N,). `champion_right` is None if the `champion` has other classes."
     accuracy = right.mean()
     if accuracy < min_accuracy:
         return Gate(False, f"accuracy {accuracy:.4f} is below {min_accuracy}")
@@ -262,7 +260,7 @@ def plot_mistakes(split: Split, probabilities: np.ndarray, side: int) -> Any:
     import matplotlib.pyplot as plt
     worst = find_worst_mistakes(split, probabilities)
     rows = -(-max(1, len(worst)) // 6)
-    fig, axes = plt.subplots(rows, 6, figsize=(10, 2 * rows), squeeze=False)
+    fig, axes = plt.subplots(rows, 6, figsize=(10, 2.2 * rows), squeeze=False, layout="constrained")
     for ax in axes.flat:
         ax.axis("off")
     if not worst:
@@ -270,7 +268,6 @@ def plot_mistakes(split: Split, probabilities: np.ndarray, side: int) -> Any:
     for ax, i in zip(axes.flat, worst):
         ax.imshow(decode(split.images[i], side))
         answer = probabilities[i].argmax()
-        ax.set_title(f"{split.classes[split.labels[i]]},\nnot {split.classes[answer]} ({probabilities[i, answer]:.0%})",
-                     fontsize=8)
-    fig.tight_layout()
+        title = f"{split.classes[split.labels[i]]},\nnot {split.classes[answer]} ({probabilities[i, answer]:.0%})"
+        ax.set_title(title, fontsize=8)
     return fig

@@ -87,9 +87,7 @@ class EpochSampler(Sampler):
 
 # %% ../../nbs/training/02_finetune.ipynb #d47d0119
 def augment(images: torch.Tensor, seed: Sequence[int]) -> torch.Tensor:
-    """Return `images`, uint8 (N, H, W, 3), randomly cropped, mirrored and relit, as float32 in 0–255.
-
-    The same `seed` gives the same result."""
+    "Return uint8 `images` (N, H, W, 3) cropped, mirrored and relit at random by `seed`, as float32 in 0–255."
     rng, n = np.random.default_rng(seed), len(images)
     scale, flip = np.sqrt(rng.uniform(.7, 1, n)), rng.choice([-1, 1], n)
     theta = np.zeros((n, 2, 3))
