@@ -11,7 +11,7 @@ import pytest
 from test_endpoint import Load, wait_until
 
 from intel_nb.dataset import Row, class_names, read_split, sample_dataset, write_split
-from intel_nb.evaluate import decide, on_annotations
+from intel_nb.evaluate import decide_gate, evaluate_annotated
 from intel_nb.model import load_package, sample_package
 from intel_nb.registry import open_registry
 
@@ -46,10 +46,10 @@ def test_annotated_rows_of_validation_are_measured_apart(champion, tmp_path):
     registry, package = champion
     dataset = sample_dataset(tmp_path, per_class=12)
     count = len(read_split(dataset, "validation"))
-    assert on_annotations(package, registry, read_split(dataset, "validation")) == {}
+    assert evaluate_annotated(package, registry, read_split(dataset, "validation")) == {}
     rewrite(dataset, "validation", sources=[
         *["annotations"] * 5, "capture:2026-01-31T12:00:00Z", *["capture:2026-02-28T12:00:00Z"] * 3, *["archive"] * (count - 9)])
-    found = on_annotations(package, registry, read_split(dataset, "validation"))
+    found = evaluate_annotated(package, registry, read_split(dataset, "validation"))
     assert {name: seen["images"] for name, seen in found.items()} == {"all": 9, "capture:2026-02-28T12:00:00Z": 3}
     for seen in found.values():
         assert (seen["difference"], seen["p_value"]) == (0, 1)
@@ -62,7 +62,7 @@ def test_a_worse_challenger_passes_only_within_noise(wrong):
     rng, champion = np.random.default_rng(1), np.arange(600) >= 30
     for _ in range(20):
         right = champion & (rng.random(600) >= wrong)
-        verdict = decide(right, 0, "1", champion)
+        verdict = decide_gate(right, 0, "1", champion)
         lost = int((champion & ~right).sum())
         assert verdict.passed == (lost < 6), "six to nothing is p = 0.031"
         assert ("within noise" in verdict.reason) == verdict.passed and "95 % interval" in verdict.reason
