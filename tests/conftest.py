@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +55,7 @@ class House:
     def __call__(self, *arguments: str) -> Answer:
         "Carry out a command in this process."
         from intel_nb.cli import call
-        out, err, before, cwd = io.StringIO(), io.StringIO(), dict(os.environ), os.getcwd()
+        out, err, before, cwd = io.StringIO(), io.StringIO(), dict(os.environ), Path.cwd()
         os.environ.update(self.environ)
         os.chdir(self.root)
         try:
@@ -82,9 +83,27 @@ class House:
 
 
 @pytest.fixture(scope="session")
-def archive(tmp_path_factory) -> Path:
+def shared(tmp_path_factory, worker_id):
+    "Make a folder once for all workers of a test run: the first one that asks makes it, the others wait for it."
+    from intel_nb.locks import locked
+    root = tmp_path_factory.getbasetemp()
+    root = root if worker_id == "master" else root.parent
+
+    def folder(name: str, make: Callable[[Path], None]) -> Path:
+        with locked(root / f"{name}.lock"):
+            if not (root / f"{name}.made").exists():
+                (root / name).mkdir()
+                make(root / name)
+                (root / f"{name}.made").touch()
+        return root / name
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def archive(shared) -> Path:
     from intel_nb.scenes import sample_archive
-    return sample_archive(tmp_path_factory.mktemp("archive") / "scenes.zip", per_class=30, seed=0)
+    return shared("archive", lambda to: sample_archive(to / "scenes.zip", per_class=30, seed=0)) / "scenes.zip"
 
 
 @pytest.fixture
@@ -96,12 +115,13 @@ def empty(tmp_path, archive):
 
 
 @pytest.fixture(scope="session")
-def waiting_once(tmp_path_factory, archive) -> House:
+def waiting_once(shared, archive) -> House:
     "A workspace with one run, `first`, that waits for approval. Do not change it: take `waiting`."
-    house = House(tmp_path_factory.mktemp("waiting"), archive)
-    answer = house.run("--run-id", "first")
-    assert answer.status == 3, answer
-    return house
+    def make(folder: Path) -> None:
+        answer = House(folder, archive).run("--run-id", "first")
+        assert answer.status == 3, answer
+
+    return House(shared("waiting", make), archive)
 
 
 def copy_of(house: House, root: Path) -> House:
