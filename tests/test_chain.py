@@ -253,8 +253,8 @@ def test_an_interrupted_run_takes_its_kernel_with_it(small):
     os.killpg(stopped.pid, signal.SIGINT)
     stopped.communicate(timeout=60)
     assert kernels(small.root) == []
-    assert read_run(small.root / "executed", "mine").status == "failed"
-    assert json.loads((small.root / "executed" / "mine" / "run.json").read_text())["status"] == "failed"
+    assert read_run(small.root / "executed", "mine").status == "interrupted"
+    assert json.loads((small.root / "executed" / "mine" / "run.json").read_text())["status"] == "interrupted"
 
 
 def test_two_runs_do_a_step_once(small):

@@ -300,7 +300,7 @@ def run_chain(workspace: Workspace, request: RunRequest, plan: tuple[Step, ...] 
                 remove(folder)
                 tidy(workspace)
             elif job:
-                close_run(job, "failed")
+                close_run(job, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
             raise
 
 # %% ../../nbs/chain/08_run.ipynb #d5de3e43
@@ -308,17 +308,19 @@ DONE = ("succeeded", "cached")
 
 def open_run(workspace: Workspace, request: RunRequest, run_id: str, plan: tuple[Step, ...]) -> Run:
     "The record of a run that begins or goes on; raises `InputError` when that run was asked for something else."
-    path = workspace.executed / run_id / "request.json"
-    run = Run(run_id, "running", utc_now(), None, request.trigger, steps=[StepRecord(s.name, s.notebook) for s in plan],
-              cause=request.cause or named_cause())
-    if path.exists() and path.with_name("run.json").exists():
-        if read_json(path)["parameters"] != request.parameters:
-            raise InputError(f"run {run_id} was started with other parameters; repeat them, or use another --run-id")
+    folder = workspace.executed / run_id
+    steps = [StepRecord(s.name, s.notebook) for s in plan]
+    run = Run(run_id, "running", utc_now(), None, request.trigger, steps=steps, cause=request.cause or named_cause())
+    if (folder / "run.json").exists():
         before = read_run(workspace.executed, run_id)
-        steps = [s if s.status in DONE else StepRecord(s.name, s.notebook) for s in before.steps]
-        run = replace(before, status="running", finished=None, steps=steps)
-    else:
-        write_json(path, asdict(replace(request, run_id=run_id)))
+        if before.status == "queued":
+            run = replace(run, trigger=before.trigger, cause=before.cause)
+        elif request_of(workspace, run_id).parameters != request.parameters:
+            raise InputError(f"run {run_id} was started with other parameters; repeat them, or use another --run-id")
+        else:
+            steps = [s if s.status in DONE else StepRecord(s.name, s.notebook) for s in before.steps]
+            return write_run(workspace.executed, replace(before, status="running", finished=None, steps=steps))
+    write_json(folder / "request.json", asdict(replace(request, run_id=run_id)))
     return write_run(workspace.executed, run)
 
 # %% ../../nbs/chain/08_run.ipynb #5fb35958

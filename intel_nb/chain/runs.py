@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from ..locks import is_locked, locked
-from ..storage import InputError, read_json, write_json, write_text
+from ..storage import InputError, read_json, utc_now, write_json, write_text
 
 # %% auto #0
-__all__ = ['STYLE', 'PLOT_BYTES', 'StepRecord', 'Run', 'with_step', 'new_run_id', 'check_run_id', 'write_run', 'read_run',
-           'as_dead', 'list_runs', 'held', 'render_report', 'write_report']
+__all__ = ['RUN_STATUSES', 'STYLE', 'PLOT_BYTES', 'StepRecord', 'Run', 'with_step', 'new_run_id', 'check_run_id', 'write_run',
+           'read_run', 'as_dead', 'list_runs', 'queue_run', 'held', 'render_report', 'write_report']
 
 # %% ../../nbs/chain/04_runs.ipynb #3e642f56
 @dataclass(frozen=True)
@@ -36,11 +36,21 @@ class StepRecord:
     result: dict[str, Any] | None = None
 
 # %% ../../nbs/chain/04_runs.ipynb #a03e0e9d
+RUN_STATUSES = {
+    "queued": "the run was asked for, and no process works on it yet",
+    "running": "a process works on the run",
+    "waiting": "the run stops until a person decides about its version",
+    "succeeded": "all steps that were asked for are done",
+    "failed": "a step failed, or the process died",
+    "interrupted": "Ctrl-C or `intel-nb cancel` stopped the run",
+    "rejected": "the version did not pass its gate, or a person rejected it",
+}
+
 @dataclass(frozen=True)
 class Run:
     "What a run did; what one has not come to is None."
     run_id: str
-    status: str  # running, succeeded, failed, waiting, rejected
+    status: str  # one of RUN_STATUSES
     started: str  # ISO 8601, UTC
     finished: str | None
     trigger: str  # what set it off: run, approve, promote, rollback, reject, …
@@ -100,6 +110,11 @@ def list_runs(executed: Path) -> list[Run]:
     runs = [(read_run(executed, folder.name), _asked_at(folder)) for folder in folders]
     return [run for run, _ in sorted(runs, key=lambda r: (r[0].started, r[1]), reverse=True)]
 
+# %% ../../nbs/chain/04_runs.ipynb #23ae0708
+def queue_run(executed: Path, trigger: str, cause: str, run_id: str = "") -> Run:
+    "Write the record of a run that nobody works on yet; `run_chain` with a request of its `run_id` starts it."
+    return write_run(executed, Run(run_id or new_run_id(), "queued", utc_now(), None, trigger, cause=cause))
+
 # %% ../../nbs/chain/04_runs.ipynb #56f4c213
 def _asked_at(folder: Path) -> int:
     "When a run was asked for, in nanoseconds: tells runs of one second apart."
@@ -121,7 +136,7 @@ def held(executed: Path, run_id: str) -> Iterator[Path]:
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:.3rem .8rem .3rem 0;vertical-align:top}
 tr{border-bottom:1px solid #ddd}img{max-width:100%}code{font-size:.9em}.succeeded,.cached{color:#176d2c}
-.failed,.rejected{color:#b00020}.waiting,.running{color:#8a5a00}.skipped{color:#777}"""
+.failed,.interrupted,.rejected{color:#b00020}.waiting,.running,.queued{color:#8a5a00}.skipped{color:#777}"""
 
 def render_report(run: Run, more: str = "") -> str:
     "The page of `run` as HTML; `more` is HTML that stands at its end."
