@@ -54,7 +54,7 @@ class House:
     def __call__(self, *arguments: str) -> Answer:
         "Carry out a command in this process."
         from intel_nb.cli import call
-        out, err, before, cwd = io.StringIO(), io.StringIO(), dict(os.environ), os.getcwd()
+        out, err, before, cwd = io.StringIO(), io.StringIO(), dict(os.environ), Path.cwd()
         os.environ.update(self.environ)
         os.chdir(self.root)
         try:
