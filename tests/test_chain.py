@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import COMMAND, QUICK
 
-from intel_nb.chain.execution import MARK
+from intel_nb.chain.execution import WORK_VARIABLE
 from intel_nb.chain.parameters import read_parameters
 from intel_nb.chain.plan import MOVE, PLAN, notebooks_folder
 from intel_nb.storage import write_json
@@ -46,7 +46,8 @@ def test_a_move_is_told_its_version_and_stage():
 
 def test_a_run_that_waits(waiting):
     run = waiting.record("first")
-    assert list(run) == ["run_id", "status", "started", "finished", "trigger", "model_version", "endpoint", "steps", "cause"]
+    assert list(run) == ["run_id", "status", "started", "finished", "trigger", "model_version", "endpoint", "steps",
+                         "cause"]
     assert (run["status"], run["trigger"], run["model_version"], run["endpoint"]) == ("waiting", "run", "1", None)
     assert [step["status"] for step in run["steps"]] == ["succeeded"] * 3 + ["skipped"] * 3
     assert list(run["steps"][0]) == ["name", "notebook", "status", "seconds", "key", "out_dir", "result"]
@@ -211,7 +212,7 @@ def kernels(root: Path) -> list[int]:
     for process in psutil.process_iter():
         try:
             kernel = "ipykernel_launcher" in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE
-            if kernel and process.environ().get(MARK, "").startswith(str(root)):
+            if kernel and process.environ().get(WORK_VARIABLE, "").startswith(str(root)):
                 found.append(process.pid)
         except psutil.Error:
             pass
@@ -253,8 +254,8 @@ def test_an_interrupted_run_takes_its_kernel_with_it(small):
     os.killpg(stopped.pid, signal.SIGINT)
     stopped.communicate(timeout=60)
     assert kernels(small.root) == []
-    assert read_run(small.root / "executed", "mine").status == "failed"
-    assert json.loads((small.root / "executed" / "mine" / "run.json").read_text())["status"] == "failed"
+    assert read_run(small.root / "executed", "mine").status == "interrupted"
+    assert json.loads((small.root / "executed" / "mine" / "run.json").read_text())["status"] == "interrupted"
 
 
 def test_two_runs_do_a_step_once(small):

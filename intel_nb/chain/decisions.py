@@ -12,7 +12,7 @@ from typing import Any
 from .history import from_store
 from .plan import MOVE, PLAN, RunRequest, Workspace
 from .run import DONE, RunEvent, request_of, run_chain
-from .runs import Run, held, list_runs, write_run
+from .runs import Run, lock_run, list_runs, write_run
 from .store import Entry
 from ..storage import InputError, utc_now
 
@@ -109,7 +109,7 @@ def reject(workspace: Workspace, version: str, reason: str = "", tell: Tell = si
     registry.set_status(version, "Rejected", reason or "rejected with intel-nb reject")
     for run in list_runs(workspace.executed):
         if run.status == "waiting" and run.model_version == version:
-            with held(workspace.executed, run.run_id):
+            with lock_run(workspace.executed, run.run_id):
                 write_run(workspace.executed, replace(run, status="rejected", finished=utc_now()))
     unshadow(workspace, version)
     serving = [e.stage for e in workspace.endpoints().list() if e.version == version and e.status != "stopped"]
