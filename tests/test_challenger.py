@@ -88,7 +88,7 @@ def test_a_person_sees_by_how_much_and_how_sure(waiting):
 
 
 def shuffled(archive: Path, out: Path) -> Path:
-    "Write `archive` to `out` with the classes of its training images shuffled; the test images keep theirs."
+    "Write `archive` to `out` with the classes of its training images shuffled; the test images keep their classes."
     rng = random.Random(0)
     with zipfile.ZipFile(archive) as old, zipfile.ZipFile(out, "w") as new:
         names = [n for n in old.namelist() if not n.endswith("/")]

@@ -76,7 +76,7 @@ def small(packages):
 
 
 def processes_of(folder: Path) -> list[str]:
-    "Command lines of living processes that name `folder`."
+    "Return the command lines of the processes that name `folder`."
     found = []
     for p in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -164,7 +164,7 @@ def parent_of(process: Path) -> int | None:
 
 
 class Load:
-    "Clients that send one request after another until told to stop, and count what they got."
+    "Clients that send one request after another until they are stopped, and collect what was answered."
     def __init__(self, url: str, keep: int = 2, fresh: int = 1):
         self.url, self.stop, self.failures, self.versions, self.observations = url, threading.Event(), [], [], []
         self.threads = [threading.Thread(target=self.run, args=[True]) for _ in range(keep)]
@@ -197,8 +197,9 @@ class Load:
                 self.observations.append(client.get(f"{self.url}/drift", timeout=30).json()["observations"])
 
     def wait_for(self, count: int) -> None:
-        wanted = len(self.versions) + count
-        while len(self.versions) < wanted and not self.failures:
+        "Wait for `count` more answers."
+        expected = len(self.versions) + count
+        while len(self.versions) < expected and not self.failures:
             time.sleep(0.01)
 
 
@@ -219,7 +220,7 @@ def test_updates_and_rollbacks_under_load_fail_no_request(endpoints, packages):
 
 
 def workers_of(endpoint) -> set[int]:
-    "Living workers of a supervisor."
+    "Return the process ids of the workers of an endpoint."
     return {int(p.name) for p in Path("/proc").glob("[0-9]*") if parent_of(p) == endpoint.pid}
 
 
@@ -227,15 +228,15 @@ def warm(endpoints, stage: str) -> str:
     return json.loads((endpoints.folder / stage / "endpoint.json").read_text())["warm"]
 
 
-def wait_until(holds) -> None:
+def wait_until(condition) -> None:
     deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline, "it never came"
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.02)
 
 
 def test_a_rollback_under_load_hands_over_to_the_worker_that_stood_by(packages, tmp_path):
-    "It is the very process of before; no request fails, and what was promoted and rolled back ends."
+    "The same process serves again, no request fails, and the worker of the version that was rolled back ends."
     endpoints = LocalEndpoints(tmp_path / "endpoints", owned=True, first_port=18300, env={"INTEL_NB_WARM": "100000"})
     first = endpoints.deploy("production", packages[0], "1")
     try:
@@ -264,7 +265,7 @@ def test_the_predecessor_goes_when_the_new_version_has_answered_enough(packages,
     try:
         endpoints.deploy("production", packages[1], "2")
         send(first.url, 4)
-        time.sleep(1.5)  # it was asked meanwhile
+        time.sleep(1.5)  # the supervisor asked for the count meanwhile
         assert warm(endpoints, "production") == "1"
         send(first.url, 1)
         wait_until(lambda: warm(endpoints, "production") == "" and len(workers_of(first)) == 1)
@@ -285,15 +286,15 @@ def test_a_predecessor_that_died_standing_by_is_started_anew(endpoints, packages
 
 
 def test_a_challenger_that_is_killed_as_it_starts_never_takes_the_stage(endpoints, packages):
-    "Nor does the load on its predecessor notice; who stood by stands by still."
+    "No request to its predecessor fails, and the worker that stood by still does."
     first = endpoints.deploy("staging", packages[0], "1")
     endpoints.deploy("staging", packages[1], "2")
-    known, said = workers_of(first), []
+    known, errors = workers_of(first), []
 
     def deploy():
         with pytest.raises(EndpointError, match="version 3 does not serve staging") as error:
             endpoints.deploy("staging", packages[0], "3")
-        said.append(error)
+        errors.append(error)
 
     with Load(first.url) as load:
         load.wait_for(10)
@@ -303,7 +304,7 @@ def test_a_challenger_that_is_killed_as_it_starts_never_takes_the_stage(endpoint
         os.kill((workers_of(first) - known).pop(), signal.SIGKILL)
         update.join()
         load.wait_for(10)
-    assert said and load.failures == [] and set(load.versions) == {"2"}
+    assert errors and load.failures == [] and set(load.versions) == {"2"}
     assert endpoints.describe("staging").version == "2" and endpoints.history("staging") == ["1", "2"]
 
 
@@ -490,8 +491,9 @@ def test_a_shadow_agrees_as_often_as_its_package_does(endpoints, packages, other
     url = endpoints.deploy("production", packages[0], "1").url
     scenes = [encode_jpeg(sample_scene(i % 6, np.random.default_rng([5, i])) // 3) for i in range(40)]  # dark: not easy
     probabilities = [load_package(p).predict_bytes(scenes)["probabilities"] for p in (packages[0], other_package)]
-    ours, others = (p.argmax(axis=1) for p in probabilities)
-    for version, package, agreed in (("2", packages[1], 40), ("3", other_package, int((ours == others).sum()))):
+    classes, other_classes = (p.argmax(axis=1) for p in probabilities)
+    equal = int((classes == other_classes).sum())
+    for version, package, agreed in (("2", packages[1], 40), ("3", other_package, equal)):
         endpoints.shadow("production", package, version)
         time.sleep(1.1)  # the worker looks once a second whether there is another shadow
         for scene in scenes:

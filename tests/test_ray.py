@@ -111,8 +111,8 @@ class Load:
 
     def more(self, count: int) -> None:
         "Wait for `count` more answers."
-        wanted = len(self.answers) + count
-        wait(lambda: len(self.answers) >= wanted or self.failures, 120)
+        expected = len(self.answers) + count
+        wait(lambda: len(self.answers) >= expected or self.failures, 120)
         assert self.failures == []
 
 

@@ -181,14 +181,14 @@ async def start_worker(served: ServedVersion, folder: Path, sockets: list[socket
     """Start a worker and return it once it has loaded its package; raise `WorkerFailed`.
 
     The `sockets` are the listener, and the two ends of the channel in which connections move to the next worker."""
-    ours, theirs = socket.socketpair()
+    control, worker_end = socket.socketpair()
     listener, inlet, outlet = (s.fileno() for s in sockets)
-    numbers = listener, theirs.fileno(), inlet, outlet
+    numbers = listener, worker_end.fileno(), inlet, outlet
     command = Assignment(served.package, served.version, str(folder / "state"), *numbers, os.getpid(),
                          ENGINES[served.engine]).command()
     process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, pass_fds=numbers)
-    theirs.close()
-    worker = WorkerProcess(process, *await asyncio.open_connection(sock=ours), folder / "supervisor.log", served)
+    worker_end.close()
+    worker = WorkerProcess(process, *await asyncio.open_connection(sock=control), folder / "supervisor.log", served)
     try:
         await worker.expect("ready", START_SECONDS)
     except BaseException:
