@@ -16,14 +16,20 @@ from PIL import Image
 
 
 # %% auto #0
-__all__ = ['FORMATS', 'MAX_BYTES', 'MAX_PIXELS', 'MAX_SIDE', 'MAX_PARTS', 'ImageError', 'check_size', 'Slim', 'open_image',
-           'to_rgb', 'fit', 'decode_opened', 'decode', 'Checked', 'check_image', 'encode_png', 'encode_jpeg']
+__all__ = ['FORMATS', 'MAX_BYTES', 'MAX_PIXELS', 'MAX_SIDE', 'MAX_PARTS', 'image_format', 'ImageError', 'check_size', 'Slim',
+           'open_image', 'to_rgb', 'fit', 'decode_opened', 'decode', 'Checked', 'check_image', 'encode_png',
+           'encode_jpeg']
 
 # %% ../nbs/12_images.ipynb #5f8c6a47
 FORMATS = {"JPEG": b"\xff\xd8\xff", "PNG": b"\x89PNG\r\n\x1a\n", "WEBP": b"RIFF", "BMP": b"BM"}  # and how their bytes begin
 MAX_BYTES = 16 * 2**20
 MAX_PIXELS = 25_000_000
 MAX_SIDE = 16_384
+
+# %% ../nbs/12_images.ipynb #c1f0a7d2
+def image_format(data: bytes) -> str:
+    "Return the name in `FORMATS` of the format that `data` begins like; empty for none."
+    return next((name for name, begin in FORMATS.items() if data.startswith(begin)), "")
 
 # %% ../nbs/12_images.ipynb #0c52c6d0
 class ImageError(ValueError):

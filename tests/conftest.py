@@ -106,6 +106,23 @@ def archive(shared) -> Path:
     return shared("archive", lambda to: sample_archive(to / "scenes.zip", per_class=30, seed=0)) / "scenes.zip"
 
 
+@pytest.fixture(scope="session")
+def sample_model(tmp_path_factory) -> Path:
+    "The folder of a small model package. Do not change it."
+    from intel_nb.model import sample_package
+    return sample_package(tmp_path_factory.mktemp("sample") / "model")
+
+
+@pytest.fixture(scope="session")
+def twin_model(sample_model, tmp_path_factory) -> Path:
+    "A package with the same model and another fingerprint, as after a training on other data."
+    from intel_nb.model import load_package, write_manifest
+    folder = tmp_path_factory.mktemp("twin") / "model"
+    shutil.copytree(sample_model, folder)
+    write_manifest(folder, load_package(folder).card | {"profile": "another"}, "other data")
+    return folder
+
+
 @pytest.fixture
 def empty(tmp_path, archive):
     "A workspace in which nothing was done; its endpoints end with the test."

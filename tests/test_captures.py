@@ -1,4 +1,4 @@
-"""What an alarm keeps: a real endpoint, scenes in fog, and a folder that Label Studio imports."""
+"""Images that an alarm keeps: a real endpoint, scenes in fog, and a folder that Label Studio imports."""
 import base64
 import hashlib
 import io
@@ -12,15 +12,9 @@ import pytest
 from PIL import Image
 
 from intel_nb.images import encode_jpeg
-from intel_nb.model import sample_package
 from intel_nb.scenes import SAMPLE_CLASSES, sample_scene
-from intel_nb.serving.captures import list_captures
+from intel_nb.serving.captures import CaptureRecord, list_captures
 from intel_nb.serving.endpoints import LocalEndpoints, drift_status, invoke
-
-
-@pytest.fixture(scope="module")
-def package(tmp_path_factory) -> Path:
-    return sample_package(tmp_path_factory.mktemp("package") / "model")
 
 
 def fogged(number: int) -> bytes:
@@ -30,12 +24,21 @@ def fogged(number: int) -> bytes:
 
 
 def serve(tmp_path: Path, package: Path, **env: str):
+    "Serve `package` in staging of a workspace below `tmp_path`; return the endpoints and the URL."
     endpoints = LocalEndpoints(tmp_path / "workspace" / "endpoints", owned=True, first_port=18500, env=env)
     return endpoints, endpoints.deploy("staging", package, "7").url
 
 
-def until_alarm(url: str, first: int = 0) -> list[bytes]:
-    "Send scenes in fog until the endpoint alarms; returns them."
+def captures_in(tmp_path: Path) -> list[CaptureRecord]:
+    return list_captures(tmp_path / "workspace" / "captures")
+
+
+def alarms_in(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "workspace" / "endpoints" / "staging" / "state" / "alarms").glob("*.json"))
+
+
+def send_until_alarm(url: str, first: int = 0) -> list[bytes]:
+    "Send scenes in fog until the endpoint alarms, and return them."
     sent = []
     while len(sent) < 200:
         sent.append(fogged(first + len(sent)))
@@ -44,62 +47,63 @@ def until_alarm(url: str, first: int = 0) -> list[bytes]:
     raise AssertionError("no alarm in fog")
 
 
-def test_what_a_test_sends_is_observed_and_neither_kept_nor_reported(tmp_path, package):
-    endpoints, url = serve(tmp_path, package, INTEL_NB_CAPTURE="5")
-    strange = [fogged(k) for k in range(40)]
-    readings = [invoke(url, image, "image/jpeg", test=True)["drift"][0] for image in strange]
+def test_images_of_a_test_are_observed_but_not_kept_or_reported(tmp_path, sample_model):
+    endpoints, url = serve(tmp_path, sample_model, INTEL_NB_CAPTURE="5")
+    readings = [invoke(url, fogged(k), "image/jpeg", test=True)["drift"][0] for k in range(40)]
     known = drift_status(url)
     assert known["observations"] == 40 and known["alarms"] == sum(r["is_drift"] for r in readings) > 0
-    sent = until_alarm(url, first=500)  # within the same minute: it is reported all the same
+    sent = send_until_alarm(url, first=500)  # within the same minute: it is reported all the same
     endpoints.stop("staging")
-    kept, = list_captures(tmp_path / "workspace" / "captures")
+    capture, = captures_in(tmp_path)
     digests = {hashlib.sha256(image).hexdigest() for image in sent}
-    assert {path.stem for path in (kept.where / "images").iterdir()} <= digests
-    alarm, = (tmp_path / "workspace" / "endpoints" / "staging" / "state" / "alarms").glob("*.json")
-    assert alarm.stem == kept.where.name
+    assert {path.stem for path in (capture.where / "images").iterdir()} <= digests
+    alarm, = alarms_in(tmp_path)
+    assert alarm.stem == capture.where.name
 
 
-def test_an_alarm_keeps_its_window_and_what_follows(tmp_path, package):
-    endpoints, url = serve(tmp_path, package, INTEL_NB_CAPTURE="30")
+def test_an_alarm_keeps_its_window_and_what_follows(tmp_path, sample_model):
+    endpoints, url = serve(tmp_path, sample_model, INTEL_NB_CAPTURE="30")
     calm = [encode_jpeg(sample_scene(k % 6, np.random.default_rng([5, k]))) for k in range(20)]
-    answers = [invoke(url, image, "image/jpeg") for image in calm]
-    assert not any(a["drift"][0]["is_drift"] for a in answers)
-    sent = until_alarm(url)
+    assert not any(invoke(url, image, "image/jpeg")["drift"][0]["is_drift"] for image in calm)
+    sent = send_until_alarm(url)
     deadline = time.monotonic() + 30
-    while not list_captures(tmp_path / "workspace" / "captures") and time.monotonic() < deadline:
+    while not captures_in(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.05)  # they appear while the endpoint serves
-    assert list_captures(tmp_path / "workspace" / "captures")[0].images > 0
+    assert captures_in(tmp_path)[0].images > 0
     follow = [fogged(1000 + k) for k in range(40)]
-    labels = {hashlib.sha256(image).hexdigest(): invoke(url, image, "image/jpeg")["predictions"][0] for image in follow}
+    answers = {}
+    for image in follow:
+        answers[hashlib.sha256(image).hexdigest()] = invoke(url, image, "image/jpeg")["predictions"][0]
     again = invoke(url, sent[-1], "image/jpeg")
     assert set(again["drift"][0]) == {"time", "statistic", "threshold", "is_drift"}
     endpoints.stop("staging")
 
-    kept, = list_captures(tmp_path / "workspace" / "captures")
-    assert (kept.stage, kept.version, kept.images) == ("staging", "7", 30)
-    alarm, = (tmp_path / "workspace" / "endpoints" / "staging" / "state" / "alarms").glob(f"{kept.where.name}.json")
+    capture, = captures_in(tmp_path)
+    assert (capture.stage, capture.version, capture.images) == ("staging", "7", 30)
+    alarm, = (path for path in alarms_in(tmp_path) if path.stem == capture.where.name)
     window = json.loads(alarm.read_text())["window"]
-    tasks = json.loads((kept.where / "tasks.json").read_text())
+    tasks = json.loads((capture.where / "tasks.json").read_text())
     expected = [*[*calm, *sent][-window:], *follow][:30]
     assert [t["data"]["image"] for t in tasks] == [f"images/{hashlib.sha256(i).hexdigest()}.jpg" for i in expected]
     for task, image in zip(tasks, expected):
-        assert (kept.where / task["data"]["image"]).read_bytes() == image
-        assert task["meta"] == {"source": "capture", "captured": kept.time, "endpoint": "staging", "version": "7"}
+        assert (capture.where / task["data"]["image"]).read_bytes() == image
+        assert task["meta"] == {"source": "capture", "captured": capture.time, "endpoint": "staging", "version": "7"}
         (guess,) = task["predictions"]
         assert 0 <= guess["score"] <= 1 and guess["model_version"] == "pooled_pixels 7"
         (result,) = guess["result"]
         assert (result["type"], result["from_name"], result["to_name"]) == ("choices", "label", "image")
-        said = labels.get(hashlib.sha256(image).hexdigest())
-        assert said is None or (result["value"]["choices"], guess["score"]) == ([said["label"]], round(said["confidence"], 4))
-    view = ElementTree.fromstring((kept.where / "labels.xml").read_text())
+        if answer := answers.get(hashlib.sha256(image).hexdigest()):
+            assert (result["value"]["choices"], guess["score"]) == ([answer["label"]], round(answer["confidence"], 4))
+    view = ElementTree.fromstring((capture.where / "labels.xml").read_text())
     assert [c.get("value") for c in view.iter("Choice")] == list(SAMPLE_CLASSES)
-    assert (view.find("Choices").get("name"), view.find("Choices").get("toName"), view.find("Image").get("value")) == ("label", "image", "$image")
+    choices, image = view.find("Choices"), view.find("Image")
+    assert (choices.get("name"), choices.get("toName"), image.get("value")) == ("label", "image", "$image")
 
 
 @pytest.mark.slow
-def test_what_came_as_json_or_as_an_array_is_kept_too(tmp_path, package):
-    endpoints, url = serve(tmp_path, package, INTEL_NB_CAPTURE="200", INTEL_NB_CAPTURES="3")
-    until_alarm(url)
+def test_images_in_json_and_arrays_are_kept_too(tmp_path, sample_model):
+    endpoints, url = serve(tmp_path, sample_model, INTEL_NB_CAPTURE="200", INTEL_NB_CAPTURES="3")
+    send_until_alarm(url)
     texts = [base64.b64encode(fogged(500 + k)).decode() for k in range(3)]
     pixels = np.stack([np.asarray(Image.open(io.BytesIO(fogged(600 + k)))) for k in range(2)])
     array = io.BytesIO()
@@ -108,42 +112,44 @@ def test_what_came_as_json_or_as_an_array_is_kept_too(tmp_path, package):
     invoke(url, array.getvalue(), "application/x-npy")
     invoke(url, json.dumps({"inputs": pixels[0].tolist()}).encode(), "application/json")
     endpoints.stop("staging")
-    kept, = list_captures(tmp_path / "workspace" / "captures")
-    names = [t["data"]["image"] for t in json.loads((kept.where / "tasks.json").read_text())][-5:]
-    assert [(kept.where / n).read_bytes() for n in names[:3]] == [base64.b64decode(t) for t in texts]
-    assert [n.rpartition(".")[2] for n in names[3:]] == ["png", "png"]  # and the same pixels as JSON are not kept twice
-    assert [np.array_equal(np.asarray(Image.open(kept.where / n)), p) for n, p in zip(names[3:], pixels)] == [True, True]
+    capture, = captures_in(tmp_path)
+    names = [t["data"]["image"] for t in json.loads((capture.where / "tasks.json").read_text())][-5:]
+    assert [(capture.where / n).read_bytes() for n in names[:3]] == [base64.b64decode(t) for t in texts]
+    assert [n.rpartition(".")[2] for n in names[3:]] == ["png", "png"]  # the same pixels as JSON are not kept again
+    stored = [np.asarray(Image.open(capture.where / name)) for name in names[3:]]
+    assert [np.array_equal(image, p) for image, p in zip(stored, pixels)] == [True, True]
 
 
 @pytest.mark.slow
-def test_nothing_is_kept_where_nothing_is_wanted(tmp_path, package):
-    endpoints, url = serve(tmp_path, package, INTEL_NB_CAPTURE="0")
-    until_alarm(url)
+def test_a_capture_of_0_images_keeps_nothing(tmp_path, sample_model):
+    endpoints, url = serve(tmp_path, sample_model, INTEL_NB_CAPTURE="0")
+    send_until_alarm(url)
     endpoints.stop("staging")
     assert not (tmp_path / "workspace" / "captures").exists()
 
 
 @pytest.mark.slow
-def test_a_full_disk_does_not_stop_the_endpoint(tmp_path, package):
+def test_a_full_disk_does_not_stop_the_endpoint(tmp_path, sample_model):
     "Here: the folder for captures cannot be made, as a file stands in its place."
     (tmp_path / "workspace").mkdir()
     (tmp_path / "workspace" / "captures").write_text("in the way")
-    endpoints, url = serve(tmp_path, package)
-    until_alarm(url)
+    endpoints, url = serve(tmp_path, sample_model)
+    send_until_alarm(url)
     assert [invoke(url, fogged(300 + k), "image/jpeg")["model"]["version"] for k in range(5)] == ["7"] * 5
     endpoints.stop("staging")
     assert "a capture is given up" in (tmp_path / "workspace" / "endpoints" / "staging" / "supervisor.log").read_text()
 
 
 @pytest.mark.slow
-def test_on_a_cluster_the_front_keeps_them(tmp_path, package):
+def test_on_a_cluster_the_front_keeps_them(tmp_path, sample_model):
     "The detector is a process of its own there; the bodies are with the application in front of it."
     pytest.importorskip("ray")
-    endpoints = LocalEndpoints(tmp_path / "workspace" / "endpoints", owned=True, first_port=18500, env={"INTEL_NB_REPLICAS": "1"})
-    url = endpoints.deploy("staging", package, "7", engine="ray").url
-    sent = until_alarm(url)
+    endpoints = LocalEndpoints(tmp_path / "workspace" / "endpoints", owned=True, first_port=18500,
+                               env={"INTEL_NB_REPLICAS": "1"})
+    url = endpoints.deploy("staging", sample_model, "7", engine="ray").url
+    sent = send_until_alarm(url)
     endpoints.stop("staging")
-    kept, = list_captures(tmp_path / "workspace" / "captures")
-    tasks = json.loads((kept.where / "tasks.json").read_text())
+    capture, = captures_in(tmp_path)
+    tasks = json.loads((capture.where / "tasks.json").read_text())
     assert tasks[-1]["data"]["image"] == f"images/{hashlib.sha256(sent[-1]).hexdigest()}.jpg"
-    assert (tmp_path / "workspace" / "endpoints" / "staging" / "state" / "alarms" / f"{kept.where.name}.json").exists()
+    assert capture.where.name in {alarm.stem for alarm in alarms_in(tmp_path)}

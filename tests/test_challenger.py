@@ -1,5 +1,6 @@
-"""A challenger beside the champion: how they are compared, who passes the gate, and what a person is shown."""
+"""A challenger beside the champion: the comparison, the gate, and what a person sees of it."""
 
+import io
 import json
 import random
 import time
@@ -8,34 +9,32 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_endpoint import Load, wait_until
 
 from intel_nb.dataset import Row, class_names, read_split, sample_dataset, write_split
 from intel_nb.evaluate import decide_gate, evaluate_annotated
-from intel_nb.model import load_package, sample_package
+from intel_nb.model import load_package
 from intel_nb.registry import open_registry
 
 EVALUATION = {"multiclass_classification_metrics": {"accuracy": {"value": 0.9}}, "fingerprints": {"data": "d"},
               "gate": {"min_accuracy": 0}}
 
 
-def rewrite(dataset, split: str, labels: np.ndarray | None = None, sources: list[str] | None = None) -> None:
-    "Write `split` of `dataset` anew, with other labels or sources."
-    import io
-
-    from PIL import Image
-    old, names = read_split(dataset, split), class_names(dataset)
+def set_sources(dataset: Path, split: str, sources: list[str]) -> None:
+    "Write `split` of `dataset` again with other sources."
+    old = read_split(dataset, split)
     sizes = [Image.open(io.BytesIO(data)).size for data in old.images]
     rows = [Row(data, int(label), sha256, *size, source) for data, label, sha256, size, source in
-            zip(old.images, old.labels if labels is None else labels, old.sha256, sizes, sources or old.source)]
-    write_split(dataset, split, rows, len(rows), names)
+            zip(old.images, old.labels, old.sha256, sizes, sources)]
+    write_split(dataset, split, rows, len(rows), class_names(dataset))
 
 
 @pytest.fixture(scope="module")
-def champion(tmp_path_factory):
-    "A registry whose version 1, a good package, is in production; and the package."
+def champion(sample_model, tmp_path_factory):
+    "A registry whose version 1 is in production; and its package."
     folder = tmp_path_factory.mktemp("champion")
-    package = load_package(sample_package(folder / "model"))
+    package = load_package(sample_model)
     registry = open_registry(f"sqlite:///{folder}/mlflow.db")
     registry.register(package.path, EVALUATION, status="Approved", reason="", params={})
     registry.set_alias("production", "1")
@@ -47,8 +46,8 @@ def test_annotated_rows_of_validation_are_measured_apart(champion, tmp_path):
     dataset = sample_dataset(tmp_path, per_class=12)
     count = len(read_split(dataset, "validation"))
     assert evaluate_annotated(package, registry, read_split(dataset, "validation")) == {}
-    rewrite(dataset, "validation", sources=[
-        *["annotations"] * 5, "capture:2026-01-31T12:00:00Z", *["capture:2026-02-28T12:00:00Z"] * 3, *["archive"] * (count - 9)])
+    captures = ["capture:2026-01-31T12:00:00Z", *["capture:2026-02-28T12:00:00Z"] * 3]
+    set_sources(dataset, "validation", [*["annotations"] * 5, *captures, *["archive"] * (count - 9)])
     found = evaluate_annotated(package, registry, read_split(dataset, "validation"))
     assert {name: seen["images"] for name, seen in found.items()} == {"all": 9, "capture:2026-02-28T12:00:00Z": 3}
     for seen in found.values():
@@ -58,7 +57,7 @@ def test_annotated_rows_of_validation_are_measured_apart(champion, tmp_path):
 
 @pytest.mark.parametrize("wrong", [.02, .05, .2])
 def test_a_worse_challenger_passes_only_within_noise(wrong):
-    "What passes the gate and is not better says so, with an interval that holds zero."
+    "A challenger that passes without being better says so, with an interval."
     rng, champion = np.random.default_rng(1), np.arange(600) >= 30
     for _ in range(20):
         right = champion & (rng.random(600) >= wrong)
@@ -70,7 +69,7 @@ def test_a_worse_challenger_passes_only_within_noise(wrong):
 
 @pytest.mark.slow
 def test_a_person_sees_by_how_much_and_how_sure(waiting):
-    "The second version of the same package is the champion's equal, and waits for a person, with the figures in sight."
+    "The second version of the same package is the champion's equal. It waits, and a person sees the figures."
     assert waiting("approve", "1").status == 0
     assert waiting("promote", "1").status == 0
     answer = waiting.run("--param", "evaluate.min_accuracy=0.1")
@@ -82,20 +81,22 @@ def test_a_person_sees_by_how_much_and_how_sure(waiting):
     assert report["champion"]["version"] == step["result"]["champion"] == "1" and report["annotations"] == {}
     assert set(report["champion"]["per_class"]) == set(report["per_class"])
     for name, found in report["champion"]["per_class"].items():
-        assert found["accuracy"] == found["champion"] == report["per_class"][name]["recall"] and found["difference"] == 0
+        assert found["accuracy"] == found["champion"] == report["per_class"][name]["recall"]
+        assert found["difference"] == 0
     page = (waiting.executed / waiting.newest()["run_id"] / "report.html").read_text()
     assert "95 % interval" in page and 'alt="champion"' in page
 
 
-def shuffled(archive: Path, out: Path, share: float = 1.0) -> Path:
-    "`archive` with the classes of that share of its training images handed round at random; the test images keep theirs."
+def shuffled(archive: Path, out: Path) -> Path:
+    "Write `archive` to `out` with the classes of its training images shuffled; the test images keep their classes."
     rng = random.Random(0)
     with zipfile.ZipFile(archive) as old, zipfile.ZipFile(out, "w") as new:
         names = [n for n in old.namelist() if not n.endswith("/")]
-        wrong = [n for n in names if "seg_train" in n and rng.random() < share]
+        wrong = [n for n in names if "seg_train" in n]
         folders = [n.rpartition("/")[0] for n in wrong]
         rng.shuffle(folders)
-        moved = {name: f"{folder}/shuffled-{k}-{Path(name).name}" for k, (name, folder) in enumerate(zip(wrong, folders))}
+        pairs = enumerate(zip(wrong, folders))
+        moved = {name: f"{folder}/shuffled-{k}-{Path(name).name}" for k, (name, folder) in pairs}
         for name in names:
             new.writestr(moved.get(name, name), old.read(name))
     assert len(wrong) > len(names) / 3
@@ -104,7 +105,7 @@ def shuffled(archive: Path, out: Path, share: float = 1.0) -> Path:
 
 @pytest.mark.slow
 def test_a_challenger_of_shuffled_labels_never_passes(waiting, tmp_path):
-    "Not by its accuracy, nor, where that is not asked for, beside the champion on the same test images; whoever approves."
+    "It fails by its accuracy, or without a threshold beside the champion on the same test images, even with --approve."
     assert waiting("approve", "1").status == 0 and waiting("promote", "1").status == 0
     before = waiting("endpoints", "--json").json
     waiting.archive = shuffled(waiting.archive, tmp_path / "shuffled.zip")
@@ -112,16 +113,16 @@ def test_a_challenger_of_shuffled_labels_never_passes(waiting, tmp_path):
         answer = waiting.run("--param", f"evaluate.min_accuracy={threshold}", "--approve")
         assert answer.status == 1 and reason in answer.out
         run, models = waiting.newest(), waiting("models", "--json").json
-        became = waiting("report", run["run_id"], "--json").json["became"]
-        assert (run["status"], run["model_version"], became.split(":")[0]) == ("rejected", version, "Rejected")
+        outcome = waiting("report", run["run_id"], "--json").json["became"]
+        assert (run["status"], run["model_version"], outcome.split(":")[0]) == ("rejected", version, "Rejected")
         assert [(m["version"], m["status"], m["aliases"]) for m in models[:1]] == [(version, "Rejected", [])]
-        assert waiting("approve", version).status == waiting("promote", version).status == waiting("shadow", version).status == 1
+        assert [waiting(command, version).status for command in ("approve", "promote", "shadow")] == [1, 1, 1]
     assert waiting("endpoints", "--json").json == before
 
 
 @pytest.mark.slow
 def test_commands_go_back_under_load(waiting):
-    "Promote, shadow, rollback and reject by the command, while clients ask: no failed request; a package that is damaged goes nowhere."
+    "Promote, shadow, rollback and reject fail no request of clients meanwhile; a damaged package is not deployed."
     house, lower = waiting, lambda x: ("--param", f"evaluate.min_accuracy={x}", "--approve")
     assert house("approve", "1").status == 0 and house("promote", "1").status == 0
     assert house.run(*lower(0.1)).status == 0
@@ -134,11 +135,13 @@ def test_commands_go_back_under_load(waiting):
         assert shadow()["version"] == "2" and shadow()["agreement"] == 1
         assert "version 2 agrees on 100.00%" in house("endpoints").out
         assert house("promote", "2").status == 0 and serving()["production"] == "2"
-        assert shadow()["status"] == "stopped" and "agrees" not in house("endpoints").out, "what is promoted is no shadow"
+        assert shadow()["status"] == "stopped", "the promoted version is no shadow any more"
+        assert "agrees" not in house("endpoints").out
         began = time.monotonic()
         answer = house("rollback", "production")
         print(f"rollback took {time.monotonic() - began:.1f} s")
-        assert answer.status == 0 and "production goes back from version 2 to 1" in answer.out and serving()["production"] == "1"
+        assert answer.status == 0 and "production goes back from version 2 to 1" in answer.out
+        assert serving()["production"] == "1"
         assert house("promote", "2").status == 0
         assert house("reject", "2").status == 0 and serving() == {"production": "1", "staging": "1"}
         load.wait_for(20)
@@ -150,10 +153,9 @@ def test_commands_go_back_under_load(waiting):
     assert "as a shadow of production" in text and "Rejected: rejected with intel-nb reject" in text
 
     assert house.run("--param", "evaluate.min_accuracy=0.2").status == 3
-    (package,) = {p.parent for p in house.home.glob("artifacts/*/artifacts/package/model.onnx")} - {
-        p.parent for p in house.home.glob("artifacts/*/artifacts/package/model.onnx") if json.loads(
-            (p.parent.parent / "evaluation.json").read_text())["gate"]["min_accuracy"] != 0.2}
-    (package / "model.onnx").write_bytes(b"no graph")
+    threshold = lambda artifacts: json.loads((artifacts / "evaluation.json").read_text())["gate"]["min_accuracy"]
+    (artifacts,) = {path for path in house.home.glob("artifacts/*/artifacts") if threshold(path) == 0.2}
+    (artifacts / "package" / "model.onnx").write_bytes(b"no graph")
     failed = house("approve", "3")
     assert failed.status == 1 and serving() == {"production": "1", "staging": "1"}
     assert house("models", "--json").json[0]["aliases"] == [] and house.newest()["status"] == "failed"

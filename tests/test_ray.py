@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from intel_nb.images import encode_jpeg
-from intel_nb.model import load_package, sample_package, write_manifest
+from intel_nb.model import load_package
 from intel_nb.scenes import sample_scene
 from intel_nb.serving.endpoints import LocalEndpoints, drift_status, invoke
 from intel_nb.storage import InputError
@@ -26,12 +26,9 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="lo
 PHOTOS = [encode_jpeg(sample_scene(i % 6, np.random.default_rng(i))) for i in range(48)]
 
 
-@pytest.fixture(scope="module")
-def packages(tmp_path_factory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("packages")
-    shutil.copytree(sample_package(folder / "a"), folder / "b")
-    write_manifest(folder / "b", load_package(folder / "a").card | {"profile": "another"}, "other data")
-    return folder / "a", folder / "b"
+@pytest.fixture(scope="session")
+def packages(sample_model, twin_model) -> tuple[Path, Path]:
+    return sample_model, twin_model
 
 
 @pytest.fixture
@@ -43,7 +40,7 @@ def endpoints(tmp_path):
 
 
 def processes() -> dict[int, tuple[int, int, str]]:
-    "Parent, session and command line of each process that runs."
+    "Return parent, session and command line of each process that runs, by its id."
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -57,30 +54,30 @@ def processes() -> dict[int, tuple[int, int, str]]:
 
 
 def session_of(endpoint) -> int:
-    "The session in which the worker of an endpoint has its cluster: its own process id."
+    "Return the session of an endpoint's cluster: the process id of its worker."
     return next(pid for pid, (parent, session, _) in processes().items() if parent == endpoint.pid and session == pid)
 
 
 def named(session: int, name: str) -> list[int]:
-    "Processes of `session` whose title begins with `name`, the oldest first."
+    "Return the processes of `session` whose title begins with `name`, the oldest first."
     return sorted(pid for pid, (_, of, line) in processes().items() if of == session and line.startswith(name))
 
 
 def left_of(session: int) -> list[str]:
-    "What still runs of a session, the process that sweeps it up among it."
-    sweeper = f"sweep_up(int(sys.argv[1]), sys.argv[2]) {session} "
+    "Return what still runs of a session, with the process that ends it."
+    sweeper = f"end_session(int(sys.argv[1]), sys.argv[2]) {session} "
     return [line for _, of, line in processes().values() if of == session or sweeper in line]
 
 
 def wait(condition, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
+        assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.02)
 
 
 class Load:
-    "Eight clients that keep their connections, and what they were answered; they may pause between two requests."
+    "Clients that keep their connections, and the answers that they got; they may pause between two requests."
     def __init__(self, url: str, pause: float = 0, clients: int = 8):
         self.port, self.stop, self.answers, self.failures = int(url.rpartition(":")[2]), threading.Event(), [], []
         self.pause = pause
@@ -113,14 +110,14 @@ class Load:
                 connection.close()
 
     def more(self, count: int) -> None:
-        "Wait for so many answers from now on."
-        wanted = len(self.answers) + count
-        wait(lambda: len(self.answers) >= wanted or self.failures, 120)
+        "Wait for `count` more answers."
+        expected = len(self.answers) + count
+        wait(lambda: len(self.answers) >= expected or self.failures, 120)
         assert self.failures == []
 
 
-def told(endpoints, url: str, load: Load) -> None:
-    "Every image was counted once, in an order in which the detector's time goes on or starts anew after an alarm."
+def check_counts(url: str, load: Load) -> None:
+    "Assert that each image was counted once, and that the detector's time goes on or starts anew after an alarm."
     assert drift_status(url)["observations"] == len(load.answers)
     times = [reading["time"] for _, answer in load.answers for reading in answer["drift"]]
     alarms = sum(reading["is_drift"] for _, answer in load.answers for reading in answer["drift"])
@@ -146,7 +143,7 @@ def test_whatever_dies_no_request_is_lost_and_each_image_counts_once(endpoints, 
         for pid in named(session, "ray::ServeReplica") + named(session, "ray::Detector"):
             os.kill(pid, signal.SIGKILL)
         load.more(100)
-    told(endpoints, endpoint.url, load)
+    check_counts(endpoint.url, load)
     assert endpoints.describe("staging") == endpoint and session_of(endpoint) == session
     for k, answer in load.answers:
         assert list(answer["predictions"][0]["probabilities"].values()) == pytest.approx(expected[k], abs=1e-5)
@@ -156,7 +153,7 @@ def test_whatever_dies_no_request_is_lost_and_each_image_counts_once(endpoints, 
 
 
 def open_ports(session: int) -> list[str]:
-    "Addresses on which the processes of `session` listen."
+    "Return the addresses on which the processes of `session` listen."
     import psutil
     found = []
     for pid, (_, of, _) in processes().items():
@@ -181,7 +178,7 @@ def test_versions_and_engines_change_under_load(endpoints, packages):
     assert {answer["model"]["version"] for _, answer in load.answers} == {"1", "2", "3", "4"}
     assert drift_status(url)["observations"] == len(load.answers) + 3
     for session in sessions:
-        wait(lambda: not left_of(session))
+        wait(lambda session=session: not left_of(session))
 
 
 @pytest.mark.slow
@@ -197,7 +194,7 @@ def test_the_cluster_dies_with_the_endpoint_and_the_endpoint_survives_the_cluste
     assert answer["model"]["version"] == "1"
     assert 21 - 16 <= drift_status(first.url)["observations"] - 1 <= 21
     session = session_of(first)
-    (folder,) = [line.split()[-1] for line in left_of(session) if "sweep_up" in line]
+    (folder,) = [line.split()[-1] for line in left_of(session) if "end_session(" in line]
     assert Path(folder).is_dir()
     os.kill(first.pid, signal.SIGKILL)
     wait(lambda: not left_of(session), 10)
@@ -262,9 +259,9 @@ def ask(port: int, method: str, path: str, body: bytes | None = None) -> tuple[i
         connection.close()
 
 
-def test_engines_that_are_not_there(endpoints, packages, tmp_path):
+def test_engines_that_are_not_there(endpoints, tmp_path):
     with pytest.raises(InputError, match="'thread' is unknown; there are process and ray"):
-        endpoints.deploy("staging", packages[0], "1", engine="thread")
+        endpoints.deploy("staging", tmp_path / "model", "1", engine="thread")
     assert not (tmp_path / "endpoints").exists()
     code = "from intel_nb.serving.endpoints import check_engine; check_engine('ray')"
     source = str(Path(sys.modules["intel_nb"].__file__).parents[1])

@@ -16,7 +16,7 @@ from typing import Any
 from .client import ClientError, client, error_code, explained, if_there, is_missing, paginate, unless_there
 from .package_group import Group, PackageGroup, Settings, group_of, note
 from ..serving.endpoints import Endpoint, EndpointError, Refused, as_refusal, check_stage
-from ..serving.supervisor import extended
+from ..serving.supervisor import extend_history
 from ..storage import InputError, sha256_file
 
 # %% auto #0
@@ -222,7 +222,7 @@ class Hosting:
         self._same(package, version)
         config = make_config(self.name, stage, group, found["ModelPackageArn"], version)
         bring_up(stage, endpoint_name(self.name, stage), config, self.pause, self.rolling)
-        history = extended(_history(group, stage), version, back)
+        history = extend_history(_history(group, stage), version, back)
         note(group, "stage", stage, config)
         note(group, "history", stage, " ".join(history[-30:]))  # a tag has room for 256 characters
         return self.describe(stage)
