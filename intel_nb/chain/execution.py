@@ -5,6 +5,7 @@
 # %% ../../nbs/chain/03_execution.ipynb #92d9d88a
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -15,11 +16,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from .parameters import read_cells
+from .store import is_working
 from ..storage import InputError, read_json, write_json
 
 # %% auto #0
 __all__ = ['WORK_VARIABLE', 'NotebookFailed', 'translate_error', 'kernel_processes', 'end_process', 'end_kernel', 'limit_rate',
-           'import_papermill', 'execute']
+           'import_papermill', 'copy_for_run', 'execute']
 
 # %% ../../nbs/chain/03_execution.ipynb #f629a2cb
 class NotebookFailed(RuntimeError):
@@ -97,6 +100,24 @@ def import_papermill() -> Any:
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters, and those were checked
     return papermill
 
+# %% ../../nbs/chain/03_execution.ipynb #a979f426
+def copy_for_run(notebook: Path, copy: Path) -> Path:
+    "Write those cells of `notebook` that a run needs to `copy`. Raise `InputError` if it is not a notebook."
+    cells = read_cells(notebook)
+    raw = json.loads(notebook.read_text())
+    if any(cell.section == "Run" for cell in cells):
+        raw["cells"] = [_folded(r) if is_working(cell) and cell.section != "Run" else r
+                        for k, (r, cell) in enumerate(zip(raw["cells"], cells))
+                        if k == 0 or is_working(cell) or (cell.kind == "markdown" and cell.section == "Run")]
+    return write_json(copy, raw)
+
+# %% ../../nbs/chain/03_execution.ipynb #3ac015ed
+def _folded(cell: dict[str, Any]) -> dict[str, Any]:
+    "Return the cell with its source folded, unless it holds the parameters."
+    metadata = cell["metadata"]
+    is_shown = "parameters" in metadata.get("tags", [])
+    return cell if is_shown else cell | {"metadata": metadata | {"jupyter": {"source_hidden": True}}}
+
 # %% ../../nbs/chain/03_execution.ipynb #df986485
 def _engine(work: Path, on_cell: Callable[[int, int], None]) -> type:
     "Return a papermill engine that leaves the kernel's pid and messages in `work`."
@@ -135,8 +156,9 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any], work: Path
     papermill.engines.papermill_engines.register("intel-nb", _engine(work, on_cell))
     work.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
+    source = copy_for_run(notebook, work / notebook.name)
     try:
-        papermill.execute_notebook(str(notebook), str(output), parameters, engine_name="intel-nb", progress_bar=False)
+        papermill.execute_notebook(str(source), str(output), parameters, engine_name="intel-nb", progress_bar=False)
     except (papermill.PapermillExecutionError, RuntimeError) as error:
         raise translate_error(str(output), error) from None
     finally:

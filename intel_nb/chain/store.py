@@ -23,8 +23,9 @@ from .parameters import Cell, read_cells
 from ..storage import read_json, remove, tree_digest, write_json
 
 # %% auto #0
-__all__ = ['OUTPUTS', 'CHECKPOINTS', 'is_exported', 'working_code', 'code_digest', 'imported_modules', 'module_digests',
-           'recipe_of', 'key_of', 'git_revision', 'Entry', 'read_entry', 'Store', 'empty_outputs', 'publish']
+__all__ = ['OUTPUTS', 'CHECKPOINTS', 'is_exported', 'is_working', 'working_code', 'code_digest', 'imported_modules',
+           'module_digests', 'recipe_of', 'key_of', 'git_revision', 'Entry', 'read_entry', 'Store', 'empty_outputs',
+           'publish']
 
 # %% ../../nbs/chain/02_store.ipynb #0b434b05
 def is_exported(cell: Cell) -> bool:
@@ -32,10 +33,14 @@ def is_exported(cell: Cell) -> bool:
     return cell.kind == "code" and re.search(r"^#\s*\|\s*exports?\b", cell.source, re.M) is not None
 
 # %% ../../nbs/chain/02_store.ipynb #1e41c235
+def is_working(cell: Cell) -> bool:
+    "Tell whether a step needs the cell to do its work: it is exported, holds the parameters, or lies under `## Run`."
+    return cell.kind == "code" and (is_exported(cell) or "parameters" in cell.tags or cell.section == "Run")
+
+# %% ../../nbs/chain/02_store.ipynb #739d522a
 def working_code(notebook: str | Path) -> list[str]:
     "Return the sources of those cells of `notebook` that can change its outputs."
-    return [c.source for c in read_cells(notebook)
-            if c.kind == "code" and (is_exported(c) or "parameters" in c.tags or c.section == "Run")]
+    return [cell.source for cell in read_cells(notebook) if is_working(cell)]
 
 # %% ../../nbs/chain/02_store.ipynb #0afbc8bf
 def code_digest(source: str) -> str:
