@@ -99,8 +99,8 @@ Affine = tuple[np.ndarray, np.ndarray]  # matrix (I, O) and offset (O,)
 def served_graph(features: onnx.ModelProto, head: Affine, embedding: Affine, statistics: Affine) -> onnx.ModelProto:
     """Return the graph to serve: `features` with the outputs `probabilities`, `embedding` and `drift`.
 
-    `features` has the outputs `embedding` (N, E) and `statistics` (N, 8). `head` maps the embedding to C logits. The maps
-    `embedding` and `statistics` give each output's part of the drift representation."""
+    `features` has the outputs `embedding` (N, E) and `statistics` (N, 8). `head` maps the embedding to C logits, the
+    maps `embedding` and `statistics` give each output's part of the drift representation."""
     names = ("h_weight", "h_bias", "d_embedding", "d_embedding_bias", "d_statistics", "d_statistics_bias")
     constants = {k: np.asarray(v, np.float32) for k, v in zip(names, (*head, *embedding, *statistics))}
     model = append_fragment(append_fragment(features, _HEAD, {}), _DRIFT, constants)
