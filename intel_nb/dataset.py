@@ -112,9 +112,8 @@ class Split:
     def take(self, index: Iterable[int]) -> Split:
         "Return the rows at `index`, in that order."
         index = list(index)
-        images, names, sha256, source = ([column[i] for i in index]
-                                         for column in (self.images, self.names, self.sha256, self.source))
-        return Split(images, self.labels[index], names, sha256, source, self.classes)
+        return Split([self.images[i] for i in index], self.labels[index], [self.names[i] for i in index],
+                     [self.sha256[i] for i in index], [self.source[i] for i in index], self.classes)
 
 # %% ../nbs/14_dataset.ipynb #0bef1a04
 def read_split(dataset: str | Path, split: str) -> Split:
