@@ -118,7 +118,7 @@ def cloud_module(part: str = "platform") -> Any:
 def fetch(uri: str | Path, folder: str | Path) -> Path:
     "Return `uri` as a local path; copy an s3:// URI below `folder`. Raise `InputError` when there is nothing at `uri`."
     if is_remote(uri):
-        return cloud_module().fetch(str(uri), Path(folder))
+        return cloud_module().download(str(uri), Path(folder))
     if not Path(uri).exists():
         raise InputError(f"{uri} does not exist; check the path (it is looked up from {Path.cwd().name}/)")
     return Path(uri)
@@ -129,7 +129,7 @@ def put(path: str | Path, uri: str | Path) -> str:
 
     Raise `InputError` when `path` is a folder and the path `uri` exists already."""
     if is_remote(uri):
-        return cloud_module().put(Path(path), str(uri))
+        return cloud_module().upload(Path(path), str(uri))
     if Path(path).is_dir() and Path(uri).exists():
         raise InputError(f"{uri} exists already; give a path that does not exist yet")
     with written_aside(uri) as aside:

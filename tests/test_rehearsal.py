@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from intel_nb.aws.pipeline import EVALUATION, PipelineConfig, definition
+from intel_nb.aws.pipeline import EVALUATION, PipelineConfig, pipeline_definition
 from intel_nb.aws.rehearsal import rehearse, rehearse_here, summary
 from intel_nb.storage import InputError, read_json
 
@@ -62,7 +62,7 @@ def test_a_rehearsal_from_end_to_end(tiny):
     "Each file is where SageMaker would put it, and the version waits in the registry."
     from intel_nb.registry import open_registry
     registry = f"sqlite:///{tiny}/mlflow.db"
-    outcome = rehearse(definition(PipelineConfig()), {"Profile": "original"}, tiny / "r", registry, tiny / "archive.zip", quiet)
+    outcome = rehearse(pipeline_definition(PipelineConfig()), {"Profile": "original"}, tiny / "r", registry, tiny / "archive.zip", quiet)
     assert (outcome.status, outcome.version, outcome.reason) == ("Succeeded", "1", "")
     assert [(s.step, s.status) for s in outcome.steps] == [
         ("data", "Succeeded"), ("train", "Succeeded"), ("evaluate", "Succeeded"), ("refuse", "Skipped"), ("register", "Succeeded"), ("gate", "Succeeded")]
@@ -84,7 +84,7 @@ def test_what_has_its_verdict_keeps_its_version(tiny):
     said = EVALUATION | {"fingerprints": {"data": "d", "package": load_package(tiny / "package").fingerprint}}
     (tiny / "said.json").write_text(json.dumps(said))
     registry = f"sqlite:///{tiny}/mlflow.db"
-    versions = [rehearse(definition(), {"AccuracyThreshold": least}, tiny / name, registry, tiny / "archive.zip", quiet).version
+    versions = [rehearse(pipeline_definition(), {"AccuracyThreshold": least}, tiny / name, registry, tiny / "archive.zip", quiet).version
                 for name, least in {"a": 0.8, "b": 0.8, "c": 0.85}.items()]
     assert versions == ["1", "1", "2"]
 
@@ -93,7 +93,7 @@ def test_what_has_its_verdict_keeps_its_version(tiny):
 def test_the_failing_branch(tiny, gate, threshold):
     "Below the threshold, and above it where the gate says no; the reason is the gate's."
     (tiny / "said.json").write_text(json.dumps(EVALUATION | {"gate": gate}))
-    outcome = rehearse(definition(), {"AccuracyThreshold": str(threshold)}, tiny / "r", f"sqlite:///{tiny}/mlflow.db", tiny / "archive.zip", quiet)
+    outcome = rehearse(pipeline_definition(), {"AccuracyThreshold": str(threshold)}, tiny / "r", f"sqlite:///{tiny}/mlflow.db", tiny / "archive.zip", quiet)
     assert (outcome.status, outcome.reason, outcome.version) == ("Failed", gate["reason"], "")
     assert [(s.step, s.status) for s in outcome.steps][3:] == [("register", "Skipped"), ("refuse", "Failed")]
     assert not (tiny / "mlflow.db").exists()
@@ -103,7 +103,7 @@ def test_the_failing_branch(tiny, gate, threshold):
 @pytest.mark.slow
 def test_a_step_that_fails_leaves_its_notebook(tiny):
     (tiny / "said.json").write_text("{}")
-    outcome = rehearse(definition(), {}, tiny / "r", f"sqlite:///{tiny}/mlflow.db", tiny / "archive.zip", quiet)
+    outcome = rehearse(pipeline_definition(), {}, tiny / "r", f"sqlite:///{tiny}/mlflow.db", tiny / "archive.zip", quiet)
     assert outcome.status == "Failed" and outcome.steps[-1].step == "evaluate" and "KeyError" in outcome.reason
     [executed] = (tiny / "r").glob("s3/*/pipeline/runs/r/executed/02_evaluate.ipynb")
     assert "KeyError" in executed.read_text()
@@ -113,7 +113,7 @@ def test_a_step_that_fails_leaves_its_notebook(tiny):
 def test_an_evaluation_that_lacks_what_is_read(tiny):
     "As SageMaker, which fails the condition."
     (tiny / "said.json").write_text(json.dumps({"gate": {}}))
-    outcome = rehearse(definition(), {}, tiny / "r", f"sqlite:///{tiny}/mlflow.db", tiny / "archive.zip", quiet)
+    outcome = rehearse(pipeline_definition(), {}, tiny / "r", f"sqlite:///{tiny}/mlflow.db", tiny / "archive.zip", quiet)
     assert (outcome.status, outcome.steps[-1].step) == ("Failed", "gate")
     assert "multiclass_classification_metrics.accuracy.value cannot be read from evaluation.json of step evaluate" in outcome.reason
 
@@ -124,12 +124,12 @@ def test_an_evaluation_that_lacks_what_is_read(tiny):
     ({"TrainSettings": "no"}, "step train: .*no JSON object")])
 def test_nothing_is_begun_with_wrong_parameters(tmp_path, given, expected):
     with pytest.raises(InputError, match=expected):
-        rehearse(definition(), given, tmp_path / "r", "sqlite:///none")
+        rehearse(pipeline_definition(), given, tmp_path / "r", "sqlite:///none")
     assert not (tmp_path / "r").exists()
 
 
 def test_an_input_that_is_not_there(tiny):
-    outcome = rehearse(definition(), {"InputDataUrl": "s3://elsewhere/intel.zip"}, tiny / "r", "sqlite:///none", None, quiet)
+    outcome = rehearse(pipeline_definition(), {"InputDataUrl": "s3://elsewhere/intel.zip"}, tiny / "r", "sqlite:///none", None, quiet)
     assert (outcome.status, outcome.reason) == ("Failed", "there are no objects under s3://elsewhere/intel.zip")
 
 

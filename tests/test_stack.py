@@ -165,13 +165,13 @@ def test_uploads_are_noticed_in_the_way_that_was_chosen(made, name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_definition_in_the_template_is_the_checked_one(made, name):
-    from intel_nb.aws.pipeline import check_definition
+    from intel_nb.aws.pipeline import pipeline_problems
     body = of_kind(made[name], "SageMaker::Pipeline")["Pipeline"]["PipelineDefinition"]["PipelineDefinitionBody"]["Fn::Sub"]
     assert ACCOUNT not in body
     places = {"${JobRole.Arn}": "arn:aws:iam::123456789012:role/x", "${AWS::AccountId}": ACCOUNT}
     for place, value in places.items():
         body = body.replace(place, value)
-    assert "${AWS" not in body and check_definition(json.loads(body.replace("${!", "${"))) == []
+    assert "${AWS" not in body and pipeline_problems(json.loads(body.replace("${!", "${"))) == []
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -244,11 +244,11 @@ def test_roles_are_taken_by_one_service_for_this_account(made):
 
 
 def test_the_schedule_starts_a_job_that_sagemaker_takes(made):
-    from intel_nb.aws.client import check_request
+    from intel_nb.aws.client import request_problems
     for key, one in of_kind(made["s3-direct-watch2"], "Scheduler::Schedule").items():
         text = one["Target"]["Input"]["Fn::Sub"].replace("${WatchRole.Arn}", "arn:aws:iam::123456789012:role/x")
         job = json.loads(text.replace("${AWS::AccountId}", ACCOUNT).replace("<aws.scheduler.execution-id>", "d32c5kddcf5bb8c3"))
-        assert check_request("sagemaker", "create_processing_job", job) == [], key
+        assert request_problems("sagemaker", "create_processing_job", job) == [], key
 
 
 def test_the_dashboard_is_one_that_cloudwatch_reads(made):
@@ -330,20 +330,19 @@ def test_what_is_to_be_kept_is_kept(emulator):
 
 def test_a_removal_takes_versions_of_the_registry_too(emulator):
     from intel_nb.aws.deploy import holdings, package_arns
-    from intel_nb.aws.package_group import Settings, create_group
-    create_group("intel-nb", Settings())
+    client("sagemaker").create_model_package_group(ModelPackageGroupName="intel-nb")
     client("sagemaker").create_model_package(ModelPackageGroupName="intel-nb", ModelApprovalStatus="Approved")
     assert len(package_arns("intel-nb")) == 1
     assert [(one.what, one.about) for one in holdings(Options()) if one.what == "versions"] == [("versions", "1 in the registry")]
 
 
 def test_requests_that_the_emulator_has_not_are_of_the_services_form():
-    from intel_nb.aws.client import check_request
+    from intel_nb.aws.client import request_problems
     from intel_nb.aws.deploy import stop_request
     arn = "arn:aws:sagemaker:us-east-1:123456789012:pipeline/intel-nb/execution/abcdefghijkl"
-    assert check_request("sagemaker", "stop_pipeline_execution", stop_request(arn)) == []
-    assert check_request("sagemaker", "delete_model_package", {"ModelPackageName": arn.replace("pipeline/intel-nb/execution/abcdefghijkl", "model-package/intel-nb/1")}) == []
-    assert check_request("sagemaker", "delete_model_package_group", {"ModelPackageGroupName": "intel-nb"}) == []
+    assert request_problems("sagemaker", "stop_pipeline_execution", stop_request(arn)) == []
+    assert request_problems("sagemaker", "delete_model_package", {"ModelPackageName": arn.replace("pipeline/intel-nb/execution/abcdefghijkl", "model-package/intel-nb/1")}) == []
+    assert request_problems("sagemaker", "delete_model_package_group", {"ModelPackageGroupName": "intel-nb"}) == []
 
 
 def test_without_credentials_there_is_a_sentence(monkeypatch):

@@ -63,7 +63,7 @@ def test_no_key_leads_out_of_the_folder(bucket, tmp_path, key):
     from intel_nb.aws import objects
 
     with pytest.raises(InputError, match="is no file's path"):
-        objects.safe(key.removeprefix("x/"), f"{bucket}/x")
+        objects.check_relative(key.removeprefix("x/"), f"{bucket}/x")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -11,10 +11,10 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from .client import check_credentials, client, explained, paginate, region_name
-from .definition import closest, read_pairs
+from .client import check_credentials, client, paginate, region_name, translate_errors
+from .definition import closest, parse_pairs
 from .executions import latest_execution, start_execution, watch_execution
-from .hosting import Hosting
+from .hosting import SageMakerEndpoints
 from .stack import Options, checked_options
 from ..storage import InputError, write_text
 
@@ -26,21 +26,21 @@ __all__ = ['definition', 'rehearse', 'from_pairs', 'stack_options', 'template', 
 def definition(settings: Iterable[str] = ()) -> int:
     "Print the pipeline's definition, with `NAME=VALUE` checked against its parameters."
     from intel_nb.aws import pipeline
-    print(json.dumps(pipeline.checked(pipeline.definition(), read_pairs(settings)), indent=2))
+    print(json.dumps(pipeline.check_pipeline(pipeline.pipeline_definition(), parse_pairs(settings)), indent=2))
     return 0
 
 # %% ../../nbs/aws/18_commands.ipynb #95513b9a
 def rehearse(data: str = "", settings: Iterable[str] = (), as_json: bool = False, say: Callable[[str], None] = print) -> int:
     "Carry the definition out on this machine, on the archive `data`; 1 when the execution would fail."
     from intel_nb.aws import rehearsal
-    outcome = rehearsal.rehearse_here(data, read_pairs(settings), say=(lambda line: None) if as_json else say)
+    outcome = rehearsal.rehearse_here(data, parse_pairs(settings), say=(lambda line: None) if as_json else say)
     print(json.dumps(asdict(outcome), indent=2, default=str) if as_json else rehearsal.summary(outcome))
     return 0 if outcome.status == "Succeeded" else 1
 
 # %% ../../nbs/aws/18_commands.ipynb #8a0ec36b
 def from_pairs(cls: type, texts: Iterable[str]) -> Any:
     "A `cls` (a dataclass of plain values) with the fields that `NAME=VALUE` texts set; raises `InputError`."
-    defaults, given = vars(cls()), read_pairs(texts)
+    defaults, given = vars(cls()), parse_pairs(texts)
     for name in given.keys() - defaults:
         raise InputError(f"there is no option {name}{closest(name, defaults)}")
     return cls(**{name: _as_kind(name, value, defaults[name]) for name, value in given.items()})
@@ -104,7 +104,7 @@ def destroy(settings: Iterable[str] = (), name: str = "intel-nb", keep: Iterable
 # %% ../../nbs/aws/18_commands.ipynb #3e904176
 def start(settings: Iterable[str] = (), name: str = "intel-nb", watch: bool = True, as_json: bool = False) -> int:
     "Start the pipeline `name` with `NAME=VALUE`, and follow it to its end; 1 when it failed."
-    given = read_pairs(settings)
+    given = parse_pairs(settings)
     check_credentials()
     arn = start_execution(name, given)
     if not watch:
@@ -116,11 +116,11 @@ def start(settings: Iterable[str] = (), name: str = "intel-nb", watch: bool = Tr
     return 0 if ended.status == "Succeeded" else 1
 
 # %% ../../nbs/aws/18_commands.ipynb #2dbf5b39
-@explained()
+@translate_errors()
 def standing(name: str) -> dict[str, Any]:
     "The latest execution, the endpoints and the alarms of what was deployed as `name`; a sentence where a part is missing."
     return {"execution": _or_reason(lambda: _as_dict(latest_execution(name))),
-            "endpoints": _or_reason(lambda: [asdict(endpoint) for endpoint in Hosting(name).list()]),
+            "endpoints": _or_reason(lambda: [asdict(endpoint) for endpoint in SageMakerEndpoints(name).list()]),
             "alarms": last_alarms(name)}
 
 def _as_dict(found: Any) -> dict | None:

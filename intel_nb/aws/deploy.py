@@ -12,9 +12,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .client import check_credentials, client, explained, if_there, paginate, region_name, unless_there
-from .hosting import Hosting
-from .objects import place_of
+from intel_nb.aws.client import (
+    check_credentials,
+    client,
+    ignore_existing,
+    ignore_not_found,
+    paginate,
+    region_name,
+    translate_errors,
+)
+from .hosting import SageMakerEndpoints
+from .objects import parse_s3_uri
 from .pipeline import PipelineConfig, code_files, code_uri
 from .stack import ACCOUNT, Options, bucket_name, checked_options, config_of, template, to_json
 from ..storage import InputError
@@ -36,7 +44,7 @@ Pause = Callable[[float], None]
 
 def stack_of(name: str) -> dict[str, Any] | None:
     "What CloudFormation says of the stack; None when there is none, and none that was ever made."
-    with if_there():
+    with ignore_not_found():
         found = client("cloudformation").describe_stacks(StackName=name)["Stacks"][0]
         return None if found["StackStatus"] in ("REVIEW_IN_PROGRESS", "DELETE_COMPLETE") else found
     return None
@@ -113,7 +121,7 @@ def sent(options: Options, text: str) -> Iterator[dict[str, str]]:
         return
     bucket = bucket_name(options, "template").replace("${AWS::AccountId}", account_id())
     where = {} if options.region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": options.region}}
-    with unless_there():
+    with ignore_existing():
         client("s3").create_bucket(Bucket=bucket, **where)
     try:
         client("s3").put_object(Bucket=bucket, Key="template.json", Body=text.encode())
@@ -185,18 +193,18 @@ def real_config(options: Options, account: str, role: str) -> PipelineConfig:
 
 def upload_code(config: PipelineConfig) -> str:
     "Put the code that the pipeline's steps mount where they look for it; the URI."
-    bucket, prefix = place_of(code_uri(config))
+    bucket, prefix = parse_s3_uri(code_uri(config))
     for name, data in code_files().items():
         client("s3").put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=data)
     return code_uri(config)
 
 def prepare_labels(config: PipelineConfig) -> None:
     "See that something lies where labels will."
-    bucket, prefix = place_of(config.annotations)
+    bucket, prefix = parse_s3_uri(config.annotations)
     client("s3").put_object(Bucket=bucket, Key=f"{prefix.rstrip('/')}/.nothing", Body=b"")
 
 # %% ../../nbs/aws/15_deploy.ipynb #3faedf61
-@explained()
+@translate_errors()
 def deploy(options: Options = Options(), ask: Callable[[str], bool] = lambda question: True, say: Say = print, pause: Pause = time.sleep,
            definition: dict | None = None) -> bool:
     "Make or change the stack after `ask` agreed to the changes that are shown; whether it is now as the options say."
@@ -249,7 +257,7 @@ def bucket_names(options: Options) -> list[str]:
 
 def bucket_there(name: str) -> bool:
     "Whether there is such a bucket of ours."
-    with if_there():
+    with ignore_not_found():
         client("s3").head_bucket(Bucket=name)
         return True
     return False
@@ -260,7 +268,7 @@ def contents(bucket: str) -> tuple[int, int]:
     sizes = [one["Size"] for one in paginate(client("s3").list_object_versions, "Versions", Bucket=bucket)]
     return len(sizes), sum(sizes)
 
-@explained()
+@translate_errors()
 def holdings(options: Options) -> list[Holding]:
     "What holds data or bills, and would be gone."
     found = []
@@ -275,19 +283,19 @@ def holdings(options: Options) -> list[Holding]:
 def endpoints_of(name: str) -> list[Any]:
     "The endpoints of all stages; none where there is no group."
     try:
-        return Hosting(name).list()
+        return SageMakerEndpoints(name).list()
     except InputError:
         return []
 
 def package_arns(group: str) -> list[str]:
     "The versions in the group; none where there is no group."
-    with if_there():
+    with ignore_not_found():
         found = paginate(client("sagemaker").list_model_packages, "ModelPackageSummaryList", ModelPackageGroupName=group)
         return [one["ModelPackageArn"] for one in found]
     return []
 
 # %% ../../nbs/aws/15_deploy.ipynb #cb23e70c
-@explained()
+@translate_errors()
 def destroy(options: Options = Options(), ask: Callable[[str], bool] = lambda question: False, say: Say = print, pause: Pause = time.sleep,
             keep: tuple[str, ...] = ()) -> bool:
     "Delete all that belongs to the stack but the buckets named in `keep`, after `ask` agreed; whether it was done."
@@ -303,7 +311,7 @@ def destroy(options: Options = Options(), ask: Callable[[str], bool] = lambda qu
         return False
     stop_runs(options.name)
     if endpoints_of(options.name):
-        Hosting(options.name, pause).clear()
+        SageMakerEndpoints(options.name, pause).clear()
     delete_group(options.name)
     delete_stack(options.name, pause)
     for name in bucket_names(options):
@@ -319,7 +327,7 @@ def kept(one: Holding, keep: tuple[str, ...]) -> bool:
 # %% ../../nbs/aws/15_deploy.ipynb #dd747de1
 def stop_runs(name: str) -> None:
     "Stop executions of the pipeline that are under way: their jobs bill until they end."
-    with if_there():
+    with ignore_not_found():
         for one in list(paginate(client("sagemaker").list_pipeline_executions, "PipelineExecutionSummaries", PipelineName=name)):
             if one["PipelineExecutionStatus"] == "Executing":
                 client("sagemaker").stop_pipeline_execution(**stop_request(one["PipelineExecutionArn"]))
@@ -333,7 +341,7 @@ def delete_group(name: str) -> None:
     "Delete the registry's versions, and the group that holds them."
     for arn in package_arns(name):
         client("sagemaker").delete_model_package(ModelPackageName=arn)
-    with if_there():
+    with ignore_not_found():
         client("sagemaker").delete_model_package_group(ModelPackageGroupName=name)
 
 def delete_stack(name: str, pause: Pause = time.sleep) -> None:

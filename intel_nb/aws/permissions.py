@@ -237,7 +237,7 @@ MODEL = Role("sagemaker.amazonaws.com", "runs the endpoints", (), (
     Grant(("s3:PutObject",), ("captures",), "SageMaker writes what was asked and answered"),
     Grant((*LOG, "logs:DescribeLogStreams"), ("endpoint logs",), "SageMaker keeps an endpoint's output")))
 
-WATCH = Role("sagemaker.amazonaws.com", "looks for drift in what the endpoints were asked", ("aws.capture:main",), (
+WATCH = Role("sagemaker.amazonaws.com", "looks for drift in what the endpoints were asked", ("aws.capture:run_drift_job",), (
     *READ_GROUP, *READ_ARTIFACTS, *PULL, *OBSERVED,
     Grant(("sagemaker:DescribeEndpoint",), ("endpoints",)),
     Grant(("s3:AbortMultipartUpload", "s3:PutObject"), ("registry files",)),
@@ -260,8 +260,8 @@ BUILD = Role("codebuild.amazonaws.com", "tests the code, brings the pipeline up 
 # %% ../../nbs/aws/12_permissions.ipynb #34e75011
 STAGES = ("aws.stages:modeldeploy", *(f"aws.package_group:PackageGroup.{name}" for name in
           ("get", "versions", "package", "predictions", "set_alias", "set_tag")),
-          *(f"aws.hosting:Hosting.{name}" for name in ("deploy", "describe", "history")),
-          "aws.hosting:invoke", "aws.hosting:drift_status", "aws.objects:fetch")
+          *(f"aws.hosting:SageMakerEndpoints.{name}" for name in ("deploy", "describe", "history")),
+          "aws.hosting:invoke_endpoint", "aws.hosting:endpoint_drift_status", "aws.objects:download")
 
 DEPLOY = Role("codebuild.amazonaws.com", "puts a version into a stage and tests it there", STAGES, (
     *BUILDING, *READ_GROUP, *READ_ARTIFACTS,

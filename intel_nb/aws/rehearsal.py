@@ -15,22 +15,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .client import check_request
+from .client import request_problems
 from .container import read_arguments
 from intel_nb.aws.definition import (
     BRANCHES,
-    KINDS,
+    STEP_TYPES,
     Scope,
-    all_steps,
-    follow,
-    holds,
-    in_order,
-    index_of,
-    own,
-    resolve,
-    settle,
+    bind_parameters,
+    build_index,
+    evaluate_condition,
+    lookup_path,
+    resolve_value,
+    sort_steps,
+    step_arguments,
+    walk_steps,
 )
-from .pipeline import EVALUATION, PipelineConfig, checked, code_files, definition
+from .pipeline import EVALUATION, PipelineConfig, check_pipeline, code_files, pipeline_definition
 from ..chain.execution import end_process
 from ..chain.plan import notebooks_folder, open_workspace
 from ..chain.runs import new_run_id
@@ -39,8 +39,8 @@ from ..storage import InputError, fetch, link, read_json, utc_now, write_bytes
 # %% auto #0
 __all__ = ['RUNNERS', 'StepFailed', 'Buckets', 'Record', 'Execution', 'execution_values', 'container_environment',
            'run_container', 'run_processing', 'run_training', 'archive', 'run_register', 'registered', 'run_condition',
-           'run_fail', 'run_steps', 'check_resolved', 'Outcome', 'rehearse', 'check_arguments', 'upload', 'code_mounts',
-           'rehearse_here', 'tidy', 'summary']
+           'run_fail', 'run_steps', 'check_resolved', 'Outcome', 'rehearse', 'check_arguments', 'fill_buckets',
+           'code_mounts', 'rehearse_here', 'tidy', 'summary']
 
 # %% ../../nbs/aws/10_rehearsal.ipynb #4438f949
 class StepFailed(RuntimeError):
@@ -110,16 +110,16 @@ class Execution:
         root, _, rest = path.partition(".")
         if root == "Steps":
             name, _, rest = rest.partition(".")
-            return follow(self.results[name], rest)
+            return lookup_path(self.results[name], rest)
         return self.values[rest] if root == "Parameters" else execution_values(self.id)[rest]
 
     def read(self, file: str, path: str) -> Any:
         "What a `Std:JsonGet` comes to; raises `StepFailed` when the file was not written or lacks the entry."
         step, _, name = file.removeprefix("Steps.").partition(".PropertyFiles.")
-        declared = next(f for s, _ in all_steps(self.definition["Steps"]) if s["Name"] == step for f in s["PropertyFiles"] if f["PropertyFileName"] == name)
-        place = follow(self.results[step], f"ProcessingOutputConfig.Outputs['{declared['OutputName']}'].S3Output.S3Uri")
+        declared = next(f for s, _ in walk_steps(self.definition["Steps"]) if s["Name"] == step for f in s["PropertyFiles"] if f["PropertyFileName"] == name)
+        place = lookup_path(self.results[step], f"ProcessingOutputConfig.Outputs['{declared['OutputName']}'].S3Output.S3Uri")
         try:
-            return follow(read_json(self.buckets.path(f"{place}/{declared['FilePath']}")), path)
+            return lookup_path(read_json(self.buckets.path(f"{place}/{declared['FilePath']}")), path)
         except (InputError, LookupError) as error:
             raise StepFailed(f"{path} cannot be read from {declared['FilePath']} of step {step}: {error.args[0]}") from None
 
@@ -236,10 +236,10 @@ def registered(registry: Any, package: Any, evaluation: dict) -> str:
 # %% ../../nbs/aws/10_rehearsal.ipynb #0a29b691
 def run_condition(execution: Execution, step: dict, arguments: dict) -> dict:
     "Decide a condition, and carry out the steps of one branch."
-    true = all([holds(one, execution.scope()) for one in step["Arguments"]["Conditions"]])
+    true = all([evaluate_condition(one, execution.scope()) for one in step["Arguments"]["Conditions"]])
     execution.say(f"{step['Name']}: {'true' if true else 'false'}")
     taken, left = BRANCHES if true else BRANCHES[::-1]
-    execution.records += [Record(one["Name"], "Skipped") for one, _ in all_steps(step["Arguments"].get(left, []))]
+    execution.records += [Record(one["Name"], "Skipped") for one, _ in walk_steps(step["Arguments"].get(left, []))]
     run_steps(execution, step["Arguments"].get(taken, []))
     return {"Outcome": "True" if true else "False"}
 
@@ -253,10 +253,10 @@ RUNNERS = {"Processing": run_processing, "Training": run_training, "RegisterMode
 
 def run_steps(execution: Execution, steps: list[dict]) -> None:
     "Carry out `steps`, each after those that it waits for; raises `StepFailed` where one fails."
-    for step in in_order(steps):
+    for step in sort_steps(steps):
         started = time.monotonic()
         try:
-            arguments = {} if step["Type"] == "Condition" else resolve(own(step), execution.scope())
+            arguments = {} if step["Type"] == "Condition" else resolve_value(step_arguments(step), execution.scope())
             check_resolved(step, arguments)
             execution.results[step["Name"]] = RUNNERS[step["Type"]](execution, step, arguments)
         except StepFailed as error:
@@ -264,15 +264,15 @@ def run_steps(execution: Execution, steps: list[dict]) -> None:
                 execution.records.append(Record(step["Name"], "Failed", round(time.monotonic() - started, 1), str(error)))
             raise
         execution.records.append(Record(step["Name"], "Succeeded", round(time.monotonic() - started, 1)))
-        if KINDS[step["Type"]].job:
+        if STEP_TYPES[step["Type"]].is_job:
             execution.say(f"{step['Name']}: {time.monotonic() - started:.1f} s")
 
 # %% ../../nbs/aws/10_rehearsal.ipynb #540a98b0
 def check_resolved(step: dict, arguments: dict) -> None:
     "Raises `StepFailed` when the service would refuse the request with the values that it now has."
-    kind = KINDS[step["Type"]]
+    kind = STEP_TYPES[step["Type"]]
     if kind.request:
-        problems = check_request("sagemaker", kind.request, arguments | ({kind.named: "x"} if kind.named else {}))
+        problems = request_problems("sagemaker", kind.request, arguments | ({kind.name_key: "x"} if kind.name_key else {}))
         if problems:
             raise StepFailed(f"SageMaker would refuse {kind.request}: {'; '.join(problems[:3])}")
 
@@ -292,10 +292,10 @@ def rehearse(definition: dict, given: Mapping[str, Any], folder: Path, registry:
     "Carry out `definition` in the new folder `folder`, registering in `registry`; `data` lies at InputDataUrl. Raises `InputError`."
     named = {p["Name"] for p in definition.get("Parameters", [])} if isinstance(definition, dict) else set()
     given = ({"Registry": registry} if "Registry" in named else {}) | dict(given)
-    values = settle(checked(definition, given), given)
+    values = bind_parameters(check_pipeline(definition, given), given)
     check_arguments(definition, given)
     execution = Execution(definition, values, folder, registry, folder.name, say)
-    upload(execution, data)
+    fill_buckets(execution, data)
     try:
         run_steps(execution, definition["Steps"])
     except StepFailed as error:
@@ -307,17 +307,17 @@ def rehearse(definition: dict, given: Mapping[str, Any], folder: Path, registry:
 # %% ../../nbs/aws/10_rehearsal.ipynb #71468109
 def check_arguments(definition: dict, given: Mapping[str, Any]) -> None:
     "Raises `InputError` unless each container that runs our entry point is asked for what its notebook takes."
-    index = index_of(definition, given, {"evaluation.json": EVALUATION})
+    index = build_index(definition, given, {"evaluation.json": EVALUATION})
     for name, step in index.steps.items():
         app = step["Arguments"].get("AppSpecification") or step["Arguments"].get("AlgorithmSpecification") or {}
         if app.get("ContainerEntrypoint", [])[-1:] == ["intel_nb.aws.container"]:
             try:
-                read_arguments(resolve(app["ContainerArguments"], index.scope()), notebooks_folder())
+                read_arguments(resolve_value(app["ContainerArguments"], index.scope()), notebooks_folder())
             except InputError as error:
                 raise InputError(f"step {name}: {error}") from None
 
 # %% ../../nbs/aws/10_rehearsal.ipynb #1ceef1ff
-def upload(execution: Execution, data: Path | None) -> None:
+def fill_buckets(execution: Execution, data: Path | None) -> None:
     "Put into the buckets what lies there before an execution: the code, and the data (drawn scenes where none is given)."
     files, buckets = code_files(), execution.buckets
     for uri in code_mounts(execution.definition):
@@ -326,7 +326,7 @@ def upload(execution: Execution, data: Path | None) -> None:
     place = execution.values.get("InputDataUrl")
     if place and data:
         buckets.put(data, place)
-    elif place and place == settle(execution.definition, {})["InputDataUrl"]:
+    elif place and place == bind_parameters(execution.definition, {})["InputDataUrl"]:
         from intel_nb.scenes import sample_archive
         sample_archive(buckets.path(place), per_class=100, seed=0)
 
@@ -334,7 +334,7 @@ def upload(execution: Execution, data: Path | None) -> None:
 def code_mounts(definition: dict) -> set[str]:
     "Where the definition expects the code to lie."
     found = set()
-    for step, _ in all_steps(definition["Steps"]):
+    for step, _ in walk_steps(definition["Steps"]):
         found |= {one["S3Input"]["S3Uri"] for one in step["Arguments"].get("ProcessingInputs", []) if one["InputName"] == "code"}
         found |= {one["DataSource"]["S3DataSource"]["S3Uri"] for one in step["Arguments"].get("InputDataConfig", []) if one["ChannelName"] == "code"}
     return found
@@ -347,7 +347,7 @@ def rehearse_here(data: str = "", given: Mapping[str, Any] = {}, config: Pipelin
     folder = workspace.home / "rehearsals" / new_run_id()
     try:
         source = fetch(data, folder / "fetched").absolute() if data else None
-        return rehearse(definition(config), given, folder, workspace.places["registry"], source, say)
+        return rehearse(pipeline_definition(config), given, folder, workspace.places["registry"], source, say)
     finally:
         tidy(folder, workspace.home)
 

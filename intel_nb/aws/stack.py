@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .capture import COMMAND, drift_job, drift_schedule
+from .capture import DRIFT_COMMAND, drift_job_request, drift_schedule_request
 from .hosting import alarm_requests, endpoint_name
 from .permissions import FROM_CONNECTION, FROM_S3, ROLES, policy
-from .pipeline import PipelineConfig, code_uri, image_of
+from .pipeline import PipelineConfig, amazon_image, code_uri
 from .rules import PATHS, Names, Rule, rules
 from ..storage import InputError
 
@@ -232,7 +232,7 @@ def taken_by(principal: str) -> dict:
 def images(options: Options) -> list[str]:
     "The images that SageMaker pulls for us."
     config = config_of(options)
-    return sorted({image_of("cpu", options.region), image_of("gpu", options.region), config.image_serve})
+    return sorted({amazon_image("cpu", options.region), amazon_image("gpu", options.region), config.image_serve})
 
 # %% ../../nbs/aws/14_stack.ipynb #b8553767
 ACCOUNT, ROLE = "123456789012", "arn:aws:iam::123456789012:role/intel-nb-job"
@@ -244,7 +244,7 @@ def config_of(options: Options) -> PipelineConfig:
         bucket=place("artifacts"), role=ROLE, region=options.region, group=options.name, profile=options.profile, spot=options.spot,
         data=f"s3://{place('data')}/intel.zip", annotations=f"s3://{place('annotations')}/annotations/",
         instance_train=options.instance_train, instance_serve=options.instance_serve,
-        image_serve=options.image_serve or image_of("serve", options.region))
+        image_serve=options.image_serve or amazon_image("serve", options.region))
 
 # %% ../../nbs/aws/14_stack.ipynb #75ea704d
 def in_place(text: str) -> dict:
@@ -459,17 +459,17 @@ def topic(options: Options) -> Resources:
     return found
 
 # %% ../../nbs/aws/14_stack.ipynb #a5434ad2
-INSTALL = "import pathlib; from intel_nb.aws.container import install; install(pathlib.Path('/opt/ml/processing/input/code')); "
+INSTALL = "import pathlib; from intel_nb.aws.container import install_requirements; install_requirements(pathlib.Path('/opt/ml/processing/input/code')); "
 
 def drift_schedules(options: Options) -> Resources:
     "The hourly jobs that look for drift in what stages were asked."
     found = {}
     for stage in options.watch:
-        job = drift_job(options.name, stage, image_of("cpu", options.region), "ROLE")
-        job["AppSpecification"]["ContainerEntrypoint"] = ["python3", "-c", INSTALL + COMMAND]
+        job = drift_job_request(options.name, stage, amazon_image("cpu", options.region), "ROLE")
+        job["AppSpecification"]["ContainerEntrypoint"] = ["python3", "-c", INSTALL + DRIFT_COMMAND]
         mount = {"S3Uri": code_uri(config_of(options)), "LocalPath": "/opt/ml/processing/input/code", "S3DataType": "S3Prefix", "S3InputMode": "File"}
         job |= {"ProcessingInputs": [{"InputName": "code", "S3Input": mount}], "Environment": {"PYTHONPATH": mount["LocalPath"]}}
-        schedule = drift_schedule(job, "ROLE")
+        schedule = drift_schedule_request(job, "ROLE")
         target = schedule["Target"] | {"RoleArn": att("SchedulerRole"), "DeadLetterConfig": {"Arn": att("Undelivered")},
                                        "Input": sub(in_place(schedule["Target"]["Input"])["Fn::Sub"].replace('"ROLE"', '"${WatchRole.Arn}"'))}
         found[f"Drift{stage.title()}"] = resource("Scheduler::Schedule", {**schedule, "State": "ENABLED", "Target": target})
@@ -502,7 +502,7 @@ def template(options: Options = Options(), definition: dict | None = None) -> di
     "The template for these options, with the pipeline's `definition` (made here, if it is not given); raises `InputError`."
     from intel_nb.aws import pipeline
     checked_options(options)
-    definition = definition or pipeline.checked(pipeline.definition(config_of(options)))
+    definition = definition or pipeline.check_pipeline(pipeline.pipeline_definition(config_of(options)))
     found: Resources = {}
     for part in PARTS:
         found |= part(options)

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .client import client, explained, if_there
+from .client import client, ignore_not_found, translate_errors
 from .deploy import real_config, upload_code
 from .executions import start_execution
-from .objects import NotThere, below, objects_at, place_of
-from .pipeline import PipelineConfig, checked, definition
+from .objects import ObjectNotFound, find_objects, list_objects, parse_s3_uri
+from .pipeline import PipelineConfig, check_pipeline, pipeline_definition
 from .stack import Options, checked_options
 from ..chain.execution import NotebookFailed, execute
 from ..chain.plan import notebooks_folder
@@ -44,7 +44,7 @@ def config_here(environ: Mapping[str, str]) -> PipelineConfig:
 def upsert_pipeline(name: str, made: dict, role: str) -> str:
     "Let the pipeline have the definition `made`: updated or created."
     request = {"PipelineName": name, "PipelineDefinition": json.dumps(made), "RoleArn": role}
-    with if_there():
+    with ignore_not_found():
         client("sagemaker").update_pipeline(**request)
         return "updated"
     client("sagemaker").create_pipeline(**request, ClientRequestToken=f"intel-nb-{os.urandom(16).hex()}")
@@ -52,21 +52,21 @@ def upsert_pipeline(name: str, made: dict, role: str) -> str:
 
 # %% ../../nbs/aws/16_stages.ipynb #5d2d5364
 def data_version(config: PipelineConfig) -> str:
-    "A name for exactly these photographs and labels; raises `NotThere` without photographs."
-    bucket, prefix = place_of(config.annotations)
-    tags = [one.tag for one in objects_at(config.data)] + [f"{o['Key']} {o['ETag']}" for o in below(bucket, prefix)]
+    "A name for exactly these photographs and labels; raises `ObjectNotFound` without photographs."
+    bucket, prefix = parse_s3_uri(config.annotations)
+    tags = [one.tag for one in find_objects(config.data)] + [f"{o['Key']} {o['ETag']}" for o in list_objects(bucket, prefix)]
     return hashlib.sha256("\n".join(tags).encode()).hexdigest()[:16]
 
 # %% ../../nbs/aws/16_stages.ipynb #e905e5e2
-@explained()
+@translate_errors()
 def modelbuild(environ: Mapping[str, str] = os.environ) -> str:
     "Bring the pipeline up to date, and start it if there is data; what was done, in a sentence."
     config = config_here(environ)
     upload_code(config)
-    done = upsert_pipeline(config.group, checked(definition(config)), environ["INTEL_NB_PIPELINE_ROLE"])
+    done = upsert_pipeline(config.group, check_pipeline(pipeline_definition(config)), environ["INTEL_NB_PIPELINE_ROLE"])
     try:
         version = data_version(config)
-    except NotThere:
+    except ObjectNotFound:
         return f"{done} the pipeline {config.group}; it starts when {config.data} is uploaded"
     return f"{done} the pipeline {config.group}, and started {start_execution(config.group, {'DataVersion': version})}"
 

@@ -118,21 +118,21 @@ def request_json(url: str, body: bytes | None = None, content_type: str | None =
 def invoke(url: str, body: bytes, content_type: str, timeout: float = 60, test: bool = False) -> dict[str, Any]:
     "Return the endpoint's answer to one request; raise as `request_json` does. A `test` is not captured or reported."
     if url.startswith("sagemaker://"):
-        return cloud_module().invoke(url, body, content_type, timeout, test)
+        return cloud_module().invoke_endpoint(url, body, content_type, timeout, test)
     return request_json(f"{url}/invocations", body, content_type, timeout, dict([TEST]) if test else {})
 
 # %% ../../nbs/serving/12_endpoints.ipynb #56160eaf
 def drift_status(url: str, timeout: float = 10) -> dict[str, Any]:
     "Return the counts and the latest reading of the endpoint's drift detector, as `GET /drift` gives them."
     if url.startswith("sagemaker://"):
-        return cloud_module().drift_status(url, timeout)
+        return cloud_module().endpoint_drift_status(url, timeout)
     return request_json(f"{url}/drift", timeout=timeout)
 
 # %% ../../nbs/serving/12_endpoints.ipynb #3e73a24d
 def is_answering(url: str) -> bool:
     "Return whether the endpoint at `url` is ready."
     if url.startswith("sagemaker://"):
-        return cloud_module().answers(url)
+        return cloud_module().endpoint_in_service(url)
     from urllib.request import urlopen
     try:
         with urlopen(f"{url}/ping", timeout=5) as reply:
