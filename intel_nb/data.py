@@ -16,7 +16,9 @@ from pathlib import Path, PurePosixPath
 
 from .dataset import SPLITS, Row, write_split
 from .images import MAX_BYTES, ImageError, check_image
-from .labels.annotations import Located, Outcome, account, read_annotations, settle, short
+from .labels.lookup import LabelOutcome, LocatedLabel, read_annotations
+from .labels.records import one_line
+from .labels.resolve import count_outcomes, resolve_labels
 from .labels.members import UNREADABLE, Member, Rejected, is_hidden, members
 from .model import cores
 from .storage import InputError, tree_digest, write_json, write_text
@@ -147,7 +149,7 @@ def _enough(kept: list[Candidate], splits: dict[str, list[Candidate]]) -> None:
                 raise InputError(f"class {label} has {n} images for {split} and needs {least}; add images or leave the class out with `classes`")
 
 # %% ../nbs/00_data.ipynb #86981c6c
-def annotated(sources: Iterable[str | Path], kept: list[Candidate], scratch: str | Path) -> tuple[list[Candidate], list[Outcome]]:
+def annotated(sources: Iterable[str | Path], kept: list[Candidate], scratch: str | Path) -> tuple[list[Candidate], list[LabelOutcome]]:
     "What the annotations in `sources` add to the `kept` images of the archive, and what became of each of their lines."
     lines, outcomes = read_annotations(sources, scratch)
     with ThreadPoolExecutor(cores()) as pool:
@@ -155,13 +157,13 @@ def annotated(sources: Iterable[str | Path], kept: list[Candidate], scratch: str
     good = [(line, seen[line.member].sha256) for line in lines if isinstance(seen[line.member], Candidate)]
     bad = [_unopened(line, seen[line.member]) for line in lines if isinstance(seen[line.member], Rejected)]
     dataset = {c.sha256: (c.label, c.member.path) for c in kept}
-    rows, settled = settle(good, dataset, sorted({c.label for c in kept}))
+    rows, settled = resolve_labels(good, dataset, sorted({c.label for c in kept}))
     return [replace(seen[row.member], label=row.label, source=row.source) for row in rows.values()], outcomes + bad + settled
 
 # %% ../nbs/00_data.ipynb #7a312fa4
-def _unopened(line: Located, image: Rejected) -> Outcome:
+def _unopened(line: LocatedLabel, image: Rejected) -> LabelOutcome:
     "What becomes of a line whose image is none."
-    return Outcome(line.place, "quarantined", image.reason, short(f"{image.path}: {image.detail}", 300))
+    return LabelOutcome(line.place, "quarantined", image.reason, one_line(f"{image.path}: {image.detail}", 300))
 
 # %% ../nbs/00_data.ipynb #84dbb52b
 def spread(splits: dict[str, list[Candidate]], added: Iterable[Candidate], bounds: dict[str, float], seed: int
@@ -195,7 +197,7 @@ def build_dataset(source: str | Path, out: str | Path, classes: Iterable[str] = 
     write_text(out / "quarantine.csv", _table(("path", "reason", "detail"), aside))
     write_text(out / "index.csv", _table(("sha256", "split", "label", "path"),
                                          ((c.sha256, s, c.label, c.member.path) for s, cs in splits.items() for c in cs)))
-    report = _report(names, splits, rejected + left) | account(outcomes) | {"fingerprint": tree_digest(out / "dataset")}
+    report = _report(names, splits, rejected + left) | count_outcomes(outcomes) | {"fingerprint": tree_digest(out / "dataset")}
     write_json(out / "report.json", report)
     return report
 

@@ -16,7 +16,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from intel_nb.data import build_dataset
 from intel_nb.dataset import read_split
 from intel_nb.images import encode_jpeg
-from intel_nb.labels.annotations import Said, read_annotations, read_labels
+from intel_nb.labels.files import read_labels
+from intel_nb.labels.lookup import read_annotations
+from intel_nb.labels.records import LabelRecord
 from intel_nb.scenes import SAMPLE_CLASSES, sample_scene
 from intel_nb.storage import InputError, fetch, put, read_json
 
@@ -309,13 +311,13 @@ FILES = (st.lists(VALUES, max_size=4).map(json.dumps).map(str.encode) | st.binar
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from([".json", ".manifest", ".csv"]), FILES)
 def test_whatever_a_label_file_holds_each_line_is_told(suffix, data):
-    for _, said in read_labels(f"labels{suffix}", data):
-        if isinstance(said, Said):
-            assert said.image and all(isinstance(vote.label, str) for vote in said.votes)
-            assert all(vote.confidence is None or 0 <= vote.confidence <= 1 for vote in said.votes)
-            assert said.source == "annotations" or said.source.startswith("capture:")
+    for _, record in read_labels(f"labels{suffix}", data):
+        if isinstance(record, LabelRecord):
+            assert record.image and all(isinstance(vote.label, str) for vote in record.votes)
+            assert all(vote.confidence is None or 0 <= vote.confidence <= 1 for vote in record.votes)
+            assert record.source == "annotations" or record.source.startswith("capture:")
         else:
-            assert said.reason in ("malformed", "no_label") and "\n" not in str(said)
+            assert record.reason in ("malformed", "no_label") and "\n" not in str(record)
 
 
 # In a bucket
@@ -344,7 +346,7 @@ def test_a_capture_keeps_its_time(build, tmp_path):
     meta = {"source": "capture", "captured": "2026-11-02T10:00:00Z", "endpoint": "staging", "version": "3"}
     labelled = tasks({"sea0.jpg": "sea", "sea1.jpg": "sea"}, "images/", meta=meta)
     found, _ = read_annotations([batch(tmp_path / "b", {"export.json": labelled, "labels.csv": table(LABELS)})], tmp_path)
-    assert Counter(line.said.source for line in found)["capture:2026-11-02T10:00:00Z"] == 2
+    assert Counter(line.record.source for line in found)["capture:2026-11-02T10:00:00Z"] == 2
     outs = [build(tmp_path / "b")[0], build(batch(tmp_path / "c", {"z.json": labelled, "a.csv": table(LABELS)}))[0]]
     rows = [sorted(zip(s.sha256, s.source)) for out in outs for s in [read_split(out / "dataset", "train")]]
     assert rows[0] == rows[1]
