@@ -23,15 +23,15 @@ from typing import NamedTuple
 from .dataset import SPLITS, Row, write_split
 from .images import MAX_BYTES, ImageError, check_image
 from .labels.lookup import LabelOutcome, LocatedLabel, read_annotations
-from .labels.records import one_line
+from .labels.members import READ_ERRORS, Member, Rejected, is_hidden, list_members
+from .labels.records import as_one_line
 from .labels.resolve import count_outcomes, resolve_labels
-from .labels.members import UNREADABLE, Member, Rejected, is_hidden, members
 from .model import cores
 from .storage import InputError, tree_digest, write_json, write_text
 
 # %% auto #0
-__all__ = ['split_and_class', 'Span', 'Scratch', 'Candidate', 'check_member', 'examine', 'check_all', 'deduplicate', 'split_hash',
-           'assign_splits', 'annotated', 'add_to_splits', 'build_dataset']
+__all__ = ['split_and_class', 'Span', 'ScratchFile', 'Candidate', 'check_member', 'inspect_image', 'check_members', 'deduplicate',
+           'split_hash', 'assign_splits', 'resolve_annotations', 'add_to_splits', 'build_dataset']
 
 # %% ../nbs/00_data.ipynb #88a01e5e
 _PARTS = {"seg_train": "train", "train": "train", "seg_test": "test", "test": "test", "seg_pred": "unlabelled",
@@ -54,7 +54,7 @@ class Span(NamedTuple):
     size: int
 
 # %% ../nbs/00_data.ipynb #f2c1b662
-class Scratch:
+class ScratchFile:
     "Bytes in a temporary file of `folder`, which any thread may add to and read; `None` for what was not added."
     def __init__(self, folder: str | Path):
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -90,15 +90,15 @@ class Candidate:
     source: str = "archive"
 
 # %% ../nbs/00_data.ipynb #9311d463
-def check_member(member: Member, scratch: Scratch) -> Candidate | Rejected:
+def check_member(member: Member, scratch: ScratchFile) -> Candidate | Rejected:
     "Read and decode a file of the archive."
     part, label = split_and_class(member.path)
     if part in ("hidden", "unlabelled") or not label:
         return Rejected(member.path, part if part != "train" and part != "test" else "no class folder")
-    return examine(member, scratch, part, label)
+    return inspect_image(member, scratch, part, label)
 
 # %% ../nbs/00_data.ipynb #b499e920
-def examine(member: Member, scratch: Scratch, part: str = "train", label: str = "") -> Candidate | Rejected:
+def inspect_image(member: Member, scratch: ScratchFile, part: str = "train", label: str = "") -> Candidate | Rejected:
     "Read and decode one image; `part` and `label` are what is known of it."
     if member.size > MAX_BYTES:
         return Rejected(member.path, "too_large", f"{member.size:,} bytes")
@@ -109,13 +109,13 @@ def examine(member: Member, scratch: Scratch, part: str = "train", label: str = 
         return Rejected(member.path, "empty" if not data else e.code, str(e))
     except InputError as e:  # it had to be fetched
         return Rejected(member.path, "missing", str(e))
-    except UNREADABLE as e:
+    except READ_ERRORS as e:
         return Rejected(member.path, "unreadable", str(e))
     digest = hashlib.sha256(data).hexdigest()
     return Candidate(member, part, label, digest, seen.width, seen.height, seen.changed, scratch.add(seen.data))
 
 # %% ../nbs/00_data.ipynb #27761242
-def check_all(found: list[Member], scratch: Scratch, progress: Callable[[int], None] = lambda done: None
+def check_members(found: list[Member], scratch: ScratchFile, progress: Callable[[int], None] = lambda done: None
               ) -> tuple[list[Candidate], list[Rejected]]:
     "Check all members on all cores; return the images that decode, and the files that are left out."
     candidates: list[Candidate] = []
@@ -200,13 +200,13 @@ def _check_sizes(kept: list[Candidate], splits: dict[str, list[Candidate]]) -> N
                                  "add images or leave the class out with `classes`")
 
 # %% ../nbs/00_data.ipynb #86981c6c
-def annotated(sources: Iterable[str | Path], kept: list[Candidate], folder: str | Path, scratch: Scratch
+def resolve_annotations(sources: Iterable[str | Path], kept: list[Candidate], folder: str | Path, scratch: ScratchFile
               ) -> tuple[list[Candidate], list[LabelOutcome]]:
     "Return what the annotations in `sources` add to the `kept` images, and what became of each of their lines."
     lines, outcomes = read_annotations(sources, folder)
     images = list(dict.fromkeys(line.member for line in lines))
     with ThreadPoolExecutor(cores()) as pool:
-        seen = dict(zip(images, pool.map(partial(examine, scratch=scratch), images)))
+        seen = dict(zip(images, pool.map(partial(inspect_image, scratch=scratch), images)))
     pairs = [(line, seen[line.member]) for line in lines]
     good = [(line, image.sha256) for line, image in pairs if isinstance(image, Candidate)]
     bad = [_unopened(line, image) for line, image in pairs if isinstance(image, Rejected)]
@@ -219,7 +219,7 @@ def annotated(sources: Iterable[str | Path], kept: list[Candidate], folder: str 
 # %% ../nbs/00_data.ipynb #7a312fa4
 def _unopened(line: LocatedLabel, image: Rejected) -> LabelOutcome:
     "Return the outcome of a line whose image cannot be used."
-    return LabelOutcome(line.place, "quarantined", image.reason, one_line(f"{image.path}: {image.detail}", 300))
+    return LabelOutcome(line.position, "quarantined", image.reason, as_one_line(f"{image.path}: {image.detail}", 300))
 
 # %% ../nbs/00_data.ipynb #84dbb52b
 def add_to_splits(splits: dict[str, list[Candidate]], added: Iterable[Candidate], bounds: dict[str, float], seed: int
@@ -239,10 +239,10 @@ def build_dataset(source: str | Path, out: str | Path, classes: Iterable[str] = 
 
     Return the report. `scratch` is a folder for images that have to be fetched. Raise `InputError` for bad input."""
     out = Path(out)
-    with closing(Scratch(out)) as read:
-        found, rejected = check_all(members(source), read, progress)
+    with closing(ScratchFile(out)) as read:
+        found, rejected = check_members(list_members(source), read, progress)
         kept, left = deduplicate(_only(found, list(classes)))
-        added, outcomes = annotated(annotations, kept, scratch or out / ".scratch", read)
+        added, outcomes = resolve_annotations(annotations, kept, scratch or out / ".scratch", read)
         bounds = {"test": test_fraction, "validation": test_fraction + val_fraction}
         bounds = bounds if test_annotations else {"validation": val_fraction}
         splits = add_to_splits(assign_splits(kept, val_fraction, test_fraction, seed), added, bounds, seed)
@@ -259,7 +259,7 @@ def build_dataset(source: str | Path, out: str | Path, classes: Iterable[str] = 
 def _write_lists(out: Path, splits: dict[str, list[Candidate]], rejected: list[Rejected], outcomes: list[LabelOutcome]) -> None:
     "Write `quarantine.csv` and `index.csv`."
     aside = [(r.path, r.reason, r.detail) for r in rejected]
-    aside += [(str(o.place), o.reason, o.detail) for o in outcomes if o.kind != "added"]
+    aside += [(str(o.position), o.reason, o.detail) for o in outcomes if o.kind != "added"]
     index = [(c.sha256, split, c.label, c.member.path) for split, candidates in splits.items() for c in candidates]
     write_text(out / "quarantine.csv", _table(("path", "reason", "detail"), aside))
     write_text(out / "index.csv", _table(("sha256", "split", "label", "path"), index))
@@ -273,7 +273,7 @@ def _only(candidates: list[Candidate], classes: list[str]) -> list[Candidate]:
     return [c for c in candidates if not classes or c.label in classes]
 
 # %% ../nbs/00_data.ipynb #72908f09
-def _rows(candidates: list[Candidate], names: list[str], scratch: Scratch) -> Iterator[Row]:
+def _rows(candidates: list[Candidate], names: list[str], scratch: ScratchFile) -> Iterator[Row]:
     "Yield the rows to store."
     for c in candidates:
         yield Row(scratch.read(c.content), names.index(c.label), c.sha256, c.width, c.height, c.source)
