@@ -110,10 +110,9 @@ class LabelOutcome:
 def _quarantine(position: LinePosition, error: UnusableLabel) -> LabelOutcome:
     return LabelOutcome(position, "quarantined", error.reason, str(error))
 
-# %% ../../nbs/labels/07_lookup.ipynb #ce3b6363
+# %% ../../nbs/labels/07_lookup.ipynb #9d759b47
 _EXPECTED = "label files and their images"
 
-# %% ../../nbs/labels/07_lookup.ipynb #46ca339a
 def _make_batch(name: str, found: Iterable[Member]) -> LabelBatch:
     shown = (m for m in found if not is_hidden(m.path))
     return LabelBatch(name, {m.path: replace(m, path=as_one_line(f"{name}/{m.path}", 1000)) for m in shown})

@@ -37,40 +37,38 @@ class NewImage(NamedTuple):
     label: str
     source: str
 
-# %% ../../nbs/labels/08_resolve.ipynb #49151fad
-def _compare_with_dataset(labels: set[str], label: str, path: str) -> tuple[str, str, str]:
-    "Return the outcome of a line with `labels` for an image that the dataset has at `path` with `label`."
-    same = f"the same image as {path} in the dataset"
-    if label in labels:
-        return "duplicate", "duplicate", same
-    return "quarantined", "contradictory", f"labelled {_join(labels)}, but {same}, which is labelled {label}"
-
-# %% ../../nbs/labels/08_resolve.ipynb #e07675a6
-def _compare_with_votes(labels: set[str], winner: str | None) -> tuple[str, str, str]:
-    "Return the outcome of a line with `labels` for an image whose votes chose `winner`."
-    if winner is None:
-        return "quarantined", "contradictory", f"labelled {_join(labels)}, but another class has as much support"
+# %% ../../nbs/labels/08_resolve.ipynb #a11f0609
+def _compare(labels: set[str], classes: Collection[str], in_dataset: tuple[str, str] | None, winner: str
+             ) -> tuple[str, str, str]:
+    "Return kind, reason and detail of an outcome; `in_dataset` is a label and a path, `winner` is empty for a tie."
+    written = " and ".join(sorted(map(as_one_line, labels)))
+    if not labels & set(classes):
+        return "quarantined", "unknown_label", f"{written} is not one of {', '.join(classes)}"
+    if in_dataset:
+        label, path = in_dataset
+        same = f"the same image as {path} in the dataset"
+        if label in labels:
+            return "duplicate", "duplicate", same
+        return "quarantined", "contradictory", f"labelled {written}, but it is {same}, which is labelled {label}"
+    if not winner:
+        return "quarantined", "contradictory", f"labelled {written}, but another class has as much support"
     if winner not in labels:
-        return "quarantined", "outvoted", f"labelled {_join(labels)}, but {winner} has more support"
+        return "quarantined", "outvoted", f"labelled {written}, but {winner} has more support"
     return "added", "", ""
 
-# %% ../../nbs/labels/08_resolve.ipynb #2f421b09
-def _join(labels: Iterable[str]) -> str:
-    return " and ".join(sorted(map(as_one_line, labels)))
-
-# %% ../../nbs/labels/08_resolve.ipynb #21afcf78
+# %% ../../nbs/labels/08_resolve.ipynb #8646e244
 def _count_votes(lines: Iterable[tuple[LocatedLabel, str]], classes: Collection[str]
-                 ) -> tuple[dict[str, str | None], dict[str, str]]:
-    "Return the winning label and the source for each image that has a vote for one of `classes`."
+                 ) -> tuple[dict[str, str], dict[str, str]]:
+    "Return the winning label (empty for a tie) and the source of each image that has a vote for one of `classes`."
     votes: dict[str, set[Vote]] = defaultdict(set)
     sources: dict[str, str] = {}
     for line, sha256 in lines:
         if known := {vote for vote in line.record.votes if vote.label in classes}:
             votes[sha256] |= known
             sources[sha256] = max(sources.get(sha256, ""), line.record.source)  # a capture sorts after annotations
-    return {sha256: majority_label(some) for sha256, some in votes.items()}, sources
+    return {sha256: majority_label(some) or "" for sha256, some in votes.items()}, sources
 
-# %% ../../nbs/labels/08_resolve.ipynb #4c5c0a8d
+# %% ../../nbs/labels/08_resolve.ipynb #09fa6b0e
 def resolve_labels(lines: Sequence[tuple[LocatedLabel, str]], dataset: Mapping[str, tuple[str, str]],
                    classes: Collection[str]) -> tuple[dict[str, NewImage], list[LabelOutcome]]:
     """Return the images to add by SHA-256, and the outcome of each line.
@@ -80,17 +78,12 @@ def resolve_labels(lines: Sequence[tuple[LocatedLabel, str]], dataset: Mapping[s
     added: dict[str, NewImage] = {}
     outcomes = []
     for line, sha256 in lines:
-        labels, winner = {vote.label for vote in line.record.votes}, winners.get(sha256)
-        if not labels & set(classes):
-            kind, reason, detail = "quarantined", "unknown_label", f"{_join(labels)} is not one of {', '.join(classes)}"
-        elif sha256 in dataset:
-            kind, reason, detail = _compare_with_dataset(labels, *dataset[sha256])
-        else:
-            kind, reason, detail = _compare_with_votes(labels, winner)
+        labels = {vote.label for vote in line.record.votes}
+        kind, reason, detail = _compare(labels, classes, dataset.get(sha256), winners.get(sha256, ""))
         if kind == "added" and sha256 in added:
             kind, reason, detail = "duplicate", "duplicate", f"the same image as {added[sha256].member.path}"
-        elif kind == "added" and winner is not None:
-            added[sha256] = NewImage(line.member, winner, sources[sha256])
+        elif kind == "added":
+            added[sha256] = NewImage(line.member, winners[sha256], sources[sha256])
         detail = detail and f"{as_one_line(line.record.image)}: {detail}"
         outcomes.append(LabelOutcome(line.position, kind, reason, detail))
     return added, outcomes
