@@ -157,8 +157,8 @@ def test_the_same_labels_in_another_form_add_nothing(build, tmp_path):
     shutil.copy(archive, inbox / "monday.zip")
     alone = {name: batch(tmp_path / f"{k}", {name: form(LABELS)}) for k, (name, form) in enumerate(FORMS.items())}
     _, report = build(archive)
-    cases = [([archive, folder], 48), ([folder], 0), ([folder / "batch"], 0), ([inbox], 0), ([inbox, archive, folder], 96),
-             *(([folder], 0) for folder in alone.values()), ([*alone.values(), archive], 144)]
+    cases = [([archive, folder], 48), ([folder], 0), ([folder / "batch"], 0), ([inbox], 0),
+             ([inbox, archive, folder], 96), *(([folder], 0) for folder in alone.values()), ([*alone.values(), archive], 144)]
     for sources, duplicates in cases:
         out, again = build(*sources)
         assert again["annotations"] == {"added": 48, "duplicate": duplicates, "quarantined": 0}, sources
@@ -287,7 +287,8 @@ def test_hostile_and_damaged_files(build, tmp_path):
     half = json.dumps([{"data": {"image": "images/sea1.jpg"}, "annotations": [{"result": result("\ud83d lake")}]}])
     line = '{"source-ref": "images/sea2.jpg", "s": 4, "s-metadata": {"class-name": "sea", "confidence": %s}}'
     files = {"deep.json": deep, "half.json": half, "big.manifest": line % ("1" + "0" * 4000),
-             "nan.manifest": line % "NaN", "bomb.csv": b"image,label\n" + b"images/sea3.jpg,sea\n" * 3_500_000, "cut.json": tasks(LABELS)[:1000],
+             "nan.manifest": line % "NaN", "bomb.csv": b"image,label\n" + b"images/sea3.jpg,sea\n" * 3_500_000,
+             "cut.json": tasks(LABELS)[:1000],
              "capture.json": '{"captured": "2026-11-01T00:00:00Z"}', "image.csv": SCENES["sea0.jpg"], "no.csv": b"",
              "labels.csv": table({"sea0.jpg": "sea"}), "__MACOSX/._labels.csv": b"\0"}
     folder = batch(tmp_path / "b", files)
@@ -315,11 +316,12 @@ def test_a_source_without_label_files_is_listed(build, tmp_path):
     assert quarantine(out)["b"][0] == "no_labels"
 
 
-KEYS = ["data", "image", "annotations", "result", "value", "choices", "type", "meta", "source", "captured", "x-metadata",
-        "x", "class-name", "class-map", "confidence", "source-ref", "label"]
+KEYS = ["data", "image", "annotations", "result", "value", "choices", "type", "meta", "source", "captured",
+        "x-metadata", "x", "class-name", "class-map", "confidence", "source-ref", "label"]
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4), max_leaves=12)
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=12)
 FILES = (st.lists(VALUES, max_size=4).map(json.dumps).map(str.encode) | st.binary(max_size=200)
          | st.binary(max_size=100).map(lambda tail: b"image,label\n" + tail))
 
@@ -395,7 +397,8 @@ def test_train_is_cached_if_the_labels_are_the_same(empty, tmp_path):
     batch(tmp_path / "b", in_thirds())
     archive = str(zipped(tmp_path / "b"))
     for sources, train in (([archive], "succeeded"), ([archive, "b"], "cached"), (["b"], "cached")):
-        assert empty.run("--to", "train", *(part for source in sources for part in ("--annotations", source))).status == 0
+        options = [part for source in sources for part in ("--annotations", source)]
+        assert empty.run("--to", "train", *options).status == 0
         assert (empty.statuses()["data"], empty.statuses()["train"]) == ("succeeded", train)
     images = {f"{SAMPLE_CLASSES[k % 6]}{k}.jpg": scene(k % 6, 1000 + k) for k in range(210)}
     meta = {"source": "capture", "captured": "2026-11-02T10:00:00Z", "endpoint": "staging", "version": "1"}
