@@ -10,11 +10,27 @@ import onnx
 from onnx import numpy_helper, parser
 
 # %% auto #0
-__all__ = ['STATISTICS', 'append', 'add_statistics', 'pooled_backbone', 'served_graph']
+__all__ = ['STATISTICS', 'Affine', 'pooled_backbone', 'append_fragment', 'add_statistics', 'served_graph']
 
-# %% ../nbs/17_graph.ipynb #835a3480
-def append(model: onnx.ModelProto, fragment: str, constants: dict[str, np.ndarray]) -> onnx.ModelProto:
-    "A copy of `model` with the nodes and outputs of `fragment` (ONNX text syntax of a graph) and its `constants` added."
+# %% ../nbs/17_graph.ipynb #35950842
+_POOLED = """<ir_version: 9, opset_import: ["" : 18]> pooled (uint8[N,H,W,3] images) => (float[N,E] embedding) {
+    b_float = Cast <to = 1> (images)
+    b_pixels = Mul (b_float, b_scale)
+    b_planes = Transpose <perm = [0, 3, 1, 2]> (b_pixels)
+    b_pooled = AveragePool <kernel_shape = [8, 8], strides = [8, 8]> (b_planes)
+    embedding = Flatten (b_pooled)
+}"""
+
+# %% ../nbs/17_graph.ipynb #f4fb249e
+def pooled_backbone() -> onnx.ModelProto:
+    "Return a backbone without weights: from uint8 (N, H, W, 3) to the mean of each 8×8 block, flattened."
+    model = parser.parse_model(_POOLED)
+    model.graph.initializer.append(numpy_helper.from_array(np.array(1 / 255, np.float32), "b_scale"))
+    return model
+
+# %% ../nbs/17_graph.ipynb #7dbc027b
+def append_fragment(model: onnx.ModelProto, fragment: str, constants: dict[str, np.ndarray]) -> onnx.ModelProto:
+    "Return a copy of `model` with the nodes and outputs of `fragment` (ONNX text of a graph) and its `constants`."
     part, out = parser.parse_graph(fragment), onnx.ModelProto()
     out.CopyFrom(model)
     out.graph.node.extend(part.node)
@@ -58,29 +74,13 @@ _STATISTICS = """statistics (uint8[N,H,W,3] images) => (float[N,8] statistics) {
 
 # %% ../nbs/17_graph.ipynb #4efa1e16
 def add_statistics(model: onnx.ModelProto, side: int) -> onnx.ModelProto:
-    "`model` with a further output `statistics`: float32 (N, 8), in the order of `STATISTICS`, of its uint8 input `images`."
+    "Add the output `statistics`, float32 (N, 8) in the order of `STATISTICS`, for images of `side` × `side` pixels."
     int64, float32 = (lambda *v: np.array(v, np.int64)), (lambda v: np.array(v, np.float32))
     step, kernel = max(1, side // 64), [[0, 1, 0], [1, -4, 1], [0, 1, 0]]
-    return append(model, _STATISTICS, {
+    return append_fragment(model, _STATISTICS, {
         "s_start": int64(0, 0), "s_end": int64(side, side), "s_axes": int64(1, 2), "s_step": int64(step, step),
         "s_one": int64(1), "s_two": int64(2), "s_last": int64(3), "s_plane_axes": int64(2, 3), "s_full": float32(255),
         "s_half": float32(.5), "s_small": float32(1e-4), "s_kernel": float32(kernel)[None, None]})
-
-# %% ../nbs/17_graph.ipynb #35950842
-_POOLED = """<ir_version: 9, opset_import: ["" : 18]> pooled (uint8[N,H,W,3] images) => (float[N,E] embedding) {
-    b_float = Cast <to = 1> (images)
-    b_pixels = Mul (b_float, b_scale)
-    b_planes = Transpose <perm = [0, 3, 1, 2]> (b_pixels)
-    b_pooled = AveragePool <kernel_shape = [8, 8], strides = [8, 8]> (b_planes)
-    embedding = Flatten (b_pooled)
-}"""
-
-# %% ../nbs/17_graph.ipynb #f4fb249e
-def pooled_backbone() -> onnx.ModelProto:
-    "A backbone without weights, for samples and tests: uint8 (N, H, W, 3) -> mean of each 8×8 block, flattened."
-    model = parser.parse_model(_POOLED)
-    model.graph.initializer.append(numpy_helper.from_array(np.float32(1 / 255), "b_scale"))
-    return model
 
 # %% ../nbs/17_graph.ipynb #4ba786ad
 _HEAD = """head (float[N,E] embedding, float[N,8] statistics) => (float[N,C] probabilities) {
@@ -94,14 +94,16 @@ _DRIFT = """drift (float[N,E] embedding, float[N,8] statistics) => (float[N,D] d
 }"""
 
 # %% ../nbs/17_graph.ipynb #2844d204
-def served_graph(features: onnx.ModelProto, head: tuple[np.ndarray, np.ndarray], embedding: tuple[np.ndarray, np.ndarray],
-                 statistics: tuple[np.ndarray, np.ndarray]) -> onnx.ModelProto:
-    """The graph to serve: `features` (outputs `embedding` (N, E) and `statistics` (N, 8)) with three affine maps on top.
+Affine = tuple[np.ndarray, np.ndarray]  # matrix (I, O) and offset (O,)
 
-    `head` is (weight (E, C), bias (C,)); `embedding` and `statistics` are the (matrix, offset) of the drift representation."""
-    names = ("h_weight", "h_bias"), ("d_embedding", "d_embedding_bias"), ("d_statistics", "d_statistics_bias")
-    constants = {k: np.asarray(v, np.float32) for pair, maps in zip(names, (head, embedding, statistics)) for k, v in zip(pair, maps)}
-    model = append(append(features, _HEAD, {}), _DRIFT, constants)
+def served_graph(features: onnx.ModelProto, head: Affine, embedding: Affine, statistics: Affine) -> onnx.ModelProto:
+    """Return the graph to serve: `features` with the outputs `probabilities`, `embedding` and `drift`.
+
+    `features` has the outputs `embedding` (N, E) and `statistics` (N, 8). `head` maps the embedding to C logits, the
+    maps `embedding` and `statistics` give each output's part of the drift representation."""
+    names = ("h_weight", "h_bias", "d_embedding", "d_embedding_bias", "d_statistics", "d_statistics_bias")
+    constants = {k: np.asarray(v, np.float32) for k, v in zip(names, (*head, *embedding, *statistics))}
+    model = append_fragment(append_fragment(features, _HEAD, {}), _DRIFT, constants)
     outputs = {o.name: o for o in model.graph.output}
     del model.graph.output[:]
     model.graph.output.extend(outputs[name] for name in ("probabilities", "embedding", "drift"))

@@ -1,4 +1,4 @@
-"""The registry under what a notebook does not show: several processes, a moved workspace, a process that dies."""
+"""The registry with several processes, in a moved workspace, and after a process was killed."""
 
 import os
 import shutil
@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from intel_nb.locks import is_locked, locked
 from intel_nb.model import load_package, sample_package
-from intel_nb.registry import open_registry
+from intel_nb.registry import Registry, open_registry
 from intel_nb.storage import InputError, write_text
 
 REGISTER = """
@@ -34,17 +35,39 @@ def package(tmp_path_factory) -> Path:
     return sample_package(tmp_path_factory.mktemp("package") / "model")
 
 
+class Finished(NamedTuple):
+    "Processes that registered a version each in one fresh registry, and the folder that they ran in."
+    folder: Path
+    statuses: list[int]
+    out: list[str]
+    err: list[str]
+
+
+@pytest.fixture(scope="module")
+def finished(package, tmp_path_factory) -> Finished:
+    "Two processes at once: creating a database takes seconds, so the other tests copy this one."
+    folder = tmp_path_factory.mktemp("fresh")
+    command = [sys.executable, "-c", REGISTER, f"sqlite:///{folder}/home/mlflow.db", str(package)]
+    started = [subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+               for _ in range(2)]
+    answers = [process.communicate(timeout=120) for process in started]
+    return Finished(folder, [process.returncode for process in started], *map(list, zip(*answers)))
+
+
 @pytest.fixture
-def registry(tmp_path):
+def registry(finished, tmp_path) -> Registry:
+    "A registry that has the versions 1 and 2."
+    shutil.copytree(finished.folder / "home", tmp_path / "home")
     return open_registry(f"sqlite:///{tmp_path}/home/mlflow.db")
 
 
 def register(registry, package, accuracy=0.9, **more) -> str:
-    return registry.register(package, evaluation(accuracy), **{"status": "PendingManualApproval", "reason": "passed",
-                                                               "params": {"seed": 0}} | more)
+    options = {"status": "PendingManualApproval", "reason": "passed", "params": {"seed": 0}}
+    return registry.register(package, evaluation(accuracy), **options | more)
 
 
-def test_an_empty_registry_answers_and_makes_nothing(registry, tmp_path):
+def test_an_empty_registry_answers_and_creates_nothing(tmp_path):
+    registry = open_registry(f"sqlite:///{tmp_path}/home/mlflow.db")
     assert registry.versions() == []
     assert registry.champion() is None
     with pytest.raises(InputError, match="there is no version 1; there are: none yet"):
@@ -52,24 +75,22 @@ def test_an_empty_registry_answers_and_makes_nothing(registry, tmp_path):
     assert not (tmp_path / "home").exists()
 
 
-def test_processes_that_share_a_fresh_database(package, tmp_path):
-    uri = f"sqlite:///{tmp_path}/home/mlflow.db"
-    started = [subprocess.Popen([sys.executable, "-c", REGISTER, uri, str(package)], cwd=tmp_path, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
-    answers = [p.communicate(timeout=120) for p in started]
-    assert [p.returncode for p in started] == [0, 0], answers
-    assert sorted(out.strip() for out, _ in answers) == ["1", "2"]
-    assert [err for _, err in answers] == ["", ""]
-    assert [p.name for p in tmp_path.iterdir()] == ["home"], "MLflow must not write into the current folder"
-    assert sorted(p.name for p in (tmp_path / "home").iterdir()) == ["artifacts", "mlflow.db"]
+def test_two_processes_share_a_fresh_database(finished):
+    assert finished.statuses == [0, 0], finished
+    assert sorted(out.strip() for out in finished.out) == ["1", "2"]
+    assert finished.err == ["", ""]
+    assert [p.name for p in finished.folder.iterdir()] == ["home"], "MLflow must not write into the current folder"
+    assert sorted(p.name for p in (finished.folder / "home").iterdir()) == ["artifacts", "mlflow.db"]
 
 
 def test_everything_about_a_version(registry, package, tmp_path):
     predictions = write_text(tmp_path / "predictions.parquet", "rows")
     first = register(registry, package, artifacts=[predictions])
     second = register(registry, package, 0.8, status="Rejected", reason="0.8 is less accurate than the champion")
-    assert [(v.version, v.status, v.accuracy) for v in registry.versions()] == [
-        (second, "Rejected", 0.8), (first, "PendingManualApproval", 0.9)]
+    newest, older, *earlier = registry.versions()
+    assert (newest.version, newest.status, newest.accuracy) == (second, "Rejected", 0.8)
+    assert (older.version, older.status, older.accuracy) == (first, "PendingManualApproval", 0.9)
+    assert [v.version for v in earlier] == ["2", "1"]
     assert registry.predictions(first).read_text() == "rows" and registry.predictions(second) is None
     assert registry.evaluation(second) == evaluation(0.8)
     fingerprint = load_package(package).fingerprint
@@ -102,18 +123,17 @@ def test_a_version_outlives_its_package_and_a_moved_workspace(registry, package,
     assert not (tmp_path / "home").exists()
 
 
-def test_a_package_that_was_changed_is_not_registered(registry, package, tmp_path):
+def test_a_changed_package_is_not_registered(registry, package, tmp_path):
     copy = Path(shutil.copytree(package, tmp_path / "copy"))
     with open(copy / "labels.json", "a") as f:
         f.write(" ")
     with pytest.raises(InputError, match="labels.json"):
         register(registry, copy)
-    assert registry.versions() == []
+    assert [v.version for v in registry.versions()] == ["2", "1"]
 
 
 def test_a_lock_of_a_killed_process_is_free(tmp_path):
-    code = ("import sys; from intel_nb.locks import locked\n"
-            "with locked(sys.argv[1]): print('held', flush=True); input()")
+    code = "import sys; from intel_nb.locks import locked\nwith locked(sys.argv[1]): print('held', flush=True); input()"
     path = tmp_path / "x.lock"
     holder = subprocess.Popen([sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"

@@ -1,4 +1,5 @@
-"""The artifact tree under s3://, and runs of the chain whose data lie there, against an emulator over real HTTP."""
+"""Files and folders under s3://, and runs of the chain on data there, against an emulator over real HTTP."""
+
 import os
 import subprocess
 from pathlib import Path
@@ -17,13 +18,14 @@ def bucket(cloud) -> str:
 
 
 def tree_of(folder: Path) -> Path:
-    "A folder as a step leaves one: nested, with names that a URL would quote, a hidden file, and one of no bytes."
-    for name, data in {"a.json": b"{}", "train/sea/1 %+ü.jpg": b"\xff\xd8", "train/street/2.jpg": b"", ".DS_Store": b"noise"}.items():
+    "Write a nested folder: with a name that a URL would quote, a hidden file, and an empty one."
+    files = {"a.json": b"{}", "train/sea/1 %+ü.jpg": b"\xff\xd8", "train/street/2.jpg": b"", ".DS_Store": b"noise"}
+    for name, data in files.items():
         write_bytes(folder / name, data)
     return folder
 
 
-def test_a_tree_comes_back_the_same(bucket, tmp_path):
+def test_a_folder_comes_back_unchanged(bucket, tmp_path):
     tree = tree_of(tmp_path / "tree")
     assert put(tree, f"{bucket}/runs/1") == f"{bucket}/runs/1"
     for uri in (f"{bucket}/runs/1", f"{bucket}/runs/1/"):
@@ -32,21 +34,21 @@ def test_a_tree_comes_back_the_same(bucket, tmp_path):
     assert put(tree, str(tmp_path / "local")) and tree_digest(tmp_path / "local") == tree_digest(tree)
 
 
-def test_a_large_file_comes_back_the_same(bucket, tmp_path):
-    "Over 8 MiB boto3 sends parts."
+def test_a_large_file_comes_back_unchanged(bucket, tmp_path):
+    "boto3 sends files over 8 MiB in parts."
     path = write_bytes(tmp_path / "large.bin", os.urandom(20 * 2**20))
     put(path, f"{bucket}/large.bin")
     assert tree_digest(fetch(f"{bucket}/large.bin", tmp_path / "fetched")) == tree_digest(path)
 
 
 @pytest.mark.slow
-def test_more_files_than_a_page_has(bucket, tmp_path):
+def test_more_files_than_one_page_of_a_listing(bucket, tmp_path):
     for i in range(1100):
         client("s3").put_object(Bucket="scenes", Key=f"many/{i:04}", Body=b"")
     assert len(files_of(fetch(f"{bucket}/many", tmp_path))) == 1100
 
 
-def test_what_changed_is_fetched_again_and_what_went_goes(bucket, tmp_path):
+def test_fetch_updates_changed_files_and_removes_deleted_ones(bucket, tmp_path):
     put(tree_of(tmp_path / "tree"), f"{bucket}/x")
     fetch(f"{bucket}/x", tmp_path / "fetched")
     write_text(tmp_path / "tree" / "a.json", "[]")
@@ -58,14 +60,14 @@ def test_what_changed_is_fetched_again_and_what_went_goes(bucket, tmp_path):
 
 @pytest.mark.parametrize("key", ["x/../../evil", "x//evil", "x/./evil", "x/..", "x/a\\b"])
 def test_no_key_leads_out_of_the_folder(bucket, tmp_path, key):
-    listed = [{"Key": key, "ETag": "1", "Size": 0}]
     from intel_nb.aws import objects
+
     with pytest.raises(InputError, match="is no file's path"):
-        [objects.safe(one["Key"].removeprefix("x/"), f"{bucket}/x") for one in listed]
+        objects.safe(key.removeprefix("x/"), f"{bucket}/x")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_is_never_mixed_with_another(bucket, tmp_path):
+def test_a_folder_is_not_merged_into_another(bucket, tmp_path):
     put(tree_of(tmp_path / "tree"), f"{bucket}/x")
     write_text(tmp_path / "other" / "b.json", "{}")
     with pytest.raises(InputError, match="holds a.json, which"):
@@ -76,7 +78,7 @@ def test_a_folder_is_never_mixed_with_another(bucket, tmp_path):
 @pytest.mark.parametrize("uri, match", [
     ("s3://scenes/nothing.zip", "s3://scenes/nothing.zip does not exist"), ("s3://nowhere/x", "check the bucket"),
     ("s3://", "is no s3:// URI"), ("s3://UPPER/x", "is no s3:// URI"), ("gs://scenes/x", "only paths and s3://")])
-def test_what_is_not_there(bucket, tmp_path, uri, match):
+def test_missing_and_malformed_uris(bucket, tmp_path, uri, match):
     with pytest.raises(InputError, match=match):
         fetch(uri, tmp_path)
 
@@ -88,8 +90,8 @@ def test_without_credentials(cloud, tmp_path, monkeypatch):
         fetch("s3://scenes/x", tmp_path)
 
 
-def test_the_same_data_under_s3_are_the_same_data(bucket, waiting, archive):
-    "A run that waits was made from a file; from a copy under s3:// every step is taken from the store."
+def test_a_copy_under_s3_counts_as_the_same_data(bucket, waiting, archive):
+    "The waiting run was made from a local file. A run on a copy of it under s3:// takes every step from the store."
     put(archive, f"{bucket}/incoming/intel.zip")
     answer = waiting("run", "--data", f"{bucket}/incoming/intel.zip", *QUICK)
     assert answer.status == 3, answer
@@ -101,7 +103,7 @@ def test_the_same_data_under_s3_are_the_same_data(bucket, waiting, archive):
 @pytest.mark.slow
 def test_a_whole_run_on_data_under_s3(bucket, empty, archive):
     put(archive, f"{bucket}/incoming/intel.zip")
-    done = subprocess.run([COMMAND, "run", "--data", f"{bucket}/incoming/intel.zip", "--approve", *QUICK], env=empty.environ,
-                          cwd=empty.root, capture_output=True, text=True, timeout=300)
+    command = [COMMAND, "run", "--data", f"{bucket}/incoming/intel.zip", "--approve", *QUICK]
+    done = subprocess.run(command, env=empty.environ, cwd=empty.root, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert [step["status"] for step in empty.newest()["steps"]] == ["succeeded"] * 6

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..images import MAX_PIXELS, ImageError, check_size, decode, decode_opened, encode_png, fit, open_image
+from ..images import MAX_PIXELS, ImageError, check_size, decode, decode_opened, encode_png, resize, open_image
 
 # %% auto #0
 __all__ = ['STATUS', 'MAX_INSTANCES', 'JSON_FIELDS', 'FORMATS', 'Refusal', 'read_image', 'read_json_body', 'read_npy',
@@ -107,7 +107,7 @@ def _fitted(images: np.ndarray, side: int) -> np.ndarray:
         check_size(images.shape[2], images.shape[1])
     if images.shape[1:3] == (side, side):
         return images
-    return np.stack([fit(Image.fromarray(image), side) for image in images])
+    return np.stack([resize(Image.fromarray(image), side) for image in images])
 
 # %% ../../nbs/serving/01_payloads.ipynb #963df5bc
 def _elements(lists: list) -> list:
