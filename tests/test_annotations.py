@@ -158,7 +158,8 @@ def test_the_same_labels_in_another_form_add_nothing(build, tmp_path):
     alone = {name: batch(tmp_path / f"{k}", {name: form(LABELS)}) for k, (name, form) in enumerate(FORMS.items())}
     _, report = build(archive)
     cases = [([archive, folder], 48), ([folder], 0), ([folder / "batch"], 0), ([inbox], 0),
-             ([inbox, archive, folder], 96), *(([folder], 0) for folder in alone.values()), ([*alone.values(), archive], 144)]
+             ([inbox, archive, folder], 96), ([*alone.values(), archive], 144),
+             *(([folder], 0) for folder in alone.values())]
     for sources, duplicates in cases:
         out, again = build(*sources)
         assert again["annotations"] == {"added": 48, "duplicate": duplicates, "quarantined": 0}, sources
