@@ -19,7 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from ..labels.annotations import FORMS, LABEL_BYTES
+from ..labels.files import FORMS
+from ..labels.tables import LABEL_BYTES
 from ..storage import files_of, link, sha256_file
 
 # %% auto #0
