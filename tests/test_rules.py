@@ -1,14 +1,19 @@
 """The five rules: which events start something, which do not, and that the matcher decides as EventBridge documents it."""
+import ast
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 
-from intel_nb.aws.rules import FILTERS, PATHS, STARTS, Names, matches, pushed, rules
+from event_patterns import FILTERS, is_pushed, matches
+from intel_nb.aws.rules import PUSH_PATHS, STARTS, ResourceNames, event_rules
 from intel_nb.storage import InputError
 
-NAMES = Names(data="intel-nb-data", annotations="intel-nb-annotations", code="intel-nb-code", group="intel-nb")
-DIRECT = {rule.name: rule for rule in rules(NAMES)}
-TRAIL = {rule.name: rule for rule in rules(NAMES, events="cloudtrail")}
+ROOT = Path(__file__).parent.parent
+NAMES = ResourceNames(data="intel-nb-data", annotations="intel-nb-annotations", code="intel-nb-code", group="intel-nb")
+DIRECT = {rule.name: rule for rule in event_rules(NAMES)}
+TRAIL = {rule.name: rule for rule in event_rules(NAMES, events="cloudtrail")}
 
 
 def created(bucket: str, key: str, reason: str = "PutObject", size: int = 5) -> dict:
@@ -149,7 +154,7 @@ def test_five_rules_and_what_they_start():
     assert {rule.name: rule.starts for rule in DIRECT.values()} == {
         "modelbuild-code": "modelbuild", "modeldeploy-code": "modeldeploy", "model-approved": "modeldeploy",
         "data-uploaded": "pipeline", "annotations-added": "modelbuild"}
-    assert [rule.name for rule in rules(NAMES, "connection")] == ["model-approved", "data-uploaded", "annotations-added"]
+    assert [rule.name for rule in event_rules(NAMES, "connection")] == ["model-approved", "data-uploaded", "annotations-added"]
 
 
 @pytest.mark.parametrize("found, event", [(DIRECT, MUST["data-uploaded"][0]), (TRAIL, TRAIL_MUST["data-uploaded"][0])], ids=["direct", "cloudtrail"])
@@ -161,13 +166,70 @@ def test_what_a_rule_hands_over_is_in_the_event(found, event):
         assert isinstance(value, str) and value
 
 
-@pytest.mark.parametrize("changed, started", [
-    (["nbs/01_train.ipynb"], {"modelbuild"}), (["nbs/05_test_staging.ipynb", "README.md"], {"modeldeploy"}),
-    (["nbs/15_serving.ipynb"], {"modelbuild", "modeldeploy"}), (["constraints.txt"], {"modelbuild", "modeldeploy"}),
-    (["nbs/30_pipeline.ipynb"], {"modelbuild", "modeldeploy"}), (["nbs/32_platform.ipynb"], {"modeldeploy"}),
-    (["README.md"], set()), (["docs/nbs/01_train.ipynb"], set()), (["nbs/old/01_train.ipynb"], set()), ([], set())])
-def test_a_push_starts_what_its_files_are_of(changed, started):
-    assert {name for name, paths in PATHS.items() if pushed(paths, changed)} == started
+BUILD, DEPLOY = "modelbuild", "modeldeploy"
+# What a push of a file starts, by the longest beginning of its path that is listed here.
+STARTED_BY = {
+    "nbs/00_": {BUILD}, "nbs/01_": {BUILD}, "nbs/02_": {BUILD}, "nbs/03_": {DEPLOY}, "nbs/04_": {DEPLOY}, "nbs/05_": {DEPLOY},
+    "nbs/1": {BUILD, DEPLOY}, "nbs/labels/": {BUILD}, "nbs/training/": {BUILD}, "nbs/serving/": {DEPLOY},
+    "nbs/chain/": {BUILD, DEPLOY}, "nbs/aws/": {BUILD, DEPLOY},
+    "intel_nb/": {BUILD, DEPLOY}, "intel_nb/labels/": {BUILD}, "intel_nb/training/": {BUILD}, "intel_nb/serving/": {DEPLOY},
+    "tests/": {BUILD}, "settings.ini": {BUILD, DEPLOY}, "pyproject.toml": {BUILD, DEPLOY}, "constraints": {BUILD, DEPLOY},
+}
+# Files that no build reads: what is for people, for this machine, or for the checks before a merge.
+START_NOTHING = (".ci/", ".git", ".github/", ".pre-commit", ".dockerignore", "bench/", "docs/", "executed/sample/", "CHANGELOG.md",
+                 "CONTRIBUTING.md", "Dockerfile", "LICENSE", "Makefile", "README.md", "SECURITY.md", "nbs/2", "nbs/4", "nbs/index",
+                 "nbs/_", "nbs/nbdev.yml", "nbs/styles.css")
+TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def started(*changed: str) -> set[str]:
+    "The pipelines that a push of these files starts."
+    return {name for name, paths in PUSH_PATHS.items() if is_pushed(paths, list(changed))}
+
+
+def test_each_tracked_file_starts_what_its_folder_says():
+    expected, unlisted = {}, []
+    for path in TRACKED:
+        fitting = [start for start in (*STARTED_BY, *START_NOTHING) if path.startswith(start)]
+        if not fitting:
+            unlisted.append(path)
+            continue
+        expected[path] = STARTED_BY.get(max(fitting, key=len), set())
+    assert unlisted == [], "say in STARTED_BY or in START_NOTHING what a push of them starts"
+    assert {path: started(path) for path in expected} == expected
+
+
+def test_each_module_that_a_step_imports_starts_the_pipeline_of_the_step():
+    halves = {BUILD: ("data", "train", "evaluate"), DEPLOY: ("deploy", "drift", "staging")}
+    for name, steps in halves.items():
+        files = {path for step in steps for path in imported_files(step)}
+        assert len(files) > 8
+        assert [path for path in sorted(files) if name not in started(path)] == []
+
+
+def imported_files(module: str, seen: frozenset[str] = frozenset()) -> set[str]:
+    "The files of the package that `module` imports, directly and through others, with its own."
+    path = f"intel_nb/{module.replace('.', '/')}.py"
+    if path in seen or not (ROOT / path).is_file():
+        return set()
+    found = {path}
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("intel_nb")):
+            base = module.split(".")[:-node.level] if node.level else []
+            start = ".".join([*base, *filter(None, [(node.module or "").removeprefix("intel_nb").lstrip(".")])])
+            for name in (start, *(f"{start}.{alias.name}".lstrip(".") for alias in node.names)):
+                found |= imported_files(name, seen | found)
+    return found
+
+
+@pytest.mark.parametrize("changed, expected", [
+    (["nbs/01_train.ipynb"], {BUILD}), (["nbs/05_test_staging.ipynb", "README.md"], {DEPLOY}),
+    (["nbs/01_train.ipynb", "nbs/03_deploy.ipynb"], {BUILD, DEPLOY}), (["nbs/15_detector.ipynb"], {BUILD, DEPLOY}),
+    (["constraints.txt"], {BUILD, DEPLOY}), (["nbs/aws/08_pipeline.ipynb"], {BUILD, DEPLOY}),
+    (["nbs/serving/09_app.ipynb"], {DEPLOY}), (["intel_nb/_torchvision.py"], {BUILD, DEPLOY}), (["README.md"], set()),
+    (["docs/nbs/01_train.ipynb"], set()), (["nbs/old/01_train.ipynb"], set()), (["old/settings.ini"], set()), ([], set())])
+def test_a_push_starts_what_its_files_are_part_of(changed, expected):
+    assert started(*changed) == expected
 
 
 # The matcher: (pattern for the field `f`, values of `f` that match, values that do not); MISSING leaves the field out.

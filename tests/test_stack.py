@@ -129,9 +129,8 @@ def test_rules_have_a_role_a_target_and_a_queue_for_what_fails(made, name):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_rules_match_real_events_with_the_names_that_the_stack_gives(made, name):
     "The pattern in the template, its references resolved, matches an upload to the bucket in the template."
+    from event_patterns import matches
     from test_rules import created, logged
-
-    from intel_nb.aws.rules import matches
     resolve = lambda text: text["Fn::Sub"].replace("${AWS::AccountId}", ACCOUNT)
     bucket = resolve(of_kind(made[name], "S3::Bucket")["DataBucket"]["BucketName"])
     pattern = json.loads(re.sub(r'\{"Fn::Sub": "([^"]*)"\}', lambda m: json.dumps(resolve({"Fn::Sub": m[1]})),
@@ -205,12 +204,12 @@ def test_the_steps_of_the_builds_are_those_of_the_module(made):
 
 
 def test_a_push_to_a_repository_starts_the_pipelines_themselves(made):
-    from intel_nb.aws.rules import PATHS
+    from intel_nb.aws.rules import PUSH_PATHS
     for key, one in of_kind(made["connection-direct-watch0"], "CodePipeline::Pipeline").items():
         (trigger,) = one["Triggers"]
         (push,) = trigger["GitConfiguration"]["Push"]
         assert push["Branches"] == {"Includes": ["main"]}
-        assert push["FilePaths"]["Includes"] == list(PATHS[one["Name"].rpartition("-")[2]]), key
+        assert push["FilePaths"]["Includes"] == list(PUSH_PATHS[one["Name"].rpartition("-")[2]]), key
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -81,7 +81,7 @@ def code_files(notebooks: Path | None = None) -> dict[str, bytes]:
     "All files that the containers need, by relative path; raises `InputError` when the notebooks are not here."
     notebooks, package = notebooks or notebooks_folder(), Path(intel_nb.__file__).parent
     beside = notebooks.parent
-    found = {f"intel_nb/{name}": package / name for name in files_of(package) if name.endswith(".py")}
+    found = {f"intel_nb/{name}": package / name for name in files_of(package) if "__pycache__" not in name}
     found |= {f"nbs/{name}": notebooks / name for name in NOTEBOOKS.values()}
     found |= {name: beside / name for name in ("pyproject.toml", "constraints.txt")}
     missing = [str(path) for path in found.values() if not path.is_file()]

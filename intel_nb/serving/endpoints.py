@@ -68,7 +68,7 @@ class Endpoints(Protocol):
 def open_endpoints(uri: str | Path) -> Endpoints:
     "The endpoints kept in the folder `uri`, or those of SageMaker for `sagemaker://`."
     if str(uri).startswith("sagemaker://"):
-        return cloud_module().open_endpoints(str(uri))
+        return cloud_module().open_hosting(str(uri))
     if "://" in str(uri):
         raise InputError(f"{uri}: endpoints are a folder or sagemaker://")
     return LocalEndpoints(uri)
