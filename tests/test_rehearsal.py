@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from intel_nb.aws.pipeline import EVALUATION, PipelineConfig, definition
-from intel_nb.aws.rehearsal import rehearse, rehearse_here, summary
+from intel_nb.aws.rehearsal import rehearsal_summary, rehearse, rehearse_in_workspace
 from intel_nb.storage import InputError, read_json
 
 QUICK = {"TrainSettings": '{"bootstraps": 2000}'}
@@ -97,7 +97,7 @@ def test_the_failing_branch(tiny, gate, threshold):
     assert (outcome.status, outcome.reason, outcome.version) == ("Failed", gate["reason"], "")
     assert [(s.step, s.status) for s in outcome.steps][3:] == [("register", "Skipped"), ("refuse", "Failed")]
     assert not (tiny / "mlflow.db").exists()
-    assert "nothing is registered" in summary(outcome)
+    assert "nothing is registered" in rehearsal_summary(outcome)
 
 
 @pytest.mark.slow
@@ -133,7 +133,7 @@ def test_an_input_that_is_not_there(tiny):
     assert (outcome.status, outcome.reason) == ("Failed", "there are no objects under s3://elsewhere/intel.zip")
 
 
-CALL = "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nfrom intel_nb.aws.rehearsal import rehearse_here\nprint(rehearse_here(sys.argv[1]).status)"
+CALL = "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nfrom intel_nb.aws.rehearsal import rehearse_in_workspace\nprint(rehearse_in_workspace(sys.argv[1]).status)"
 
 
 def test_a_rehearsal_that_is_stopped_leaves_no_process(tiny):
@@ -156,7 +156,7 @@ def real(tmp_path_factory, archive):
     home, before = tmp_path_factory.mktemp("rehearsal"), os.environ.get("INTEL_NB_HOME")
     os.environ["INTEL_NB_HOME"] = str(home)
     try:
-        return home, rehearse_here(str(archive), QUICK, say=quiet)
+        return home, rehearse_in_workspace(str(archive), QUICK, say=quiet)
     finally:
         os.environ.pop("INTEL_NB_HOME") if before is None else os.environ.update(INTEL_NB_HOME=before)
 
@@ -198,6 +198,6 @@ def test_a_broken_archive_is_the_users_fault(tmp_path, monkeypatch):
     monkeypatch.setenv("INTEL_NB_HOME", str(tmp_path / "home"))
     (tmp_path / "cut.zip").write_bytes(b"PK no more")
     with pytest.raises(InputError, match="no zip, or one that was cut short"):
-        rehearse_here(str(tmp_path / "cut.zip"), say=quiet)
+        rehearse_in_workspace(str(tmp_path / "cut.zip"), say=quiet)
     with pytest.raises(InputError, match="nowhere.zip does not exist"):
-        rehearse_here(str(tmp_path / "nowhere.zip"), say=quiet)
+        rehearse_in_workspace(str(tmp_path / "nowhere.zip"), say=quiet)

@@ -30,7 +30,7 @@ from intel_nb.aws.definition import (
     resolve,
     settle,
 )
-from .pipeline import EVALUATION, PipelineConfig, checked, code_files, definition
+from .pipeline import EVALUATION, checked, code_files, definition
 from ..chain.execution import end_process
 from ..chain.plan import notebooks_folder, open_workspace
 from ..chain.runs import new_run_id
@@ -340,12 +340,12 @@ def put_inputs(rehearsal: Rehearsal, data: Path | None) -> None:
     for uri in code_uris(rehearsal.definition):
         for name, content in files.items():
             write_bytes(buckets.path(uri) / name, content)
-    uri = rehearsal.values.get("InputDataUrl")
-    if uri and data:
-        buckets.put(data, uri)
-    elif uri and uri == settle(rehearsal.definition, {})["InputDataUrl"]:
+    data_uri = rehearsal.values.get("InputDataUrl")
+    if data_uri and data:
+        buckets.put(data, data_uri)
+    elif data_uri and data_uri == settle(rehearsal.definition, {})["InputDataUrl"]:
         from intel_nb.scenes import sample_archive
-        sample_archive(buckets.path(uri), per_class=100, seed=0)
+        sample_archive(buckets.path(data_uri), per_class=100, seed=0)
 
 # %% ../../nbs/aws/10_rehearsal.ipynb #e83c7404
 @dataclass(frozen=True)
