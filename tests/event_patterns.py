@@ -1,8 +1,8 @@
 """A matcher for the tests: it decides as EventBridge does on events, and as CodePipeline does on the files of a push.
 
-EventBridge, by its guide: every field of the pattern must match. A field matches when one value of its list does. A list
-in the event matches when one of its items does. Text and numbers are compared as they are written, so that `300` is not
-`300.0`. moto's matcher decides otherwise in six of the cases of `test_rules.py`, which is why there is one here.
+EventBridge, by its guide: every field of the pattern must match. A field matches when one value of its list does. A
+list in the event matches when one of its items does. Text and numbers are compared as they are written, so that `300`
+is not `300.0`. moto's matcher decides otherwise in six of the cases of `test_rules.py`, which is why there is one here.
 """
 import re
 from collections.abc import Iterator

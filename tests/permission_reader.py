@@ -1,8 +1,8 @@
 """Read from our code which calls of AWS a role makes, and which IAM actions these need.
 
-There is one door to AWS, and every call through it is written `client("service").method`, with both names as they are. That can
-be read from the syntax tree. `ENTRY_POINTS` says where the code of a role begins: a function, or a method of a class. From there the
-reader follows names through our own modules for AWS.
+There is one door to AWS, and every call through it is written `client("service").method`, with both names as they are.
+That can be read from the syntax tree. `ENTRY_POINTS` says where the code of a role begins: a function, or a method of a
+class. From there the reader follows names through our own modules for AWS.
 """
 import ast
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,7 +27,8 @@ ENTRY_POINTS = {
     "Job": methods(GROUP, "champion", "evaluation", "find", "package", "predictions"),
     "Watch": ("aws.capture:main",),
     "Build": ("aws.stages:run_modelbuild",),
-    "Deploy": ("aws.stages:run_modeldeploy", *methods(GROUP, "get", "versions", "package", "predictions", "set_alias", "set_tag"),
+    "Deploy": ("aws.stages:run_modeldeploy",
+               *methods(GROUP, "get", "versions", "package", "predictions", "set_alias", "set_tag"),
                *methods(HOSTING, "deploy", "describe", "history"), "aws.hosting:invoke", "aws.hosting:drift_status",
                "aws.objects:fetch"),
     "Operator": ("aws.commands:run_pipeline", "aws.commands:show_status", *methods(GROUP, "versions", "set_status")),
@@ -71,7 +72,8 @@ def read_module(name: str) -> Module:
             found.defined[node.name] = node
             found.names[node.name] = (name, node.name)
         if isinstance(node, ast.ClassDef):
-            found.defined |= {f"{node.name}.{inner.name}": inner for inner in node.body if isinstance(inner, ast.FunctionDef)}
+            found.defined |= {f"{node.name}.{inner.name}": inner for inner in node.body
+                              if isinstance(inner, ast.FunctionDef)}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             found.names |= imported(node)
@@ -83,7 +85,8 @@ def imported(node: ast.ImportFrom) -> dict[str, Place]:
     path = (node.module or "").removeprefix("intel_nb").lstrip(".")
     if node.level == 1 or path.startswith("aws"):
         inside = path if path.startswith("aws") else f"aws.{path}".rstrip(".")
-        return {(a.asname or a.name): (f"aws.{a.name}", "") if inside == "aws" else (inside, a.name) for a in node.names}
+        return {(a.asname or a.name): (f"aws.{a.name}", "") if inside == "aws" else (inside, a.name)
+                for a in node.names}
     return {}
 
 
@@ -129,7 +132,8 @@ def calls_from(entry_points: Iterable[str]) -> set[Call]:
         seen.add((where, what))
         module = read_module(where)
         node, owner = module.defined.get(what), what.rpartition(".")[0]
-        if node is None or isinstance(node, ast.ClassDef):  # a class as such makes no call; its methods are read one by one
+        if node is None or isinstance(node,
+                                      ast.ClassDef):  # a class as such makes no call; its methods are read one by one
             todo += [(where, f"{what}.__init__")] if node is not None else []
             continue
         found |= calls_in(node)

@@ -19,7 +19,8 @@ def command(*arguments: str, typed: str = "") -> subprocess.CompletedProcess:
     streams = sys.argv, sys.stdin, signal.getsignal(signal.SIGTERM)
     sys.argv, sys.stdin = ["intel-nb", "aws", *arguments], io.StringIO(typed)
     try:
-        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit) as ended:
+        with (redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err,
+              pytest.raises(SystemExit) as ended):
             main()
     finally:
         sys.argv, sys.stdin = streams[:2]
@@ -64,7 +65,8 @@ def test_the_other_commands_work_without_an_account(no_account, tmp_path):
 
 
 @pytest.mark.parametrize("line, message", [
-    ("template --option sauce=s3", "did you mean source?"), ("definition --parameter Profil=full", "did you mean Profile?"),
+    ("template --option sauce=s3", "did you mean source?"),
+    ("definition --parameter Profil=full", "did you mean Profile?"),
     ("definition --parameter Profile=fast", "Profile"), ("cost --option runs=many", "must be a number"),
     ("rehearse --data no-such.zip", "no-such.zip does not exist")])
 def test_a_wrong_word_is_named(no_account, line, message):

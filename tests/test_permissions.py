@@ -1,4 +1,4 @@
-"""Least privilege: a role may do what its code does, as read from the code; a wildcard only where a service takes nothing finer."""
+"""Least privilege: a role may do what its code does, and it has a wildcard only where a service takes nothing finer."""
 import ast
 import json
 import re
@@ -73,7 +73,8 @@ def test_no_call_hides_from_the_reader():
         if path.name == "client.py":
             continue
         nodes = list(ast.walk(ast.parse(path.read_text())))
-        clients = [n for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "client"]
+        clients = [n for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+                   and n.func.id == "client"]
         read = [n.value for n in nodes if isinstance(n, ast.Attribute)]
         assert all(isinstance(n.args[0], ast.Constant) for n in clients), path.name
         assert [n.lineno for n in clients if n not in read] == [], path.name
@@ -82,7 +83,8 @@ def test_no_call_hides_from_the_reader():
 def test_calls_are_followed_through_functions_classes_and_imports():
     found = {f"{c.service}.{c.method}" for c in calls_from(["aws.hosting:Hosting.deploy"])}
     assert {"sagemaker.create_model", "sagemaker.update_endpoint", "cloudwatch.put_metric_alarm",
-            "application-autoscaling.put_scaling_policy", "sagemaker.list_tags", "sagemaker.describe_model_package"} <= found
+            "application-autoscaling.put_scaling_policy", "sagemaker.list_tags",
+            "sagemaker.describe_model_package"} <= found
     assert not {"sagemaker.delete_model", "cloudwatch.delete_alarms"} & found
     assert calls_from(["aws.rules:event_rules"]) == set()
     with pytest.raises(LookupError, match="has no no_such"):
@@ -114,7 +116,7 @@ def test_metrics_are_narrowed_by_their_namespace():
 
 @pytest.mark.parametrize("name", ROLES)
 def test_every_action_exists_and_takes_the_resources_it_is_granted_on(name):
-    "By the linter's table: a misspelt action would grant nothing, and so would one on a resource that it does not take."
+    "By the linter's table: a misspelt action grants nothing, and so does one on a resource that it does not take."
     for grant in ROLES[name].grants:
         for arn in policy([grant], **NAMES)["Statement"][0]["Resource"]:
             text = arn["Fn::Sub"] if isinstance(arn, dict) else arn
