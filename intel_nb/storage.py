@@ -109,7 +109,7 @@ def is_remote(uri: str | Path) -> bool:
 def fetch(uri: str | Path, folder: str | Path) -> Path:
     "`uri` as a local path: itself where it is one, else a copy below `folder`; raises `InputError` when it is not there."
     if is_remote(uri):
-        return cloud_module().fetch(str(uri), Path(folder))
+        return cloud_module().download(str(uri), Path(folder))
     if not Path(uri).exists():
         raise InputError(f"{uri} does not exist; check the path (it is looked up from {Path.cwd().name}/)")
     return Path(uri)
@@ -127,7 +127,7 @@ def cloud_module(part: str = "platform") -> Any:
 def put(path: str | Path, uri: str | Path) -> str:
     "Copy a file, or a folder's files but hidden ones, to `uri`, a path or an s3:// URI; returns it. A folder must not be there yet."
     if is_remote(uri):
-        return cloud_module().put(Path(path), str(uri))
+        return cloud_module().upload(Path(path), str(uri))
     if Path(path).is_dir() and Path(uri).exists():
         raise InputError(f"{uri} is there already; give a place where nothing lies")
     with written_aside(uri) as aside:

@@ -22,15 +22,16 @@ def methods(owner: str, *names: str) -> tuple[str, ...]:
     return tuple(f"{owner}.{name}" for name in names)
 
 
-GROUP, HOSTING = "aws.package_group:PackageGroup", "aws.hosting:Hosting"
+GROUP, HOSTING = "aws.package_group:PackageGroup", "aws.hosting:SageMakerEndpoints"
 ENTRY_POINTS = {
     "Job": methods(GROUP, "champion", "evaluation", "find", "package", "predictions"),
-    "Watch": ("aws.capture:main",),
+    "Watch": ("aws.capture:run_drift_job",),
     "Build": ("aws.stages:run_modelbuild",),
     "Deploy": ("aws.stages:run_modeldeploy",
                *methods(GROUP, "get", "versions", "package", "predictions", "set_alias", "set_tag"),
-               *methods(HOSTING, "deploy", "describe", "history"), "aws.hosting:invoke", "aws.hosting:drift_status",
-               "aws.objects:fetch"),
+               *methods(HOSTING, "deploy", "describe", "history"), "aws.hosting:invoke_endpoint",
+               "aws.hosting:endpoint_drift_status",
+               "aws.objects:download"),
     "Operator": ("aws.commands:run_pipeline", "aws.commands:show_status", *methods(GROUP, "versions", "set_status")),
 }
 

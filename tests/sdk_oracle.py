@@ -1,6 +1,10 @@
-"Write our pipeline with Amazon's SDK: `python sdk_oracle.py OURS THEIRS`. Only what has a name is taken from ours: values, not forms."
+"""Write our pipeline with Amazon's SDK: `python sdk_oracle.py FILE`.
+
+Only names and values come from our module; the form comes from the SDK."""
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sagemaker.core.model_metrics import MetricsSource, ModelMetrics
 from sagemaker.core.processing import Processor
@@ -35,44 +39,56 @@ from sagemaker.serve.model_builder import ModelBuilder
 from sagemaker.train.configs import Compute, InputData
 from sagemaker.train.model_trainer import ModelTrainer
 
-from intel_nb.aws.package_group import SERVED
-from intel_nb.aws.pipeline import ACCURACY, CHOICES, ENTRY, PipelineConfig, image_of, parameters
+from intel_nb.aws.package_group import SUPPORTED_TYPES
+from intel_nb.aws.pipeline import ACCURACY, CHOICES, ENTRY, PipelineConfig, amazon_image, pipeline_parameters
 
-CONFIG, CODE = PipelineConfig(code="s3://bucket/code/0123"), "s3://bucket/code/0123"
+CODE, PROCESSING = "s3://bucket/code/0123", "/opt/ml/processing"
+CONFIG = PipelineConfig(code=CODE)
 SESSION = PipelineSession(default_bucket=CONFIG.bucket)
 SESSION._default_bucket = CONFIG.bucket
 P = {name: ParameterFloat(name, default_value=default) if isinstance(default, float)
      else ParameterString(name, default_value=default, enum_values=CHOICES.get(name))
-     for name, default in parameters(CONFIG).items()}
+     for name, default in pipeline_parameters(CONFIG).items()}
 CACHE = CacheConfig(enable_caching=True, expire_after="P30d")
-AGAIN = StepRetryPolicy(exception_types=[StepExceptionTypeEnum.SERVICE_FAULT, StepExceptionTypeEnum.THROTTLING], max_attempts=5,
-                        interval_seconds=10, backoff_rate=2.0)
-JOB = SageMakerJobExceptionTypeEnum
-RETRIES = [AGAIN,
-           SageMakerJobStepRetryPolicy(exception_types=[JOB.INTERNAL_ERROR], max_attempts=2, interval_seconds=60, backoff_rate=2.0),
-           SageMakerJobStepRetryPolicy(exception_types=[JOB.CAPACITY_ERROR, JOB.RESOURCE_LIMIT], expire_after_mins=240,
-                                       interval_seconds=300, backoff_rate=1.5)]
+STEP, JOB = StepExceptionTypeEnum, SageMakerJobExceptionTypeEnum
+STEP_RETRY = StepRetryPolicy(exception_types=[STEP.SERVICE_FAULT, STEP.THROTTLING],
+                             max_attempts=5, interval_seconds=10, backoff_rate=2.0)
+RETRIES = [STEP_RETRY,
+           SageMakerJobStepRetryPolicy(exception_types=[JOB.INTERNAL_ERROR],
+                                       max_attempts=2, interval_seconds=60, backoff_rate=2.0),
+           SageMakerJobStepRetryPolicy(exception_types=[JOB.CAPACITY_ERROR, JOB.RESOURCE_LIMIT],
+                                       expire_after_mins=240, interval_seconds=300, backoff_rate=1.5)]
 
 
-def written(what: str) -> Join:
-    return Join(on="/", values=[f"s3://{CONFIG.bucket}/{CONFIG.prefix}/runs", ExecutionVariables.PIPELINE_EXECUTION_ID, what])
+def run_uri(name: str) -> Join:
+    runs = f"s3://{CONFIG.bucket}/{CONFIG.prefix}/runs"
+    return Join(on="/", values=[runs, ExecutionVariables.PIPELINE_EXECUTION_ID, name])
 
 
 def output_of(step: ProcessingStep, *path: str) -> Join:
     return Join(on="/", values=[step.properties.ProcessingOutputConfig.Outputs[step.name].S3Output.S3Uri, *path])
 
 
-def processing(name: str, notebook: str, inputs: dict, arguments: list, environment: dict = {}, files: list = []) -> ProcessingStep:
-    below = "/opt/ml/processing"
-    processor = Processor(role=CONFIG.role, image_uri=image_of("cpu", CONFIG.region), instance_count=1, instance_type=P["ProcessingInstanceType"],
-                          entrypoint=ENTRY, volume_size_in_gb=30, env={"PYTHONPATH": f"{below}/input/code", **environment},
-                          max_runtime_in_seconds=CONFIG.max_seconds, sagemaker_session=SESSION)
-    mounts = [ProcessingInput(input_name=n, s3_input=ProcessingS3Input(s3_uri=uri, local_path=f"{below}/input/{n}", s3_data_type="S3Prefix",
-                                                                      s3_input_mode="File")) for n, uri in {"code": CODE, **inputs}.items()]
-    outputs = [ProcessingOutput(output_name=n, s3_output=ProcessingS3Output(s3_uri=written(n), local_path=f"{below}/{folder}", s3_upload_mode=mode))
-               for n, folder, mode in [(name, "output", "EndOfJob"), ("executed", "executed", "Continuous")]]
+def processing_input(name: str, uri: object) -> ProcessingInput:
+    return ProcessingInput(input_name=name, s3_input=ProcessingS3Input(
+        s3_uri=uri, local_path=f"{PROCESSING}/input/{name}", s3_data_type="S3Prefix", s3_input_mode="File"))
+
+
+def processing_output(name: str, folder: str, mode: str) -> ProcessingOutput:
+    return ProcessingOutput(output_name=name, s3_output=ProcessingS3Output(
+        s3_uri=run_uri(name), local_path=f"{PROCESSING}/{folder}", s3_upload_mode=mode))
+
+
+def processing(name: str, notebook: str, inputs: dict, arguments: list, environment: Mapping[str, Any] = {},
+               files: Sequence[PropertyFile] = ()) -> ProcessingStep:
+    processor = Processor(
+        role=CONFIG.role, image_uri=amazon_image("cpu", CONFIG.region), entrypoint=ENTRY, sagemaker_session=SESSION,
+        instance_count=1, instance_type=P["ProcessingInstanceType"], volume_size_in_gb=30,
+        env={"PYTHONPATH": f"{PROCESSING}/input/code", **environment}, max_runtime_in_seconds=CONFIG.max_seconds)
+    mounts = [processing_input(key, uri) for key, uri in {"code": CODE, **inputs}.items()]
+    outputs = [processing_output(name, "output", "EndOfJob"), processing_output("executed", "executed", "Continuous")]
     run = processor.run(inputs=mounts, outputs=outputs, arguments=[notebook, *arguments])
-    return ProcessingStep(name, step_args=run, cache_config=CACHE, retry_policies=RETRIES, property_files=files)
+    return ProcessingStep(name, step_args=run, cache_config=CACHE, retry_policies=RETRIES, property_files=[*files])
 
 
 def build() -> Pipeline:
@@ -80,38 +96,47 @@ def build() -> Pipeline:
                       {"INTEL_NB_DATA_VERSION": P["DataVersion"]})
     trainer = ModelTrainer(
         training_image=P["TrainingImage"], role=CONFIG.role, sagemaker_session=SESSION, base_job_name="train",
-        compute=Compute(instance_type=P["TrainingInstanceType"], instance_count=1, volume_size_in_gb=50, enable_managed_spot_training=False),
-        stopping_condition=StoppingCondition(max_runtime_in_seconds=CONFIG.max_seconds), environment={"PYTHONPATH": "/opt/ml/input/data/code"},
-        output_data_config=OutputDataConfig(s3_output_path=written("train")),
-        checkpoint_config=CheckpointConfig(s3_uri=output_of(data, "checkpoints", "0123"), local_path="/opt/ml/checkpoints"),
-        input_data_config=[InputData(channel_name="code", data_source=CODE), InputData(channel_name="dataset", data_source=output_of(data, "dataset"))],
-    ).with_tensorboard_output_config(TensorBoardOutputConfig(s3_output_path=written("tensorboard"), local_path="/opt/ml/output/tensorboard"))
+        compute=Compute(instance_type=P["TrainingInstanceType"], instance_count=1, volume_size_in_gb=50,
+                        enable_managed_spot_training=False),
+        stopping_condition=StoppingCondition(max_runtime_in_seconds=CONFIG.max_seconds),
+        environment={"PYTHONPATH": "/opt/ml/input/data/code"},
+        output_data_config=OutputDataConfig(s3_output_path=run_uri("train")),
+        checkpoint_config=CheckpointConfig(s3_uri=output_of(data, "checkpoints", "0123"),
+                                           local_path="/opt/ml/checkpoints"),
+        input_data_config=[InputData(channel_name="code", data_source=CODE),
+                           InputData(channel_name="dataset", data_source=output_of(data, "dataset"))],
+    ).with_tensorboard_output_config(TensorBoardOutputConfig(s3_output_path=run_uri("tensorboard"),
+                                                             local_path="/opt/ml/output/tensorboard"))
     train = TrainingStep("train", step_args=trainer.train(), cache_config=CACHE, retry_policies=RETRIES)
-    file, model = PropertyFile(name="Evaluation", output_name="evaluate", path="evaluation.json"), train.properties.ModelArtifacts.S3ModelArtifacts
+    file = PropertyFile(name="Evaluation", output_name="evaluate", path="evaluation.json")
+    model = train.properties.ModelArtifacts.S3ModelArtifacts
     evaluate = processing(
         "evaluate", "02_evaluate.ipynb", {"dataset": output_of(data, "dataset"), "model": model},
         ["--param", Join(on="=", values=["min_accuracy", P["AccuracyThreshold"]]), "--param", "register=False",
          "--param", Join(on="=", values=["registry", P["Registry"]])], files=[file])
 
-    def reported(path: str) -> JsonGet:
+    def evaluation_entry(path: str) -> JsonGet:
         return JsonGet(step_name="evaluate", property_file=file, json_path=path)
 
-    metrics = ModelMetrics(model_statistics=MetricsSource(content_type="application/json", s3_uri=output_of(evaluate, "evaluation.json")))
-    builder = ModelBuilder(s3_model_data_url=model, image_uri=image_of("serve", CONFIG.region), sagemaker_session=SESSION, role_arn=CONFIG.role)
+    statistics = MetricsSource(content_type="application/json", s3_uri=output_of(evaluate, "evaluation.json"))
+    builder = ModelBuilder(s3_model_data_url=model, image_uri=amazon_image("serve", CONFIG.region),
+                           sagemaker_session=SESSION, role_arn=CONFIG.role)
     registered = builder.register(
-        model_package_group_name=CONFIG.group, model_metrics=metrics, content_types=SERVED["SupportedContentTypes"],
-        response_types=SERVED["SupportedResponseMIMETypes"],
-        inference_instances=[CONFIG.instance_serve], transform_instances=[CONFIG.instance_serve], approval_status="PendingManualApproval",
-        description=reported("gate.reason"), customer_metadata_properties={
-            "run_id": ExecutionVariables.PIPELINE_EXECUTION_ID, "fingerprint": reported("fingerprints.package"),
-            "data": reported("fingerprints.data"), "dataset": output_of(data, "dataset")})
-    gate = ConditionStep("gate", if_steps=[ModelStep("register", step_args=registered, retry_policies=[AGAIN])],
-                         else_steps=[FailStep("refuse", error_message=reported("gate.reason"))],
-                         conditions=[ConditionGreaterThanOrEqualTo(left=reported(ACCURACY), right=P["AccuracyThreshold"]),
-                                     ConditionEquals(left=reported("gate.passed"), right=True)])
-    return Pipeline(name="intel-nb", parameters=list(P.values()), steps=[data, train, evaluate, gate], sagemaker_session=SESSION,
-                    pipeline_experiment_config=None)
+        model_package_group_name=CONFIG.group, model_metrics=ModelMetrics(model_statistics=statistics),
+        content_types=SUPPORTED_TYPES["SupportedContentTypes"],
+        response_types=SUPPORTED_TYPES["SupportedResponseMIMETypes"], approval_status="PendingManualApproval",
+        inference_instances=[CONFIG.instance_serve], transform_instances=[CONFIG.instance_serve],
+        description=evaluation_entry("gate.reason"), customer_metadata_properties={
+            "run_id": ExecutionVariables.PIPELINE_EXECUTION_ID, "fingerprint": evaluation_entry("fingerprints.package"),
+            "data": evaluation_entry("fingerprints.data"), "dataset": output_of(data, "dataset")})
+    accurate = ConditionGreaterThanOrEqualTo(left=evaluation_entry(ACCURACY), right=P["AccuracyThreshold"])
+    passed = ConditionEquals(left=evaluation_entry("gate.passed"), right=True)
+    register = ModelStep("register", step_args=registered, retry_policies=[STEP_RETRY])
+    refuse = FailStep("refuse", error_message=evaluation_entry("gate.reason"))
+    gate = ConditionStep("gate", conditions=[accurate, passed], if_steps=[register], else_steps=[refuse])
+    return Pipeline(name="intel-nb", parameters=list(P.values()), steps=[data, train, evaluate, gate],
+                    sagemaker_session=SESSION, pipeline_experiment_config=None)
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(build().definition())
+    Path(sys.argv[1]).write_text(build().definition())

@@ -81,7 +81,7 @@ def test_no_call_hides_from_the_reader():
 
 
 def test_calls_are_followed_through_functions_classes_and_imports():
-    found = {f"{c.service}.{c.method}" for c in calls_from(["aws.hosting:Hosting.deploy"])}
+    found = {f"{c.service}.{c.method}" for c in calls_from(["aws.hosting:SageMakerEndpoints.deploy"])}
     assert {"sagemaker.create_model", "sagemaker.update_endpoint", "cloudwatch.put_metric_alarm",
             "application-autoscaling.put_scaling_policy", "sagemaker.list_tags",
             "sagemaker.describe_model_package"} <= found

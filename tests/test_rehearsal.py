@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from intel_nb.aws.pipeline import EVALUATION, PipelineConfig, definition
+from intel_nb.aws.pipeline import EVALUATION, PipelineConfig, pipeline_definition
 from intel_nb.aws.rehearsal import rehearsal_summary, rehearse, rehearse_in_workspace
 from intel_nb.storage import InputError, read_json
 
@@ -71,7 +71,7 @@ def test_a_rehearsal_from_end_to_end(tiny):
     "Each file is where SageMaker would put it, and the version waits in the registry."
     from intel_nb.registry import open_registry
     registry = f"sqlite:///{tiny}/mlflow.db"
-    result = rehearse(definition(PipelineConfig()), {"Profile": "original"}, tiny / "r", registry,
+    result = rehearse(pipeline_definition(PipelineConfig()), {"Profile": "original"}, tiny / "r", registry,
                        tiny / "archive.zip", quiet)
     assert (result.status, result.version, result.reason) == ("Succeeded", "1", "")
     assert [(s.step, s.status) for s in result.steps] == [
@@ -95,7 +95,8 @@ def test_a_package_with_the_same_verdict_keeps_its_version(tiny):
     evaluation = EVALUATION | {"fingerprints": {"data": "d", "package": load_package(tiny / "package").fingerprint}}
     (tiny / "evaluation.json").write_text(json.dumps(evaluation))
     registry = f"sqlite:///{tiny}/mlflow.db"
-    versions = [rehearse(definition(), {"AccuracyThreshold": least}, tiny / name, registry, tiny / "archive.zip",
+    versions = [rehearse(pipeline_definition(), {"AccuracyThreshold": least}, tiny / name, registry,
+                         tiny / "archive.zip",
                          quiet).version
                 for name, least in {"a": 0.8, "b": 0.8, "c": 0.85}.items()]
     assert versions == ["1", "1", "2"]
@@ -108,7 +109,8 @@ def test_a_package_with_the_same_verdict_keeps_its_version(tiny):
 def test_the_failing_branch(tiny, gate, threshold):
     "Below the threshold, and above it where the gate says no; the reason is the gate's."
     (tiny / "evaluation.json").write_text(json.dumps(EVALUATION | {"gate": gate}))
-    result = rehearse(definition(), {"AccuracyThreshold": str(threshold)}, tiny / "r", f"sqlite:///{tiny}/mlflow.db",
+    result = rehearse(pipeline_definition(), {"AccuracyThreshold": str(threshold)}, tiny / "r",
+                      f"sqlite:///{tiny}/mlflow.db",
                        tiny / "archive.zip", quiet)
     assert (result.status, result.reason, result.version) == ("Failed", gate["reason"], "")
     assert [(s.step, s.status) for s in result.steps][3:] == [("register", "Skipped"), ("refuse", "Failed")]
@@ -119,7 +121,7 @@ def test_the_failing_branch(tiny, gate, threshold):
 @pytest.mark.slow
 def test_a_step_that_fails_leaves_its_notebook(tiny):
     (tiny / "evaluation.json").write_text("{}")
-    result = rehearse(definition(), {}, tiny / "r", f"sqlite:///{tiny}/mlflow.db", tiny / "archive.zip", quiet)
+    result = rehearse(pipeline_definition(), {}, tiny / "r", f"sqlite:///{tiny}/mlflow.db", tiny / "archive.zip", quiet)
     assert result.status == "Failed" and result.steps[-1].step == "evaluate" and "KeyError" in result.reason
     [executed] = (tiny / "r").glob("s3/*/pipeline/runs/r/executed/02_evaluate.ipynb")
     assert "KeyError" in executed.read_text()
@@ -129,7 +131,7 @@ def test_a_step_that_fails_leaves_its_notebook(tiny):
 def test_an_evaluation_that_lacks_what_is_read(tiny):
     "As SageMaker, which fails the condition."
     (tiny / "evaluation.json").write_text(json.dumps({"gate": {}}))
-    result = rehearse(definition(), {}, tiny / "r", f"sqlite:///{tiny}/mlflow.db", tiny / "archive.zip", quiet)
+    result = rehearse(pipeline_definition(), {}, tiny / "r", f"sqlite:///{tiny}/mlflow.db", tiny / "archive.zip", quiet)
     assert (result.status, result.steps[-1].step) == ("Failed", "gate")
     path = "multiclass_classification_metrics.accuracy.value"
     assert f"{path} cannot be read from evaluation.json of step evaluate" in result.reason
@@ -143,12 +145,13 @@ def test_an_evaluation_that_lacks_what_is_read(tiny):
     ({"TrainSettings": "no"}, "step train: .*no JSON object")])
 def test_nothing_is_begun_with_wrong_parameters(tmp_path, given, expected):
     with pytest.raises(InputError, match=expected):
-        rehearse(definition(), given, tmp_path / "r", "sqlite:///none")
+        rehearse(pipeline_definition(), given, tmp_path / "r", "sqlite:///none")
     assert not (tmp_path / "r").exists()
 
 
 def test_an_input_that_is_not_there(tiny):
-    result = rehearse(definition(), {"InputDataUrl": "s3://elsewhere/intel.zip"}, tiny / "r", "sqlite:///none", None,
+    result = rehearse(pipeline_definition(), {"InputDataUrl": "s3://elsewhere/intel.zip"}, tiny / "r",
+                      "sqlite:///none", None,
                        quiet)
     assert (result.status, result.reason) == ("Failed", "there are no objects under s3://elsewhere/intel.zip")
 

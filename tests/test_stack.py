@@ -198,13 +198,13 @@ def test_uploads_are_noticed_in_the_way_that_was_chosen(made, name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_definition_in_the_template_is_the_checked_one(made, name):
-    from intel_nb.aws.pipeline import check_definition
+    from intel_nb.aws.pipeline import pipeline_problems
     body = definition_text(made[name])
     assert ACCOUNT not in body
     places = {"${JobRole.Arn}": "arn:aws:iam::123456789012:role/x", "${AWS::AccountId}": ACCOUNT}
     for place, value in places.items():
         body = body.replace(place, value)
-    assert "${AWS" not in body and check_definition(json.loads(body.replace("${!", "${"))) == []
+    assert "${AWS" not in body and pipeline_problems(json.loads(body.replace("${!", "${"))) == []
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -280,12 +280,12 @@ def test_roles_are_taken_by_one_service_for_this_account(made):
 
 
 def test_the_schedule_starts_a_job_that_sagemaker_takes(made):
-    from intel_nb.aws.client import check_request
+    from intel_nb.aws.client import request_problems
     for key, one in of_kind(made["s3-direct-watch2"], "Scheduler::Schedule").items():
         text = one["Target"]["Input"]["Fn::Sub"].replace("${WatchRole.Arn}", "arn:aws:iam::123456789012:role/x")
         job = json.loads(text.replace("${AWS::AccountId}", ACCOUNT).replace("<aws.scheduler.execution-id>",
                                                                             "d32c5kddcf5bb8c3"))
-        assert check_request("sagemaker", "create_processing_job", job) == [], key
+        assert request_problems("sagemaker", "create_processing_job", job) == [], key
 
 
 def test_the_dashboard_has_the_form_that_cloudwatch_reads(made):
@@ -375,8 +375,7 @@ def test_a_bucket_that_is_kept_stays(emulator):
 
 def test_a_removal_deletes_the_versions_of_the_registry_too(emulator):
     from intel_nb.aws.deploy import list_assets, list_version_arns
-    from intel_nb.aws.package_group import Settings, create_group
-    create_group("intel-nb", Settings())
+    client("sagemaker").create_model_package_group(ModelPackageGroupName="intel-nb")
     client("sagemaker").create_model_package(ModelPackageGroupName="intel-nb", ModelApprovalStatus="Approved")
     assert len(list_version_arns("intel-nb")) == 1
     assert [(one.kind, one.content) for one in list_assets(Options())
@@ -384,14 +383,14 @@ def test_a_removal_deletes_the_versions_of_the_registry_too(emulator):
 
 
 def test_requests_that_the_emulator_lacks_have_the_form_that_the_service_takes():
-    from intel_nb.aws.client import check_request
+    from intel_nb.aws.client import request_problems
     from intel_nb.aws.deploy import stop_execution_request
     arn = "arn:aws:sagemaker:us-east-1:123456789012:pipeline/intel-nb/execution/abcdefghijkl"
-    assert check_request("sagemaker", "stop_pipeline_execution", stop_execution_request(arn)) == []
-    assert check_request("sagemaker", "delete_model_package",
+    assert request_problems("sagemaker", "stop_pipeline_execution", stop_execution_request(arn)) == []
+    assert request_problems("sagemaker", "delete_model_package",
                          {"ModelPackageName": arn.replace("pipeline/intel-nb/execution/abcdefghijkl",
                                                           "model-package/intel-nb/1")}) == []
-    assert check_request("sagemaker", "delete_model_package_group", {"ModelPackageGroupName": "intel-nb"}) == []
+    assert request_problems("sagemaker", "delete_model_package_group", {"ModelPackageGroupName": "intel-nb"}) == []
 
 
 def test_without_credentials_there_is_a_sentence(monkeypatch):

@@ -61,7 +61,7 @@ def test_no_key_leads_out_of_the_folder(bucket, tmp_path, key):
     listed = [{"Key": key, "ETag": "1", "Size": 0}]
     from intel_nb.aws import objects
     with pytest.raises(InputError, match="is no file's path"):
-        [objects.safe(one["Key"].removeprefix("x/"), f"{bucket}/x") for one in listed]
+        [objects.check_relative(one["Key"].removeprefix("x/"), f"{bucket}/x") for one in listed]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -11,10 +11,10 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from .client import check_credentials, client, explained, paginate, region_name
-from .definition import closest, read_pairs
+from .client import check_credentials, client, paginate, region_name, translate_errors
+from .definition import closest, parse_pairs
 from .executions import latest_execution, start_execution, watch_execution
-from .hosting import Hosting
+from .hosting import SageMakerEndpoints
 from .stack import Options, checked_options
 from ..storage import InputError, write_text
 
@@ -26,7 +26,7 @@ __all__ = ['show_definition', 'run_rehearsal', 'from_pairs', 'stack_options', 's
 def show_definition(settings: Iterable[str] = ()) -> int:
     "Print the pipeline's definition, with `NAME=VALUE` checked against its parameters; raise `InputError`."
     from intel_nb.aws import pipeline
-    print(json.dumps(pipeline.checked(pipeline.definition(), read_pairs(settings)), indent=2))
+    print(json.dumps(pipeline.check_pipeline(pipeline.pipeline_definition(), parse_pairs(settings)), indent=2))
     return 0
 
 # %% ../../nbs/aws/18_commands.ipynb #95513b9a
@@ -34,7 +34,7 @@ def run_rehearsal(data: str = "", settings: Iterable[str] = (), as_json: bool = 
                   say: Callable[[str], None] = print) -> int:
     "Carry the definition out on this machine, on the archive `data`; return 1 when the execution failed."
     from intel_nb.aws import rehearsal
-    result = rehearsal.rehearse_in_workspace(data, read_pairs(settings), say=_be_quiet if as_json else say)
+    result = rehearsal.rehearse_in_workspace(data, parse_pairs(settings), say=_be_quiet if as_json else say)
     print(json.dumps(asdict(result), indent=2, default=str) if as_json else rehearsal.rehearsal_summary(result))
     return 0 if result.status == "Succeeded" else 1
 
@@ -44,7 +44,7 @@ def _be_quiet(line: str) -> None:
 # %% ../../nbs/aws/18_commands.ipynb #96a77060
 def from_pairs(cls: type, texts: Iterable[str]) -> Any:
     "Return a `cls` (a dataclass of plain values) with the fields that `NAME=VALUE` texts set; raise `InputError`."
-    defaults, values = vars(cls()), read_pairs(texts)
+    defaults, values = vars(cls()), parse_pairs(texts)
     for name in values.keys() - defaults:
         raise InputError(f"there is no option {name}{closest(name, defaults)}")
     return cls(**{name: _convert(name, value, defaults[name]) for name, value in values.items()})
@@ -113,7 +113,7 @@ def run_removal(settings: Iterable[str] = (), name: str = "intel-nb", keep: Iter
 def run_pipeline(settings: Iterable[str] = (), name: str = "intel-nb", watch: bool = True,
                  as_json: bool = False) -> int:
     "Start the pipeline `name` with `NAME=VALUE` and watch it to its end; return 1 when it failed."
-    parameters = read_pairs(settings)
+    parameters = parse_pairs(settings)
     check_credentials()
     arn = start_execution(name, parameters)
     if not watch:
@@ -137,11 +137,11 @@ def latest_alarms(name: str, count: int = 10) -> list[dict[str, str]]:
             for alarm in found[:count]]
 
 # %% ../../nbs/aws/18_commands.ipynb #2dbf5b39
-@explained()
+@translate_errors()
 def deployment_status(name: str) -> dict[str, Any]:
     "Return the latest execution, the endpoints and the alarms of the deployment `name`, or why a part is missing."
     return {"execution": _or_reason(lambda: _latest_execution(name)),
-            "endpoints": _or_reason(lambda: [asdict(endpoint) for endpoint in Hosting(name).list()]),
+            "endpoints": _or_reason(lambda: [asdict(endpoint) for endpoint in SageMakerEndpoints(name).list()]),
             "alarms": latest_alarms(name)}
 
 def _latest_execution(name: str) -> dict | None:

@@ -12,9 +12,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .client import check_credentials, client, explained, if_there, paginate, region_name, unless_there
-from .hosting import Hosting
-from .objects import place_of
+from intel_nb.aws.client import (
+    check_credentials,
+    client,
+    ignore_existing,
+    ignore_not_found,
+    paginate,
+    region_name,
+    translate_errors,
+)
+from .hosting import SageMakerEndpoints
+from .objects import parse_s3_uri
 from .pipeline import PipelineConfig, code_files, code_uri
 from .stack import ACCOUNT, Options, bucket_name, checked_options, pipeline_config, template, template_json
 from ..storage import InputError
@@ -36,7 +44,7 @@ Pause = Callable[[float], None]
 
 def find_stack(name: str) -> dict[str, Any] | None:
     "Return CloudFormation's description of the stack, or None when it does not exist or was never created."
-    with if_there():
+    with ignore_not_found():
         found = client("cloudformation").describe_stacks(StackName=name)["Stacks"][0]
         return None if found["StackStatus"] in ("REVIEW_IN_PROGRESS", "DELETE_COMPLETE") else found
     return None
@@ -113,7 +121,7 @@ def uploaded_template(options: Options, text: str) -> Iterator[dict[str, str]]:
         return
     bucket = bucket_name(options, "template").replace("${AWS::AccountId}", account_id())
     place = {} if options.region == "us-east-1" else {"LocationConstraint": options.region}
-    with unless_there():
+    with ignore_existing():
         client("s3").create_bucket(Bucket=bucket, **({"CreateBucketConfiguration": place} if place else {}))
     try:
         client("s3").put_object(Bucket=bucket, Key="template.json", Body=text.encode())
@@ -198,7 +206,7 @@ def config_in_account(options: Options, account: str, role: str) -> PipelineConf
 # %% ../../nbs/aws/15_deploy.ipynb #55972e5c
 def upload_code(config: PipelineConfig) -> str:
     "Upload the code that the pipeline's steps mount; return its URI."
-    bucket, prefix = place_of(code_uri(config))
+    bucket, prefix = parse_s3_uri(code_uri(config))
     for name, data in code_files().items():
         client("s3").put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=data)
     return code_uri(config)
@@ -206,11 +214,11 @@ def upload_code(config: PipelineConfig) -> str:
 # %% ../../nbs/aws/15_deploy.ipynb #0c60d207
 def put_label_placeholder(config: PipelineConfig) -> None:
     "Put an object of zero bytes where labels will lie."
-    bucket, prefix = place_of(config.annotations)
+    bucket, prefix = parse_s3_uri(config.annotations)
     client("s3").put_object(Bucket=bucket, Key=f"{prefix.rstrip('/')}/.nothing", Body=b"")
 
 # %% ../../nbs/aws/15_deploy.ipynb #3faedf61
-@explained()
+@translate_errors()
 def deploy_stack(options: Options, ask: Callable[[str], bool] = lambda question: True, say: Say = print,
                  pause: Pause = time.sleep, definition: dict | None = None) -> bool:
     """Create or change the stack after `ask` agreed to the changes that `say` was given.
@@ -272,7 +280,7 @@ def list_buckets(options: Options) -> list[str]:
     return [name for name in names if _bucket_exists(name)]
 
 def _bucket_exists(name: str) -> bool:
-    with if_there():
+    with ignore_not_found():
         client("s3").head_bucket(Bucket=name)
         return True
     return False
@@ -287,21 +295,21 @@ def bucket_size(bucket: str) -> tuple[int, int]:
 def list_stage_endpoints(name: str) -> list[Any]:
     "Return the endpoints of all stages; an empty list when there is no model package group."
     try:
-        return Hosting(name).list()
+        return SageMakerEndpoints(name).list()
     except InputError:
         return []
 
 # %% ../../nbs/aws/15_deploy.ipynb #1af117f3
 def list_version_arns(group: str) -> list[str]:
     "Return the ARNs of the versions in a model package group; an empty list when there is no such group."
-    with if_there():
+    with ignore_not_found():
         list_packages = client("sagemaker").list_model_packages
         found = paginate(list_packages, "ModelPackageSummaryList", ModelPackageGroupName=group)
         return [one["ModelPackageArn"] for one in found]
     return []
 
 # %% ../../nbs/aws/15_deploy.ipynb #fb9cfc2c
-@explained()
+@translate_errors()
 def list_assets(options: Options) -> list[StackAsset]:
     "Return all that holds data or is billed, and would be deleted with the stack."
     found = []
@@ -321,7 +329,7 @@ def stop_execution_request(arn: str) -> dict[str, str]:
 # %% ../../nbs/aws/15_deploy.ipynb #dd747de1
 def stop_executions(name: str) -> None:
     "Stop the running executions of the pipeline `name`, whose jobs are billed until they end."
-    with if_there():
+    with ignore_not_found():
         found = paginate(client("sagemaker").list_pipeline_executions, "PipelineExecutionSummaries", PipelineName=name)
         for one in list(found):
             if one["PipelineExecutionStatus"] == "Executing":
@@ -332,7 +340,7 @@ def delete_group(name: str) -> None:
     "Delete all versions of a model package group, and the group."
     for arn in list_version_arns(name):
         client("sagemaker").delete_model_package(ModelPackageName=arn)
-    with if_there():
+    with ignore_not_found():
         client("sagemaker").delete_model_package_group(ModelPackageGroupName=name)
 
 # %% ../../nbs/aws/15_deploy.ipynb #1a5b601e
@@ -343,7 +351,7 @@ def delete_stack(name: str, pause: Pause = time.sleep) -> None:
         raise StackError(f"the stack {name} is {found['StackStatus']}: {first_failure(name) or 'no reason given'}")
 
 # %% ../../nbs/aws/15_deploy.ipynb #cb23e70c
-@explained()
+@translate_errors()
 def destroy_stack(options: Options, ask: Callable[[str], bool] = lambda question: False, say: Say = print,
                   pause: Pause = time.sleep, keep: tuple[str, ...] = ()) -> bool:
     """Delete the stack and all its data, except the buckets in `keep`, after `ask` agreed to what `say` was given.
@@ -366,7 +374,7 @@ def destroy_stack(options: Options, ask: Callable[[str], bool] = lambda question
 def _delete_all(options: Options, say: Say, pause: Pause, keep: tuple[str, ...]) -> None:
     stop_executions(options.name)
     if list_stage_endpoints(options.name):
-        Hosting(options.name, pause).clear()
+        SageMakerEndpoints(options.name, pause).clear()
     delete_group(options.name)
     delete_stack(options.name, pause)
     for name in list_buckets(options):

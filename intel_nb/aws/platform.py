@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 
 from .executions import Execution, latest_execution, start_execution, watch_execution
-from .hosting import Hosting, answers, drift_status, invoke
-from .objects import fetch, put
+from .hosting import SageMakerEndpoints, endpoint_drift_status, endpoint_in_service, invoke_endpoint
+from .objects import download, upload
 from .package_group import PackageGroup
 from ..registry import Registry
 from ..serving.endpoints import Endpoints
@@ -17,11 +17,11 @@ from ..storage import InputError
 
 # %% auto #0
 __all__ = ['DEFAULT', 'group_name', 'open_package_group', 'open_hosting', 'Execution', 'latest_execution', 'start_execution',
-           'watch_execution', 'answers', 'drift_status', 'invoke', 'fetch', 'put']
+           'watch_execution', 'endpoint_in_service', 'endpoint_drift_status', 'invoke_endpoint', 'download', 'upload']
 
 # %% ../../nbs/aws/17_platform.ipynb #153aa9b1
-_all_ = ["Execution", "latest_execution", "start_execution", "watch_execution", "answers", "drift_status", "invoke",
-         "fetch", "put"]
+_all_ = ["Execution", "latest_execution", "start_execution", "watch_execution", "endpoint_in_service",
+         "endpoint_drift_status", "invoke_endpoint", "download", "upload"]
 
 # %% ../../nbs/aws/17_platform.ipynb #28182609
 DEFAULT = "intel-nb"
@@ -42,4 +42,4 @@ def open_package_group(uri: str) -> Registry:
 # %% ../../nbs/aws/17_platform.ipynb #3ca93b17
 def open_hosting(uri: str) -> Endpoints:
     "Return the endpoints of the stages of `sagemaker://GROUP`."
-    return Hosting(group_name(uri))
+    return SageMakerEndpoints(group_name(uri))

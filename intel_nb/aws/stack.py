@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .capture import COMMAND, drift_job, drift_schedule
+from .capture import DRIFT_COMMAND, drift_job_request, drift_schedule_request
 from .hosting import alarm_requests, endpoint_name
 from .permissions import FROM_CONNECTION, FROM_S3, ROLES, policy
-from .pipeline import PipelineConfig, code_uri, image_of
+from .pipeline import PipelineConfig, amazon_image, code_uri
 from .rules import PUSH_PATHS, EventRule, ResourceNames, event_rules
 from ..storage import InputError
 
@@ -260,12 +260,12 @@ def pipeline_config(options: Options) -> PipelineConfig:
         spot=options.spot, data=f"s3://{names['data']}/intel.zip",
         annotations=f"s3://{names['annotations']}/annotations/",
         instance_train=options.instance_train, instance_serve=options.instance_serve,
-        image_serve=options.image_serve or image_of("serve", options.region))
+        image_serve=options.image_serve or amazon_image("serve", options.region))
 
 # %% ../../nbs/aws/14_stack.ipynb #f4548660
 def pulled_images(options: Options) -> list[str]:
     "Return the URIs of the images that SageMaker pulls for us."
-    amazon = {image_of("cpu", options.region), image_of("gpu", options.region)}
+    amazon = {amazon_image("cpu", options.region), amazon_image("gpu", options.region)}
     return sorted(amazon | {pipeline_config(options).image_serve})
 
 # %% ../../nbs/aws/14_stack.ipynb #c56a0833
@@ -563,12 +563,13 @@ def topic(options: Options) -> Resources:
 
 # %% ../../nbs/aws/14_stack.ipynb #a5434ad2
 CODE_MOUNT = "/opt/ml/processing/input/code"
-INSTALL_CODE = f"import pathlib; from intel_nb.aws.container import install; install(pathlib.Path('{CODE_MOUNT}')); "
+INSTALL_CODE = ("import pathlib; from intel_nb.aws.container import install_requirements; "
+                f"install_requirements(pathlib.Path('{CODE_MOUNT}')); ")
 
 def scheduled_drift_job(options: Options, stage: str) -> dict:
     "Return the request of the processing job that looks for drift on `stage`, with the stand-in ROLE for its role."
-    job = drift_job(options.name, stage, image_of("cpu", options.region), "ROLE")
-    job["AppSpecification"]["ContainerEntrypoint"] = ["python3", "-c", INSTALL_CODE + COMMAND]
+    job = drift_job_request(options.name, stage, amazon_image("cpu", options.region), "ROLE")
+    job["AppSpecification"]["ContainerEntrypoint"] = ["python3", "-c", INSTALL_CODE + DRIFT_COMMAND]
     mount = {"S3Uri": code_uri(pipeline_config(options)), "LocalPath": CODE_MOUNT, "S3DataType": "S3Prefix",
              "S3InputMode": "File"}
     inputs = [{"InputName": "code", "S3Input": mount}]
@@ -579,7 +580,7 @@ def drift_schedules(options: Options) -> Resources:
     "Return the schedules of the hourly jobs that look for drift, one for each stage in `options.watch`."
     found = {}
     for stage in options.watch:
-        schedule = drift_schedule(scheduled_drift_job(options, stage), "ROLE")
+        schedule = drift_schedule_request(scheduled_drift_job(options, stage), "ROLE")
         job = fill_stand_ins(schedule["Target"]["Input"])["Fn::Sub"].replace('"ROLE"', '"${WatchRole.Arn}"')
         target = {"RoleArn": attribute("SchedulerRole"), "DeadLetterConfig": {"Arn": attribute("Undelivered")},
                   "Input": sub(job)}
@@ -637,7 +638,7 @@ def template(options: Options = Options(), definition: dict | None = None) -> di
     `definition` is the pipeline's; None means the checked one from `intel_nb.aws.pipeline`."""
     from intel_nb.aws import pipeline
     checked_options(options)
-    definition = definition or pipeline.checked(pipeline.definition(pipeline_config(options)))
+    definition = definition or pipeline.check_pipeline(pipeline.pipeline_definition(pipeline_config(options)))
     found: Resources = {}
     for part in PARTS:
         found |= part(options)

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .client import client, explained, if_there
+from .client import client, ignore_not_found, translate_errors
 from .deploy import config_in_account, upload_code
 from .executions import start_execution
-from .objects import NotThere, below, objects_at, place_of
-from .pipeline import PipelineConfig, checked, definition
+from .objects import ObjectNotFound, find_objects, list_objects, parse_s3_uri
+from .pipeline import PipelineConfig, check_pipeline, pipeline_definition
 from .stack import Options, checked_options
 from ..chain.execution import NotebookFailed, execute
 from ..chain.plan import notebooks_folder
@@ -47,7 +47,7 @@ def config_from(environ: Mapping[str, str]) -> PipelineConfig:
 def upsert_pipeline(name: str, definition: dict, role: str) -> str:
     "Update the pipeline `name` to `definition`, or create it; return `updated` or `created`."
     request = {"PipelineName": name, "PipelineDefinition": json.dumps(definition), "RoleArn": role}
-    with if_there():
+    with ignore_not_found():
         client("sagemaker").update_pipeline(**request)
         return "updated"
     client("sagemaker").create_pipeline(**request, ClientRequestToken=f"intel-nb-{os.urandom(16).hex()}")
@@ -55,22 +55,22 @@ def upsert_pipeline(name: str, definition: dict, role: str) -> str:
 
 # %% ../../nbs/aws/16_stages.ipynb #5d2d5364
 def data_version(config: PipelineConfig) -> str:
-    "Return a digest of the archive and the labels, of 16 hexadecimal digits; raise `NotThere` without an archive."
-    bucket, prefix = place_of(config.annotations)
-    archive = [found.tag for found in objects_at(config.data)]
-    labels = [f"{found['Key']} {found['ETag']}" for found in below(bucket, prefix)]
+    "Return a digest of the archive and the labels, of 16 hexadecimal digits; raise `ObjectNotFound` for none."
+    bucket, prefix = parse_s3_uri(config.annotations)
+    archive = [found.tag for found in find_objects(config.data)]
+    labels = [f"{found['Key']} {found['ETag']}" for found in list_objects(bucket, prefix)]
     return hashlib.sha256("\n".join([*archive, *labels]).encode()).hexdigest()[:16]
 
 # %% ../../nbs/aws/16_stages.ipynb #e905e5e2
-@explained()
+@translate_errors()
 def run_modelbuild(environ: Mapping[str, str] = os.environ) -> str:
     "Update the pipeline, and start it if there is data; return a sentence that says what was done."
     config = config_from(environ)
     upload_code(config)
-    done = upsert_pipeline(config.group, checked(definition(config)), environ["INTEL_NB_PIPELINE_ROLE"])
+    done = upsert_pipeline(config.group, check_pipeline(pipeline_definition(config)), environ["INTEL_NB_PIPELINE_ROLE"])
     try:
         version = data_version(config)
-    except NotThere:
+    except ObjectNotFound:
         return f"{done} the pipeline {config.group}; it starts when {config.data} is uploaded"
     return f"{done} the pipeline {config.group}, and started {start_execution(config.group, {'DataVersion': version})}"
 

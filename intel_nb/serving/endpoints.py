@@ -115,14 +115,14 @@ def as_refusal(status: int, body: bytes) -> Exception:
 def invoke(url: str, body: bytes, content_type: str, timeout: float = 60, test: bool = False) -> dict[str, Any]:
     "The endpoint's answer to one request; raises as `ask` does. What a `test` sends is observed, but neither kept nor reported."
     if url.startswith("sagemaker://"):
-        return cloud_module().invoke(url, body, content_type, timeout, test)
+        return cloud_module().invoke_endpoint(url, body, content_type, timeout, test)
     return ask(f"{url}/invocations", body, content_type, timeout, dict([TEST]) if test else {})
 
 # %% ../../nbs/serving/12_endpoints.ipynb #56160eaf
 def drift_status(url: str, timeout: float = 10) -> dict[str, Any]:
     "What the endpoint's detector has counted: the answer of `GET /drift`."
     if url.startswith("sagemaker://"):
-        return cloud_module().drift_status(url, timeout)
+        return cloud_module().endpoint_drift_status(url, timeout)
     return ask(f"{url}/drift", timeout=timeout)
 
 # %% ../../nbs/serving/12_endpoints.ipynb #51e3dee7
@@ -227,7 +227,7 @@ def settled(folder: Path, patience: float = 60) -> Endpoint:
 def is_answering(url: str) -> bool:
     "Whether the endpoint at `url` is ready."
     if url.startswith("sagemaker://"):
-        return cloud_module().answers(url)
+        return cloud_module().endpoint_in_service(url)
     from urllib.request import urlopen
     try:
         with urlopen(f"{url}/ping", timeout=5) as reply:
