@@ -485,53 +485,53 @@ def ask_unless(yes: bool) -> Callable[[str], bool]:
 def template(option: Option = None, name: Named = "intel-nb",
              output: Annotated[str, typer.Option(help="A file to write it to.")] = "") -> None:
     "Print the stack's template; needs no account."
-    raise typer.Exit(cloud().template(option or [], name, output))
+    raise typer.Exit(cloud().show_template(option or [], name, output))
 
 # %% ../nbs/20_cli.ipynb #b10d6176
 @aws.command()
 def definition(parameter: Parameter = None) -> None:
     "Print the pipeline's definition, checked; needs no account."
-    raise typer.Exit(cloud().definition(parameter or []))
+    raise typer.Exit(cloud().show_definition(parameter or []))
 
 # %% ../nbs/20_cli.ipynb #487422f3
 @aws.command()
 def rehearse(data: Annotated[str, typer.Option(help="Zip, folder or s3:// URI of labelled images. Without: drawn sample scenes.")] = "",
              parameter: Parameter = None, as_json: AsJson = False) -> None:
     "Carry the pipeline's definition out on this machine; needs no account."
-    raise typer.Exit(cloud().rehearse(data, parameter or [], as_json))
+    raise typer.Exit(cloud().run_rehearsal(data, parameter or [], as_json))
 
 # %% ../nbs/20_cli.ipynb #16d89337
 @aws.command()
 def cost(option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="How much is used, as in runs=4.")] = None,
          as_json: AsJson = False) -> None:
     "Show what a run and a month cost; needs no account."
-    raise typer.Exit(cloud().cost(option or [], as_json))
+    raise typer.Exit(cloud().show_costs(option or [], as_json))
 
 # %% ../nbs/20_cli.ipynb #eca30813
 @aws.command(name="deploy")
 def deploy_stack(option: Option = None, name: Named = "intel-nb", yes: Yes = False) -> None:
     "Make the stack in the account, or change it."
-    raise typer.Exit(cloud().deploy(option or [], name, ask_unless(yes)))
+    raise typer.Exit(cloud().run_deployment(option or [], name, ask_unless(yes)))
 
 # %% ../nbs/20_cli.ipynb #3b9ddb94
 @aws.command(name="start")
 def start_pipeline(name: Named = "intel-nb", parameter: Parameter = None,
                    watch: Annotated[bool, typer.Option(help="Follow it to its end.")] = True, as_json: AsJson = False) -> None:
     "Start the pipeline, and follow it."
-    raise typer.Exit(cloud().start(parameter or [], name, watch, as_json))
+    raise typer.Exit(cloud().run_pipeline(parameter or [], name, watch, as_json))
 
 # %% ../nbs/20_cli.ipynb #7c539175
 @aws.command(name="status")
 def cloud_status(name: Named = "intel-nb", as_json: AsJson = False) -> None:
     "Show the last execution with its steps, the endpoints and the alarms."
-    raise typer.Exit(cloud().status(name, as_json))
+    raise typer.Exit(cloud().show_status(name, as_json))
 
 # %% ../nbs/20_cli.ipynb #21c155b0
 @aws.command()
 def destroy(name: Named = "intel-nb", option: Option = None, yes: Yes = False,
             keep: Annotated[list[str] | None, typer.Option(metavar="BUCKET", help="A bucket to leave: data, annotations, …")] = None) -> None:
     "Delete the stack, and all that bills."
-    raise typer.Exit(cloud().destroy(option or [], name, keep or [], ask_unless(yes)))
+    raise typer.Exit(cloud().run_removal(option or [], name, keep or [], ask_unless(yes)))
 
 # %% ../nbs/20_cli.ipynb #65b57475
 STOPPED = "interrupted; the same command goes on where it stopped"

@@ -263,7 +263,7 @@ def open_registry(uri: str) -> Registry:
     "Open the registry at `sqlite:///FILE` or `sagemaker://GROUP`. Nothing is created before the first version."
     scheme, _, rest = uri.partition("://")
     if scheme == "sagemaker":
-        return cloud_module().open_registry(rest)
+        return cloud_module().open_package_group(rest)
     if scheme != "sqlite" or not rest.startswith("/") or len(rest) < 2:
         raise InputError(f"registry {uri!r} is not understood; give sqlite:///FILE.db or sagemaker://GROUP")
     database = Path(rest[1:]).absolute()

@@ -29,7 +29,7 @@ from intel_nb.aws.objects import upload
 from intel_nb.aws.package_group import GroupSettings, PackageGroup
 from intel_nb.aws.pipeline import EVALUATION, PipelineConfig, register_step as register_step
 from intel_nb.aws.stack import Options
-from intel_nb.aws.stages import Places
+from intel_nb.aws.stages import Platform
 from intel_nb.dataset import read_split, sample_dataset, write_predictions
 from intel_nb.images import encode_jpeg
 from intel_nb.model import load_package, pack
@@ -287,17 +287,17 @@ def test_what_the_pipeline_registers_goes_through_modeldeploy(cloud, package, tm
                   lambda file, path: lookup_path(figures, path))
     request = resolve_value(step_arguments(register_step(PipelineConfig())), scope)
     client("sagemaker").create_model_package(**request)
-    here = Places("sagemaker://intel-nb", "sagemaker://intel-nb")
+    here = Platform("sagemaker://intel-nb", "sagemaker://intel-nb")
     registry = open_registry(here.registry)
     with pytest.raises(InputError, match="is approved; approve one"):
-        stages.modeldeploy("deploy", here, folder=tmp_path)
+        stages.run_modeldeploy("deploy", here, folder=tmp_path)
     registry.set_status("1", "Approved", "seen")
     with pytest.raises(InputError, match="has not passed the staging test"):
-        stages.modeldeploy("promote", here, "1", tmp_path)
-    assert stages.modeldeploy("deploy", here, folder=tmp_path)["version"] == "1"
-    assert "run_time" in stages.modeldeploy("drift", here, "1", tmp_path)
-    assert stages.modeldeploy("staging", here, "1", tmp_path)["passed"] is True
-    assert stages.modeldeploy("promote", here, "1", tmp_path)["stage"] == "production"
+        stages.run_modeldeploy("promote", here, "1", tmp_path)
+    assert stages.run_modeldeploy("deploy", here, folder=tmp_path)["version"] == "1"
+    assert "run_time" in stages.run_modeldeploy("drift", here, "1", tmp_path)
+    assert stages.run_modeldeploy("staging", here, "1", tmp_path)["passed"] is True
+    assert stages.run_modeldeploy("promote", here, "1", tmp_path)["stage"] == "production"
     assert sorted(registry.get("1").aliases) == ["production", "staging"]
 
 
@@ -427,18 +427,18 @@ def test_every_call_is_made(cloud, registry, package, pipeline):
 def a_stack_comes_and_goes(cloud):
     quiet = {"say": lambda line: None, "pause": cloud.settle}
     options = Options(name="scenes")
-    assert deploy.deploy(options, ask=lambda question: False, **quiet) is False
-    assert deploy.deploy(options, **quiet)
+    assert deploy.deploy_stack(options, ask=lambda question: False, **quiet) is False
+    assert deploy.deploy_stack(options, **quiet)
     assert deploy.first_failure("scenes") == ""
     environ = {"INTEL_NB_STACK": json.dumps({"name": "scenes"}), "INTEL_NB_ACCOUNT": "123456789012",
                "INTEL_NB_JOB_ROLE": ROLE, "INTEL_NB_PIPELINE_ROLE": ROLE}
-    assert stages.modelbuild(environ).startswith("created the pipeline scenes; it starts when s3://scenes-data-")
+    assert stages.run_modelbuild(environ).startswith("created the pipeline scenes; it starts when s3://scenes-data-")
     client("s3").put_object(Bucket="scenes-data-123456789012-us-east-1", Key="intel.zip", Body=b"12345")
-    assert stages.modelbuild(environ).startswith("updated the pipeline scenes, and started arn:")
+    assert stages.run_modelbuild(environ).startswith("updated the pipeline scenes, and started arn:")
     for execution in backend(cloud).pipelines["scenes"].pipeline_executions.values():
         execution.pipeline_execution_status = "Executing"
     create_group("scenes", GroupSettings())
     client("sagemaker").create_model_package(ModelPackageGroupName="scenes", ModelApprovalStatus="Rejected")
-    assert deploy.destroy(options, ask=lambda question: True, **quiet)
-    assert deploy.stack_of("scenes") is None
-    assert deploy.bucket_names(options) == deploy.package_arns("scenes") == []
+    assert deploy.destroy_stack(options, ask=lambda question: True, **quiet)
+    assert deploy.find_stack("scenes") is None
+    assert deploy.list_buckets(options) == deploy.list_version_arns("scenes") == []

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from intel_nb.aws.pipeline import EVALUATION, PipelineConfig, pipeline_definition
-from intel_nb.aws.rehearsal import rehearse, rehearse_here, summary
+from intel_nb.aws.rehearsal import rehearsal_summary, rehearse, rehearse_in_workspace
 from intel_nb.storage import InputError, read_json
 
 QUICK = {"TrainSettings": '{"bootstraps": 2000}'}
@@ -23,19 +23,23 @@ def quiet(text: str) -> None:
 
 
 def cell(source: str, *tags: str) -> dict:
-    return {"cell_type": "code", "execution_count": None, "metadata": {"tags": list(tags)}, "outputs": [], "source": source}
+    return {"cell_type": "code", "execution_count": None, "metadata": {"tags": list(tags)}, "outputs": [],
+            "source": source}
 
 
 def notebook(path: Path, parameters: str, run: str) -> None:
     "A step of three lines in the place of a real one."
-    run = f"import json, pathlib, shutil\nout = pathlib.Path(out_dir)\nout.mkdir(parents=True, exist_ok=True)\n{run}\n(out / 'result.json').write_text('{{}}')"
-    path.write_text(json.dumps({"cells": [cell(parameters, "parameters"), cell(run)], "nbformat": 4, "nbformat_minor": 5,
-                                "metadata": {"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}}))
+    run = ("import json, pathlib, shutil\nout = pathlib.Path(out_dir)\nout.mkdir(parents=True, exist_ok=True)\n"
+           f"{run}\n(out / 'result.json').write_text('{{}}')")
+    path.write_text(json.dumps({"cells": [cell(parameters, "parameters"), cell(run)], "nbformat": 4,
+                                "nbformat_minor": 5,
+                                "metadata": {"kernelspec": {"name": "python3", "display_name": "",
+                                                            "language": "python"}}}))
 
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    "A checkout whose steps do next to nothing; the evaluation is what the environment's file `said.json` says."
+    "A checkout whose steps do next to nothing; the evaluation is what the environment's file `evaluation.json` says."
     from intel_nb.chain.plan import notebooks_folder
     from intel_nb.model import sample_package
     for name in ("pyproject.toml", "constraints.txt"):
@@ -44,15 +48,20 @@ def tiny(tmp_path, monkeypatch):
     nbs.mkdir()
     notebook(nbs / "00_data.ipynb", "archive = ''\nannotations = []\nout_dir = ''",
              "(out / 'dataset').mkdir()\nshutil.copy(archive, out / 'dataset' / 'seen')\nassert annotations == []")
-    notebook(nbs / "01_train.ipynb", "dataset = ''\nprofile = 'quick'\nmodel_dir = ''\nlog_dir = ''\ncheckpoint_dir = ''\nout_dir = ''",
+    notebook(nbs / "01_train.ipynb",
+             "dataset = ''\nprofile = 'quick'\nmodel_dir = ''\nlog_dir = ''\ncheckpoint_dir = ''\nout_dir = ''",
              f"assert pathlib.Path(dataset).read_text() == 'the archive'\n"
              f"shutil.copytree({str(package)!r}, model_dir, dirs_exist_ok=True)\n"
-             "for folder in (log_dir, checkpoint_dir):\n    pathlib.Path(folder).mkdir(parents=True)\n    (pathlib.Path(folder) / 'x').write_text(profile)")
-    notebook(nbs / "02_evaluate.ipynb", "dataset = ''\nmodel = ''\nregistry = ''\nmin_accuracy = .8\nregister = True\nout_dir = ''",
+             "for folder in (log_dir, checkpoint_dir):\n    pathlib.Path(folder).mkdir(parents=True)\n"
+             "    (pathlib.Path(folder) / 'x').write_text(profile)")
+    notebook(nbs / "02_evaluate.ipynb",
+             "dataset = ''\nmodel = ''\nregistry = ''\nmin_accuracy = .8\nregister = True\nout_dir = ''",
              f"assert register is False and model.endswith('model.tar.gz') and registry.startswith('sqlite:///')\n"
-             f"said = json.loads(pathlib.Path({str(tmp_path / 'said.json')!r}).read_text())\nsaid['gate']['min_accuracy'] = min_accuracy\n"
-             "(out / 'evaluation.json').write_text(json.dumps(said))\n(out / 'predictions.parquet').write_text('rows')")
-    (tmp_path / "said.json").write_text(json.dumps(EVALUATION))
+             f"evaluation = json.loads(pathlib.Path({str(tmp_path / 'evaluation.json')!r}).read_text())\n"
+             "evaluation['gate']['min_accuracy'] = min_accuracy\n"
+             "(out / 'evaluation.json').write_text(json.dumps(evaluation))\n"
+             "(out / 'predictions.parquet').write_text('rows')")
+    (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATION))
     (tmp_path / "archive.zip").write_text("the archive")
     monkeypatch.setenv("INTEL_NB_NOTEBOOKS", str(nbs))
     return tmp_path
@@ -62,10 +71,12 @@ def test_a_rehearsal_from_end_to_end(tiny):
     "Each file is where SageMaker would put it, and the version waits in the registry."
     from intel_nb.registry import open_registry
     registry = f"sqlite:///{tiny}/mlflow.db"
-    outcome = rehearse(pipeline_definition(PipelineConfig()), {"Profile": "original"}, tiny / "r", registry, tiny / "archive.zip", quiet)
-    assert (outcome.status, outcome.version, outcome.reason) == ("Succeeded", "1", "")
-    assert [(s.step, s.status) for s in outcome.steps] == [
-        ("data", "Succeeded"), ("train", "Succeeded"), ("evaluate", "Succeeded"), ("refuse", "Skipped"), ("register", "Succeeded"), ("gate", "Succeeded")]
+    result = rehearse(pipeline_definition(PipelineConfig()), {"Profile": "original"}, tiny / "r", registry,
+                       tiny / "archive.zip", quiet)
+    assert (result.status, result.version, result.reason) == ("Succeeded", "1", "")
+    assert [(s.step, s.status) for s in result.steps] == [
+        ("data", "Succeeded"), ("train", "Succeeded"), ("evaluate", "Succeeded"), ("refuse", "Skipped"),
+        ("register", "Succeeded"), ("gate", "Succeeded")]
     [version] = open_registry(registry).versions()
     assert (version.status, version.accuracy, version.run_id) == ("PendingManualApproval", 0.9, "r")
     assert open_registry(registry).predictions("1").read_text() == "rows"
@@ -79,32 +90,39 @@ def test_a_rehearsal_from_end_to_end(tiny):
 
 
 @pytest.mark.slow
-def test_what_has_its_verdict_keeps_its_version(tiny):
+def test_a_package_with_the_same_verdict_keeps_its_version(tiny):
     from intel_nb.model import load_package
-    said = EVALUATION | {"fingerprints": {"data": "d", "package": load_package(tiny / "package").fingerprint}}
-    (tiny / "said.json").write_text(json.dumps(said))
+    evaluation = EVALUATION | {"fingerprints": {"data": "d", "package": load_package(tiny / "package").fingerprint}}
+    (tiny / "evaluation.json").write_text(json.dumps(evaluation))
     registry = f"sqlite:///{tiny}/mlflow.db"
-    versions = [rehearse(pipeline_definition(), {"AccuracyThreshold": least}, tiny / name, registry, tiny / "archive.zip", quiet).version
+    versions = [rehearse(pipeline_definition(), {"AccuracyThreshold": least}, tiny / name, registry,
+                         tiny / "archive.zip",
+                         quiet).version
                 for name, least in {"a": 0.8, "b": 0.8, "c": 0.85}.items()]
     assert versions == ["1", "1", "2"]
 
 
-@pytest.mark.parametrize("gate, threshold", [({"passed": True, "reason": "high"}, 0.95), pytest.param({"passed": False, "reason": "worse than champion 3"}, 0.8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("gate, threshold",
+                         [({"passed": True, "reason": "high"}, 0.95),
+                          pytest.param({"passed": False, "reason": "worse than champion 3"}, 0.8,
+                                       marks=pytest.mark.slow)])
 def test_the_failing_branch(tiny, gate, threshold):
     "Below the threshold, and above it where the gate says no; the reason is the gate's."
-    (tiny / "said.json").write_text(json.dumps(EVALUATION | {"gate": gate}))
-    outcome = rehearse(pipeline_definition(), {"AccuracyThreshold": str(threshold)}, tiny / "r", f"sqlite:///{tiny}/mlflow.db", tiny / "archive.zip", quiet)
-    assert (outcome.status, outcome.reason, outcome.version) == ("Failed", gate["reason"], "")
-    assert [(s.step, s.status) for s in outcome.steps][3:] == [("register", "Skipped"), ("refuse", "Failed")]
+    (tiny / "evaluation.json").write_text(json.dumps(EVALUATION | {"gate": gate}))
+    result = rehearse(pipeline_definition(), {"AccuracyThreshold": str(threshold)}, tiny / "r",
+                      f"sqlite:///{tiny}/mlflow.db",
+                       tiny / "archive.zip", quiet)
+    assert (result.status, result.reason, result.version) == ("Failed", gate["reason"], "")
+    assert [(s.step, s.status) for s in result.steps][3:] == [("register", "Skipped"), ("refuse", "Failed")]
     assert not (tiny / "mlflow.db").exists()
-    assert "nothing is registered" in summary(outcome)
+    assert "nothing is registered" in rehearsal_summary(result)
 
 
 @pytest.mark.slow
 def test_a_step_that_fails_leaves_its_notebook(tiny):
-    (tiny / "said.json").write_text("{}")
-    outcome = rehearse(pipeline_definition(), {}, tiny / "r", f"sqlite:///{tiny}/mlflow.db", tiny / "archive.zip", quiet)
-    assert outcome.status == "Failed" and outcome.steps[-1].step == "evaluate" and "KeyError" in outcome.reason
+    (tiny / "evaluation.json").write_text("{}")
+    result = rehearse(pipeline_definition(), {}, tiny / "r", f"sqlite:///{tiny}/mlflow.db", tiny / "archive.zip", quiet)
+    assert result.status == "Failed" and result.steps[-1].step == "evaluate" and "KeyError" in result.reason
     [executed] = (tiny / "r").glob("s3/*/pipeline/runs/r/executed/02_evaluate.ipynb")
     assert "KeyError" in executed.read_text()
 
@@ -112,15 +130,18 @@ def test_a_step_that_fails_leaves_its_notebook(tiny):
 @pytest.mark.slow
 def test_an_evaluation_that_lacks_what_is_read(tiny):
     "As SageMaker, which fails the condition."
-    (tiny / "said.json").write_text(json.dumps({"gate": {}}))
-    outcome = rehearse(pipeline_definition(), {}, tiny / "r", f"sqlite:///{tiny}/mlflow.db", tiny / "archive.zip", quiet)
-    assert (outcome.status, outcome.steps[-1].step) == ("Failed", "gate")
-    assert "multiclass_classification_metrics.accuracy.value cannot be read from evaluation.json of step evaluate" in outcome.reason
+    (tiny / "evaluation.json").write_text(json.dumps({"gate": {}}))
+    result = rehearse(pipeline_definition(), {}, tiny / "r", f"sqlite:///{tiny}/mlflow.db", tiny / "archive.zip", quiet)
+    assert (result.status, result.steps[-1].step) == ("Failed", "gate")
+    path = "multiclass_classification_metrics.accuracy.value"
+    assert f"{path} cannot be read from evaluation.json of step evaluate" in result.reason
 
 
 @pytest.mark.parametrize("given, expected", [
-    ({"Profil": "quick"}, "no parameter Profil; did you mean Profile"), ({"AccuracyThreshold": "high"}, "which is no Float"),
-    ({"TrainingInstanceType": "ml.none"}, "step train: "), ({"TrainSettings": '{"seeds": 1}'}, "step train: .*no parameter seeds"),
+    ({"Profil": "quick"}, "no parameter Profil; did you mean Profile"),
+    ({"AccuracyThreshold": "high"}, "which is no Float"),
+    ({"TrainingInstanceType": "ml.none"}, "step train: "),
+    ({"TrainSettings": '{"seeds": 1}'}, "step train: .*no parameter seeds"),
     ({"TrainSettings": "no"}, "step train: .*no JSON object")])
 def test_nothing_is_begun_with_wrong_parameters(tmp_path, given, expected):
     with pytest.raises(InputError, match=expected):
@@ -129,17 +150,23 @@ def test_nothing_is_begun_with_wrong_parameters(tmp_path, given, expected):
 
 
 def test_an_input_that_is_not_there(tiny):
-    outcome = rehearse(pipeline_definition(), {"InputDataUrl": "s3://elsewhere/intel.zip"}, tiny / "r", "sqlite:///none", None, quiet)
-    assert (outcome.status, outcome.reason) == ("Failed", "there are no objects under s3://elsewhere/intel.zip")
+    result = rehearse(pipeline_definition(), {"InputDataUrl": "s3://elsewhere/intel.zip"}, tiny / "r",
+                      "sqlite:///none", None,
+                       quiet)
+    assert (result.status, result.reason) == ("Failed", "there are no objects under s3://elsewhere/intel.zip")
 
 
-CALL = "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nfrom intel_nb.aws.rehearsal import rehearse_here\nprint(rehearse_here(sys.argv[1]).status)"
+CALL = """import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from intel_nb.aws.rehearsal import rehearse_in_workspace
+print(rehearse_in_workspace(sys.argv[1]).status)"""
 
 
 def test_a_rehearsal_that_is_stopped_leaves_no_process(tiny):
     notebook(tiny / "nbs" / "00_data.ipynb", "archive = ''\nannotations = []\nout_dir = ''",
              f"import os, time\npathlib.Path({str(tiny / 'pid')!r}).write_text(str(os.getpid()))\ntime.sleep(60)")
-    process = subprocess.Popen([sys.executable, "-c", CALL, tiny / "archive.zip"], env=os.environ | {"INTEL_NB_HOME": str(tiny / "home")},
+    process = subprocess.Popen([sys.executable, "-c", CALL, tiny / "archive.zip"],
+                               env=os.environ | {"INTEL_NB_HOME": str(tiny / "home")},
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (tiny / "pid").exists() or not (tiny / "pid").read_text():
         assert process.poll() is None
@@ -156,7 +183,7 @@ def real(tmp_path_factory, archive):
     home, before = tmp_path_factory.mktemp("rehearsal"), os.environ.get("INTEL_NB_HOME")
     os.environ["INTEL_NB_HOME"] = str(home)
     try:
-        return home, rehearse_here(str(archive), QUICK, say=quiet)
+        return home, rehearse_in_workspace(str(archive), QUICK, say=quiet)
     finally:
         os.environ.pop("INTEL_NB_HOME") if before is None else os.environ.update(INTEL_NB_HOME=before)
 
@@ -164,17 +191,17 @@ def real(tmp_path_factory, archive):
 @pytest.mark.slow
 def test_the_real_steps_in_the_pipeline(real):
     from intel_nb.registry import open_registry
-    home, outcome = real
-    assert outcome.status == "Succeeded", outcome.reason
+    home, result = real
+    assert result.status == "Succeeded", result.reason
     [version] = open_registry(f"sqlite:///{home}/mlflow.db").versions()
-    [report] = outcome.folder.glob("s3/*/pipeline/runs/*/evaluate/evaluation.json")
+    [report] = result.folder.glob("s3/*/pipeline/runs/*/evaluate/evaluation.json")
     evaluation = read_json(report)
     assert version.accuracy == evaluation["multiclass_classification_metrics"]["accuracy"]["value"]
-    assert version.version == outcome.version == "1" and version.run_id == outcome.folder.name
+    assert version.version == result.version == "1" and version.run_id == result.folder.name
 
 
 @pytest.mark.slow
-def test_what_the_check_knows_of_the_evaluation_is_true(real):
+def test_the_example_evaluation_has_the_form_of_a_real_one(real):
     "The example that paths are checked against has nothing that a real evaluation lacks, in the same types."
     [report] = real[1].folder.glob("s3/*/pipeline/runs/*/evaluate/evaluation.json")
 
@@ -191,13 +218,14 @@ def test_the_same_accuracy_as_the_chain(real, waiting_once):
     [step] = [s for s in waiting_once.newest()["steps"] if s["name"] == "evaluate"]
     [result] = real[1].folder.glob("s3/*/pipeline/runs/*/evaluate/result.json")
     assert abs(read_json(result)["accuracy"] - step["result"]["accuracy"]) < 1e-6
-    assert (read_json(result)["fingerprint"], read_json(result)["data"]) == (step["result"]["fingerprint"], step["result"]["data"])
+    assert (read_json(result)["fingerprint"], read_json(result)["data"]) == (step["result"]["fingerprint"],
+                                                                             step["result"]["data"])
 
 
 def test_a_broken_archive_is_the_users_fault(tmp_path, monkeypatch):
     monkeypatch.setenv("INTEL_NB_HOME", str(tmp_path / "home"))
     (tmp_path / "cut.zip").write_bytes(b"PK no more")
     with pytest.raises(InputError, match="no zip, or one that was cut short"):
-        rehearse_here(str(tmp_path / "cut.zip"), say=quiet)
+        rehearse_in_workspace(str(tmp_path / "cut.zip"), say=quiet)
     with pytest.raises(InputError, match="nowhere.zip does not exist"):
-        rehearse_here(str(tmp_path / "nowhere.zip"), say=quiet)
+        rehearse_in_workspace(str(tmp_path / "nowhere.zip"), say=quiet)

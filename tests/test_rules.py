@@ -1,31 +1,40 @@
-"""The five rules: which events start something, which do not, and that the matcher decides as EventBridge documents it."""
+"""The five rules and the paths of a push: what starts which run, and that the matcher decides as EventBridge does."""
+import ast
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
+from event_patterns import FILTERS, is_pushed, matches
 
-from intel_nb.aws.rules import FILTERS, PATHS, STARTS, Names, matches, pushed, rules
+from intel_nb.aws.rules import PUSH_PATHS, STARTS, ResourceNames, event_rules
 from intel_nb.storage import InputError
 
-NAMES = Names(data="intel-nb-data", annotations="intel-nb-annotations", code="intel-nb-code", group="intel-nb")
-DIRECT = {rule.name: rule for rule in rules(NAMES)}
-TRAIL = {rule.name: rule for rule in rules(NAMES, events="cloudtrail")}
+ROOT = Path(__file__).parent.parent
+NAMES = ResourceNames(data="intel-nb-data", annotations="intel-nb-annotations", code="intel-nb-code", group="intel-nb")
+DIRECT = {rule.name: rule for rule in event_rules(NAMES)}
+TRAIL = {rule.name: rule for rule in event_rules(NAMES, events="cloudtrail")}
 
 
 def created(bucket: str, key: str, reason: str = "PutObject", size: int = 5) -> dict:
     "S3's own event, field for field as in its user guide (EventBridge event message structure)."
-    return {"version": "0", "id": "17793124-05d4-b198-2fde-7ededc63b103", "detail-type": "Object Created", "source": "aws.s3",
-            "account": "123456789012", "time": "2026-01-31T12:00:00Z", "region": "us-east-1", "resources": [f"arn:aws:s3:::{bucket}"],
+    return {"version": "0", "id": "17793124-05d4-b198-2fde-7ededc63b103", "detail-type": "Object Created",
+            "source": "aws.s3",
+            "account": "123456789012", "time": "2026-01-31T12:00:00Z", "region": "us-east-1",
+            "resources": [f"arn:aws:s3:::{bucket}"],
             "detail": {"version": "0", "bucket": {"name": bucket},
                        "object": {"key": key, "size": size, "etag": "b1946ac92492d2347c6235b4d2611184",
                                   "version-id": "IYV3p45BT0ac8hjHg1houSdS1a.Mro8e", "sequencer": "617f08299329d189"},
-                       "request-id": "N4N7GDK58NMKJ12R", "requester": "123456789012", "source-ip-address": "1.2.3.4", "reason": reason}}
+                       "request-id": "N4N7GDK58NMKJ12R", "requester": "123456789012", "source-ip-address": "1.2.3.4",
+                       "reason": reason}}
 
 
 def restored(bucket: str, key: str) -> dict:
     "What S3 says when an object is back from the archive."
     event = created(bucket, key)
     detail = {k: v for k, v in event["detail"].items() if k not in ("source-ip-address", "reason")}
-    more = {"requester": "s3.amazonaws.com", "restore-expiry-time": "2026-02-13T00:00:00Z", "source-storage-class": "GLACIER"}
+    more = {"requester": "s3.amazonaws.com", "restore-expiry-time": "2026-02-13T00:00:00Z",
+            "source-storage-class": "GLACIER"}
     return {**event, "detail-type": "Object Restore Completed", "detail": detail | more}
 
 
@@ -36,53 +45,80 @@ def other(bucket: str, key: str, kind: str) -> dict:
 
 def logged(call: str, bucket: str, key: str, **more) -> dict:
     "A data event of CloudTrail, as EventBridge hands it on."
-    return {"version": "0", "id": "d0b4e5a8-0000-4000-8000-000000000000", "detail-type": "AWS API Call via CloudTrail", "source": "aws.s3",
+    return {"version": "0", "id": "d0b4e5a8-0000-4000-8000-000000000000", "detail-type": "AWS API Call via CloudTrail",
+            "source": "aws.s3",
             "account": "123456789012", "time": "2026-01-31T12:00:00Z", "region": "us-east-1", "resources": [],
-            "detail": {"eventVersion": "1.11", "userIdentity": {"type": "IAMUser", "accountId": "123456789012", "userName": "ann"},
-                       "eventTime": "2026-01-31T12:00:00Z", "eventSource": "s3.amazonaws.com", "eventName": call, "awsRegion": "us-east-1",
-                       "sourceIPAddress": "1.2.3.4", "userAgent": "aws-cli/2", "requestParameters": {"bucketName": bucket, "key": key,
-                                                                                                  "Host": f"{bucket}.s3.amazonaws.com"},
-                       "responseElements": {"x-amz-version-id": "IYV3p45BT0ac8hjHg1houSdS1a.Mro8e"}, "requestID": "N4N7GDK58NMKJ12R",
+            "detail": {"eventVersion": "1.11",
+                       "userIdentity": {"type": "IAMUser", "accountId": "123456789012", "userName": "ann"},
+                       "eventTime": "2026-01-31T12:00:00Z", "eventSource": "s3.amazonaws.com", "eventName": call,
+                       "awsRegion": "us-east-1",
+                       "sourceIPAddress": "1.2.3.4", "userAgent": "aws-cli/2",
+                       "requestParameters": {
+                           "bucketName": bucket, "key": key,
+                           "Host": f"{bucket}.s3.amazonaws.com"},
+                       "responseElements": {"x-amz-version-id": "IYV3p45BT0ac8hjHg1houSdS1a.Mro8e"},
+                       "requestID": "N4N7GDK58NMKJ12R",
                        "eventID": "5c2a0f9e-0000-4000-8000-000000000000", "readOnly": False, "managementEvent": False,
                        "resources": [{"type": "AWS::S3::Object", "ARN": f"arn:aws:s3:::{bucket}/{key}"},
-                                     {"accountId": "123456789012", "type": "AWS::S3::Bucket", "ARN": f"arn:aws:s3:::{bucket}"}],
-                       "eventType": "AwsApiCall", "recipientAccountId": "123456789012", "eventCategory": "Data", **more}}
+                                     {"accountId": "123456789012", "type": "AWS::S3::Bucket",
+                                      "ARN": f"arn:aws:s3:::{bucket}"}],
+                       "eventType": "AwsApiCall", "recipientAccountId": "123456789012", "eventCategory": "Data",
+                       **more}}
 
 
-def package_event(group: str = "intel-nb", status: str = "Approved", kind: str = "SageMaker Model Package State Change") -> dict:
+def package_event(group: str = "intel-nb", status: str = "Approved",
+                  kind: str = "SageMaker Model Package State Change") -> dict:
     "SageMaker's event, as in its developer guide (Model package state change)."
     arn = f"arn:aws:sagemaker:us-east-1:123456789012:model-package/{group}/2"
-    return {"version": "0", "id": "844e2571-85d4-695f-b930-0153b71dcb42", "detail-type": kind, "source": "aws.sagemaker",
+    return {"version": "0", "id": "844e2571-85d4-695f-b930-0153b71dcb42", "detail-type": kind,
+            "source": "aws.sagemaker",
             "account": "123456789012", "time": "2026-01-31T12:00:00Z", "region": "us-east-1", "resources": [arn],
-            "detail": {"ModelPackageGroupName": group, "ModelPackageVersion": 2, "ModelPackageArn": arn, "CreationTime": "2026-01-31T12:00:00Z",
-                       "InferenceSpecification": {"Containers": [{"Image": "763104351884.dkr.ecr.us-east-1.amazonaws.com/ray:serve",
-                                                                  "ImageDigest": "sha256:4dc8", "ModelDataUrl": "s3://bucket/model.tar.gz"}],
+            "detail": {"ModelPackageGroupName": group, "ModelPackageVersion": 2, "ModelPackageArn": arn,
+                       "CreationTime": "2026-01-31T12:00:00Z",
+                       "InferenceSpecification": {"Containers": [{
+                           "Image": "763104351884.dkr.ecr.us-east-1.amazonaws.com/ray:serve",
+                           "ImageDigest": "sha256:4dc8", "ModelDataUrl": "s3://bucket/model.tar.gz"}],
                                                   "SupportedContentTypes": ["image/jpeg"]},
-                       "ModelPackageStatus": "Completed", "ModelPackageStatusDetails": {"ValidationStatuses": [], "ImageScanStatuses": []},
-                       "CertifyForMarketplace": False, "ModelApprovalStatus": status, "LastModifiedTime": "2026-01-31T12:00:00Z"}}
+                       "ModelPackageStatus": "Completed",
+                       "ModelPackageStatusDetails": {"ValidationStatuses": [], "ImageScanStatuses": []},
+                       "CertifyForMarketplace": False, "ModelApprovalStatus": status,
+                       "LastModifiedTime": "2026-01-31T12:00:00Z"}}
 
 
 MUST = {
-    "modelbuild-code": [created("intel-nb-code", "modelbuild.zip"), created("intel-nb-code", "modelbuild.zip", "CompleteMultipartUpload")],
-    "modeldeploy-code": [created("intel-nb-code", "modeldeploy.zip"), created("intel-nb-code", "modeldeploy.zip", "CopyObject")],
+    "modelbuild-code": [created("intel-nb-code", "modelbuild.zip"),
+                        created("intel-nb-code", "modelbuild.zip", "CompleteMultipartUpload")],
+    "modeldeploy-code": [created("intel-nb-code", "modeldeploy.zip"),
+                         created("intel-nb-code", "modeldeploy.zip", "CopyObject")],
     "model-approved": [package_event()],
-    "data-uploaded": [created("intel-nb-data", "intel.zip", reason) for reason in ("PutObject", "CompleteMultipartUpload", "CopyObject", "POST Object")],
-    "annotations-added": [created("intel-nb-annotations", "annotations/batch1/manifest.jsonl"), created("intel-nb-annotations", "annotations/a.csv"),
+    "data-uploaded": [created("intel-nb-data", "intel.zip", reason)
+                      for reason in ("PutObject", "CompleteMultipartUpload", "CopyObject", "POST Object")],
+    "annotations-added": [created("intel-nb-annotations", "annotations/batch1/manifest.jsonl"),
+                          created("intel-nb-annotations", "annotations/a.csv"),
                           restored("intel-nb-annotations", "annotations/batch1/manifest.jsonl")],
 }
 MUST_NOT = {
     "modelbuild-code": [created("intel-nb-code", "modeldeploy.zip"), created("intel-nb-data", "modelbuild.zip"),
-                        created("intel-nb-code", "old/modelbuild.zip"), other("intel-nb-code", "modelbuild.zip", "Object Deleted")],
+                        created("intel-nb-code", "old/modelbuild.zip"),
+                        other("intel-nb-code", "modelbuild.zip", "Object Deleted")],
     "modeldeploy-code": [created("intel-nb-code", "modelbuild.zip"), restored("intel-nb-code", "modeldeploy.zip")],
-    "model-approved": [package_event(status="PendingManualApproval"), package_event(status="Rejected"), package_event(group="intel-nb-2"),
-                       package_event(kind="SageMaker Model State Change"), {**package_event(), "source": "aws.sagemaker2"}],
-    "data-uploaded": [created("intel-nb-data", "intel.zip.part"), created("intel-nb-data", "backup/intel.zip"), created("intel-nb-data", "Intel.zip"),
-                      created("intel-nb-data2", "intel.zip"), created("intel-nb-annotations", "intel.zip"), created("intel-nb-data", "intel.zip", size=0),
-                      other("intel-nb-data", "intel.zip", "Object Deleted"), other("intel-nb-data", "intel.zip", "Object Tags Added"),
+    "model-approved": [package_event(status="PendingManualApproval"), package_event(status="Rejected"),
+                       package_event(group="intel-nb-2"),
+                       package_event(kind="SageMaker Model State Change"),
+                       {**package_event(), "source": "aws.sagemaker2"}],
+    "data-uploaded": [created("intel-nb-data", "intel.zip.part"), created("intel-nb-data", "backup/intel.zip"),
+                      created("intel-nb-data", "Intel.zip"),
+                      created("intel-nb-data2", "intel.zip"), created("intel-nb-annotations", "intel.zip"),
+                      created("intel-nb-data", "intel.zip", size=0),
+                      other("intel-nb-data", "intel.zip", "Object Deleted"),
+                      other("intel-nb-data", "intel.zip", "Object Tags Added"),
                       restored("intel-nb-data", "intel.zip")],
-    "annotations-added": [created("intel-nb-annotations", "annotations/", size=0), created("intel-nb-annotations", "annotations/.nothing", size=0),
-                          created("intel-nb-annotations", "annotations.csv"), created("intel-nb-annotations", "old/annotations/a.csv"),
-                          created("intel-nb-data", "annotations/a.csv"), other("intel-nb-annotations", "annotations/a.csv", "Object Annotation Created"),
+    "annotations-added": [created("intel-nb-annotations", "annotations/", size=0),
+                          created("intel-nb-annotations", "annotations/.nothing", size=0),
+                          created("intel-nb-annotations", "annotations.csv"),
+                          created("intel-nb-annotations", "old/annotations/a.csv"),
+                          created("intel-nb-data", "annotations/a.csv"),
+                          other("intel-nb-annotations", "annotations/a.csv", "Object Annotation Created"),
                           other("intel-nb-annotations", "annotations/a.csv", "Object Restore Initiated"),
                           other("intel-nb-annotations", "annotations/a.csv", "Object Deleted")],
 }
@@ -90,23 +126,32 @@ TRAIL_MUST = {
     "modelbuild-code": [logged("PutObject", "intel-nb-code", "modelbuild.zip")],
     "modeldeploy-code": [logged("CompleteMultipartUpload", "intel-nb-code", "modeldeploy.zip")],
     "model-approved": MUST["model-approved"],
-    "data-uploaded": [logged(call, "intel-nb-data", "intel.zip") for call in ("PutObject", "CompleteMultipartUpload", "CopyObject")],
-    "annotations-added": [logged(call, "intel-nb-annotations", "annotations/a.csv") for call in ("PutObject", "CompleteMultipartUpload", "RestoreObject")],
+    "data-uploaded": [logged(call, "intel-nb-data", "intel.zip")
+                      for call in ("PutObject", "CompleteMultipartUpload", "CopyObject")],
+    "annotations-added": [logged(call, "intel-nb-annotations", "annotations/a.csv")
+                          for call in ("PutObject", "CompleteMultipartUpload", "RestoreObject")],
 }
 TRAIL_MUST_NOT = {
-    "modelbuild-code": [created("intel-nb-code", "modelbuild.zip"), logged("PutObject", "intel-nb-code", "modeldeploy.zip")],
+    "modelbuild-code": [created("intel-nb-code", "modelbuild.zip"),
+                        logged("PutObject", "intel-nb-code", "modeldeploy.zip")],
     "modeldeploy-code": [logged("GetObject", "intel-nb-code", "modeldeploy.zip")],
     "model-approved": MUST_NOT["model-approved"],
-    "data-uploaded": [logged("UploadPart", "intel-nb-data", "intel.zip"), logged("CreateMultipartUpload", "intel-nb-data", "intel.zip"),
-                      logged("DeleteObject", "intel-nb-data", "intel.zip"), logged("PutObject", "intel-nb-data", "other.zip"),
-                      logged("PutObject", "intel-nb-data", "intel.zip", errorCode="AccessDenied", errorMessage="Access Denied")],
-    "annotations-added": [logged("PutObject", "intel-nb-data", "annotations/a.csv"), logged("PutObject", "intel-nb-annotations", "a.csv")],
+    "data-uploaded": [logged("UploadPart", "intel-nb-data", "intel.zip"),
+                      logged("CreateMultipartUpload", "intel-nb-data", "intel.zip"),
+                      logged("DeleteObject", "intel-nb-data", "intel.zip"),
+                      logged("PutObject", "intel-nb-data", "other.zip"),
+                      logged("PutObject", "intel-nb-data", "intel.zip", errorCode="AccessDenied",
+                             errorMessage="Access Denied")],
+    "annotations-added": [logged("PutObject", "intel-nb-data", "annotations/a.csv"),
+                          logged("PutObject", "intel-nb-annotations", "a.csv")],
 }
-EVERY = [event for group in (MUST, MUST_NOT, TRAIL_MUST, TRAIL_MUST_NOT) for events in group.values() for event in events]
+EVERY = [event for group in (MUST, MUST_NOT, TRAIL_MUST, TRAIL_MUST_NOT) for events in group.values()
+         for event in events]
 
 
 @pytest.mark.parametrize("name", [start.name for start in STARTS if start.place != "endpoints"])
-@pytest.mark.parametrize("found, must, must_not", [(DIRECT, MUST, MUST_NOT), (TRAIL, TRAIL_MUST, TRAIL_MUST_NOT)], ids=["direct", "cloudtrail"])
+@pytest.mark.parametrize("found, must, must_not", [(DIRECT, MUST, MUST_NOT), (TRAIL, TRAIL_MUST, TRAIL_MUST_NOT)],
+                         ids=["direct", "cloudtrail"])
 def test_each_rule_matches_what_it_should_and_nothing_else(name, found, must, must_not):
     pattern = found[name].pattern
     assert [event for event in must[name] if not matches(pattern, event)] == []
@@ -128,7 +173,7 @@ def test_the_two_ways_never_both_notice_one_upload():
 
 
 def test_the_rule_of_the_original_project_never_matches():
-    "It named the bucket by its ARN where the log has the bare name: no event of any kind matches it; with the bare name it does."
+    "It used the bucket's ARN, and the log has the bare name: no event matches it, and with the bare name some do."
     def original(bucket: str) -> dict:
         return {"source": ["aws.s3"], "detail-type": ["AWS API Call via CloudTrail"],
                 "detail": {"eventSource": ["s3.amazonaws.com"], "eventName": ["PutObject", "CompleteMultipartUpload"],
@@ -149,11 +194,13 @@ def test_five_rules_and_what_they_start():
     assert {rule.name: rule.starts for rule in DIRECT.values()} == {
         "modelbuild-code": "modelbuild", "modeldeploy-code": "modeldeploy", "model-approved": "modeldeploy",
         "data-uploaded": "pipeline", "annotations-added": "modelbuild"}
-    assert [rule.name for rule in rules(NAMES, "connection")] == ["model-approved", "data-uploaded", "annotations-added"]
+    behind_a_connection = [rule.name for rule in event_rules(NAMES, "connection")]
+    assert behind_a_connection == ["model-approved", "data-uploaded", "annotations-added"]
 
 
-@pytest.mark.parametrize("found, event", [(DIRECT, MUST["data-uploaded"][0]), (TRAIL, TRAIL_MUST["data-uploaded"][0])], ids=["direct", "cloudtrail"])
-def test_what_a_rule_hands_over_is_in_the_event(found, event):
+@pytest.mark.parametrize("found, event", [(DIRECT, MUST["data-uploaded"][0]), (TRAIL, TRAIL_MUST["data-uploaded"][0])],
+                         ids=["direct", "cloudtrail"])
+def test_the_value_that_a_rule_passes_on_is_in_the_event(found, event):
     for path in found["data-uploaded"].parameters.values():
         value = event
         for name in path.removeprefix("$.").split("."):
@@ -161,13 +208,75 @@ def test_what_a_rule_hands_over_is_in_the_event(found, event):
         assert isinstance(value, str) and value
 
 
-@pytest.mark.parametrize("changed, started", [
-    (["nbs/01_train.ipynb"], {"modelbuild"}), (["nbs/05_test_staging.ipynb", "README.md"], {"modeldeploy"}),
-    (["nbs/15_serving.ipynb"], {"modelbuild", "modeldeploy"}), (["constraints.txt"], {"modelbuild", "modeldeploy"}),
-    (["nbs/30_pipeline.ipynb"], {"modelbuild", "modeldeploy"}), (["nbs/32_platform.ipynb"], {"modeldeploy"}),
-    (["README.md"], set()), (["docs/nbs/01_train.ipynb"], set()), (["nbs/old/01_train.ipynb"], set()), ([], set())])
-def test_a_push_starts_what_its_files_are_of(changed, started):
-    assert {name for name, paths in PATHS.items() if pushed(paths, changed)} == started
+BUILD, DEPLOY = "modelbuild", "modeldeploy"
+# What a push of a file starts, by the longest beginning of its path that is listed here.
+STARTED_BY = {
+    "nbs/00_": {BUILD}, "nbs/01_": {BUILD}, "nbs/02_": {BUILD}, "nbs/03_": {DEPLOY}, "nbs/04_": {DEPLOY},
+    "nbs/05_": {DEPLOY},
+    "nbs/1": {BUILD, DEPLOY}, "nbs/labels/": {BUILD}, "nbs/training/": {BUILD}, "nbs/serving/": {DEPLOY},
+    "nbs/chain/": {BUILD, DEPLOY}, "nbs/aws/": {BUILD, DEPLOY},
+    "intel_nb/": {BUILD, DEPLOY}, "intel_nb/labels/": {BUILD}, "intel_nb/training/": {BUILD},
+    "intel_nb/serving/": {DEPLOY},
+    "tests/": {BUILD}, "settings.ini": {BUILD, DEPLOY}, "pyproject.toml": {BUILD, DEPLOY},
+    "constraints": {BUILD, DEPLOY},
+}
+# Files that no build reads: what is for people, for this machine, or for the checks before a merge.
+START_NOTHING = (".ci/", ".git", ".github/", ".pre-commit", ".dockerignore", "bench/", "docs/", "executed/sample/",
+                 "CHANGELOG.md", "CONTRIBUTING.md", "Dockerfile", "LICENSE", "Makefile", "README.md", "SECURITY.md",
+                 "nbs/2", "nbs/4", "nbs/index",
+                 "nbs/_", "nbs/nbdev.yml", "nbs/styles.css")
+TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def started(*changed: str) -> set[str]:
+    "The pipelines that a push of these files starts."
+    return {name for name, paths in PUSH_PATHS.items() if is_pushed(paths, list(changed))}
+
+
+def test_each_tracked_file_starts_what_its_folder_says():
+    expected, unlisted = {}, []
+    for path in TRACKED:
+        fitting = [start for start in (*STARTED_BY, *START_NOTHING) if path.startswith(start)]
+        if not fitting:
+            unlisted.append(path)
+            continue
+        expected[path] = STARTED_BY.get(max(fitting, key=len), set())
+    assert unlisted == [], "say in STARTED_BY or in START_NOTHING what a push of them starts"
+    assert {path: started(path) for path in expected} == expected
+
+
+def test_each_module_that_a_step_imports_starts_the_pipeline_of_the_step():
+    halves = {BUILD: ("data", "train", "evaluate"), DEPLOY: ("deploy", "drift", "staging")}
+    for name, steps in halves.items():
+        files = {path for step in steps for path in imported_files(step)}
+        assert len(files) > 8
+        assert [path for path in sorted(files) if name not in started(path)] == []
+
+
+def imported_files(module: str, seen: frozenset[str] = frozenset()) -> set[str]:
+    "The files of the package that `module` imports, directly and through others, with its own."
+    path = f"intel_nb/{module.replace('.', '/')}.py"
+    if path in seen or not (ROOT / path).is_file():
+        return set()
+    found = {path}
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("intel_nb")):
+            base = module.split(".")[:-node.level] if node.level else []
+            start = ".".join([*base, *filter(None, [(node.module or "").removeprefix("intel_nb").lstrip(".")])])
+            for name in (start, *(f"{start}.{alias.name}".lstrip(".") for alias in node.names)):
+                found |= imported_files(name, seen | found)
+    return found
+
+
+@pytest.mark.parametrize("changed, expected", [
+    (["nbs/01_train.ipynb"], {BUILD}), (["nbs/05_test_staging.ipynb", "README.md"], {DEPLOY}),
+    (["nbs/01_train.ipynb", "nbs/03_deploy.ipynb"], {BUILD, DEPLOY}), (["nbs/15_detector.ipynb"], {BUILD, DEPLOY}),
+    (["constraints.txt"], {BUILD, DEPLOY}), (["nbs/aws/08_pipeline.ipynb"], {BUILD, DEPLOY}),
+    (["nbs/serving/09_app.ipynb"], {DEPLOY}), (["intel_nb/_torchvision.py"], {BUILD, DEPLOY}), (["README.md"], set()),
+    (["docs/nbs/01_train.ipynb"], set()), (["nbs/old/01_train.ipynb"], set()), (["old/settings.ini"], set()),
+    ([], set())])
+def test_a_push_starts_what_its_files_are_part_of(changed, expected):
+    assert started(*changed) == expected
 
 
 # The matcher: (pattern for the field `f`, values of `f` that match, values that do not); MISSING leaves the field out.
@@ -184,7 +293,8 @@ CASES = {
     "suffix": ([{"suffix": ".zip"}], ["a.zip", ".zip"], ["a.ZIP", "a.zip2", None]),
     "suffix, any case": ([{"suffix": {"equals-ignore-case": ".ZIP"}}], ["a.zip", "a.Zip"], ["a.zi"]),
     "any case": ([{"equals-ignore-case": "Approved"}], ["approved", "APPROVED"], ["approve", None]),
-    "wildcard": ([{"wildcard": "runs/*/data.json"}], ["runs/1/data.json", "runs//data.json", "runs/a/b/data.json"], ["runs/1/data.jsonl", "xruns/1/data.json"]),
+    "wildcard": ([{"wildcard": "runs/*/data.json"}], ["runs/1/data.json", "runs//data.json", "runs/a/b/data.json"],
+                 ["runs/1/data.jsonl", "xruns/1/data.json"]),
     "wildcard, a star itself": ([{"wildcard": r"a\*b*"}], ["a*b", "a*bc"], ["axb"]),
     "anything but": ([{"anything-but": "a"}], ["b", None, 5, ["a", "b"]], ["a", ["a"], [], MISSING]),
     "anything but these": ([{"anything-but": ["a", 5]}], ["b", 6], ["a", 5]),
@@ -203,16 +313,17 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_matcher(case):
-    wanted, yes, no = CASES[case]
-    def hits(value):
-        return matches({"detail": {"f": wanted}}, {"detail": {} if value is MISSING else {"f": value}})
-    assert [value for value in yes if not hits(value)] == []
-    assert [value for value in no if hits(value)] == []
+    pattern, matching, others = CASES[case]
+
+    def is_match(value):
+        return matches({"detail": {"f": pattern}}, {"detail": {} if value is MISSING else {"f": value}})
+    assert [value for value in matching if not is_match(value)] == []
+    assert [value for value in others if is_match(value)] == []
 
 
 def test_every_filter_has_a_case():
-    told = json.dumps([wanted for wanted, _, _ in CASES.values()])
-    assert [kind for kind in FILTERS if f'"{kind}"' not in told] == []
+    patterns = json.dumps([pattern for pattern, _, _ in CASES.values()])
+    assert [kind for kind in FILTERS if f'"{kind}"' not in patterns] == []
 
 
 def test_a_list_of_objects_matches_by_one_of_them_as_a_whole():
@@ -239,8 +350,10 @@ def test_all_fields_must_match_and_others_do_not_matter():
 
 
 @pytest.mark.parametrize("pattern, said", [
-    ({"source": "aws.s3"}, "a list of values"), ({"detail": {"key": []}}, "a list of values"), ({"source": [{"prefx": "a"}]}, "no filter 'prefx'"),
-    ({"source": [{"prefix": "a", "suffix": "b"}]}, "no filter 'prefix', 'suffix'"), ({"n": [{"numeric": [">"]}]}, "refuses numeric"),
+    ({"source": "aws.s3"}, "a list of values"), ({"detail": {"key": []}}, "a list of values"),
+    ({"source": [{"prefx": "a"}]}, "no filter 'prefx'"),
+    ({"source": [{"prefix": "a", "suffix": "b"}]}, "no filter 'prefix', 'suffix'"),
+    ({"n": [{"numeric": [">"]}]}, "refuses numeric"),
     ({"n": [{"numeric": ["~", 1]}]}, "refuses numeric"), ({"s": [{"wildcard": "a**b"}]}, "refuses the wildcard"),
     ({"$or": [{"a": [1]}, {"b": "x"}]}, "a list of values")])
 def test_a_pattern_that_eventbridge_refuses_is_refused(pattern, said):
@@ -257,14 +370,18 @@ def test_an_upload_reaches_a_queue_by_these_very_patterns():
     server.start()
     try:
         def client(service):
-            return boto3.client(service, endpoint_url="http://{}:{}".format(*server.get_host_and_port()), region_name="us-east-1",
-                                aws_access_key_id="test", aws_secret_access_key="test", config=Config(retries={"max_attempts": 1}))
+            return boto3.client(service, endpoint_url="http://{}:{}".format(*server.get_host_and_port()),
+                                region_name="us-east-1",
+                                aws_access_key_id="test", aws_secret_access_key="test",
+                                config=Config(retries={"max_attempts": 1}))
         s3, events, sqs = client("s3"), client("events"), client("sqs")
         for bucket in ("intel-nb-data", "intel-nb-annotations", "intel-nb-code"):
             s3.create_bucket(Bucket=bucket)
-            s3.put_bucket_notification_configuration(Bucket=bucket, NotificationConfiguration={"EventBridgeConfiguration": {}})
+            s3.put_bucket_notification_configuration(Bucket=bucket,
+                                                     NotificationConfiguration={"EventBridgeConfiguration": {}})
         queues = {}
-        for name in ("modelbuild-code", "data-uploaded"):  # the emulator knows neither suffix nor numbers below an object everywhere
+        # The emulator does not know suffixes everywhere, nor numbers below an object.
+        for name in ("modelbuild-code", "data-uploaded"):
             queues[name] = sqs.create_queue(QueueName=name)["QueueUrl"]
             arn = sqs.get_queue_attributes(QueueUrl=queues[name], AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
             events.put_rule(Name=name, EventPattern=json.dumps(DIRECT[name].pattern))
@@ -272,7 +389,8 @@ def test_an_upload_reaches_a_queue_by_these_very_patterns():
         s3.put_object(Bucket="intel-nb-data", Key="intel.zip", Body=b"12345")
         s3.put_object(Bucket="intel-nb-data", Key="other.zip", Body=b"12345")
         s3.put_object(Bucket="intel-nb-code", Key="modelbuild.zip", Body=b"12345")
-        got = {name: [json.loads(m["Body"]) for m in sqs.receive_message(QueueUrl=url, MaxNumberOfMessages=10).get("Messages", [])]
+        got = {name: [json.loads(m["Body"])
+                      for m in sqs.receive_message(QueueUrl=url, MaxNumberOfMessages=10).get("Messages", [])]
                for name, url in queues.items()}
         assert {name: [e["detail"]["object"]["key"] for e in found] for name, found in got.items()} == {
             "modelbuild-code": ["modelbuild.zip"], "data-uploaded": ["intel.zip"]}

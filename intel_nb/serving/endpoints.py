@@ -71,7 +71,7 @@ class Endpoints(Protocol):
 def open_endpoints(uri: str | Path) -> Endpoints:
     "Return the endpoints in the folder `uri`, or SageMaker's for `sagemaker://`; raise `InputError` for another URI."
     if str(uri).startswith("sagemaker://"):
-        return cloud_module().open_endpoints(str(uri))
+        return cloud_module().open_hosting(str(uri))
     if "://" in str(uri):
         raise InputError(f"{uri}: endpoints are a folder or sagemaker://")
     return LocalEndpoints(uri)
