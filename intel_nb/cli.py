@@ -452,10 +452,10 @@ def prune(
 ) -> None:
     "Remove from the store what no newest run needs, nor a version that serves or waits for decisions."
     from intel_nb.chain.plan import open_workspace
-    from intel_nb.chain.prune import remove_entries, size_of, unneeded
+    from intel_nb.chain.history import remove_entries, total_bytes, unneeded_entries
     workspace = open_workspace()
-    found = unneeded(workspace, keep)
-    size = size_of(found) / 1e6
+    found = unneeded_entries(workspace, keep)
+    size = total_bytes(found) / 1e6
     show([{"step": e.step, "key": e.key, "made": e.created[:19]} for e in found], False, "nothing can go")
     if found and yes:
         remove_entries(workspace, found)

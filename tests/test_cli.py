@@ -209,10 +209,10 @@ def waiting_for_death(pid: int) -> None:
 
 
 def test_approving_a_version_whose_run_is_gone(staged_once):
-    from intel_nb.chain.decisions import from_store
+    from intel_nb.chain.history import version_entries
     from intel_nb.chain.plan import open_workspace
     workspace = open_workspace(staged_once.environ)
-    found = from_store(workspace, workspace.registry().get("1"))
+    found = version_entries(workspace, workspace.registry().get("1"))
     made = {step["name"]: step["key"] for step in staged_once.record("first")["steps"]}
     assert {step: entry.key for step, entry in found.items()} == {step: made[step] for step in ("data", "train", "evaluate")}
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from .history import from_store
+from .history import version_entries
 from .plan import MOVE, PLAN, RunRequest, Workspace
 from .run import DONE, RunEvent, request_of, run_chain
 from .runs import Run, held, list_runs, write_run
@@ -41,7 +41,7 @@ def approve(workspace: Workspace, version: str, reason: str = "", tell: Tell = s
         registry.set_status(version, "Approved", reason or "approved with intel-nb approve")
     waiting = [r for r in list_runs(workspace.executed) if r.status == "waiting" and r.model_version == version]
     if not waiting:
-        return [run_chain(workspace, RunRequest(trigger="approve"), PLAN, tell, known=from_store(workspace, found))]
+        return [run_chain(workspace, RunRequest(trigger="approve"), PLAN, tell, known=version_entries(workspace, found))]
     return [go_on(workspace, run, tell) for run in reversed(waiting)]
 
 # %% ../../nbs/chain/09_decisions.ipynb #f276eea9
