@@ -1,4 +1,4 @@
-"""The command: exit statuses, what it prints, what it decides, and what it leaves running."""
+"""The command: its exit statuses, what it prints, what it decides, and what it leaves running."""
 
 import os
 import re
@@ -13,8 +13,9 @@ from urllib.request import urlopen
 import pytest
 from conftest import COMMAND
 
-COMMANDS = ("run", "runs", "report", "models", "trace", "endpoints", "approve", "reject", "promote", "rollback", "start", "stop",
-            "watch", "captures", "prune", "predict", "aws")
+COMMANDS = ("run", "runs", "report", "models", "trace", "endpoints", "captures", "approve", "reject", "promote",
+            "rollback", "shadow", "start", "stop", "predict", "watch", "prune", "aws")
+AWS_COMMANDS = ("template", "definition", "rehearse", "cost", "deploy", "start", "status", "destroy")
 
 
 def alive(pid: int) -> bool:
@@ -38,12 +39,26 @@ def test_help_imports_nothing_heavy():
     subprocess.run([COMMAND, "--help"], stdout=subprocess.DEVNULL, check=True)
 
 
-def test_every_command_has_help(empty):
-    listed = empty("--help").out
-    for name in COMMANDS:
-        assert re.search(rf"^  {name} ", listed, re.M), name
-        assert empty(name, "--help").status == 0
+def test_every_command_is_listed(empty):
+    for group, names in ([], COMMANDS), (["aws"], AWS_COMMANDS):
+        listed = empty(*group, "--help").out
+        assert re.findall(r"^  (\w+) ", listed.partition("Commands:")[2], re.M) == list(names)
+        for name in names:
+            assert empty(*group, name, "--help").status == 0
     assert list(empty.root.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", [[name] for name in COMMANDS] + [["aws", name] for name in AWS_COMMANDS], ids=" ".join)
+def test_every_command_and_every_option_has_help(path):
+    "A command is described by a sentence, and so is each of its arguments and options."
+    import typer
+
+    from intel_nb.cli import app
+    command = typer.main.get_command(app)
+    for name in path:
+        command = command.commands[name]
+    texts = {"": command.help} | {p.name: getattr(p, "help", "") for p in command.params}
+    assert [name for name, text in texts.items() if not re.fullmatch(r"[A-Za-z].*[.…]", text or "", re.S)] == []
 
 
 # A workspace in which nothing was done
@@ -57,7 +72,8 @@ def test_lists_of_nothing(empty, line):
 
 
 UNKNOWN = {
-    "approve 7": "no version 7", "promote 7": "no version 7", "reject 7": "no version 7", "trace 7": "no version 7", "report 7": "no run 7",
+    "approve 7": "no version 7", "promote 7": "no version 7", "reject 7": "no version 7", "trace 7": "no version 7",
+    "report 7": "no run 7",
     "rollback staging": "no endpoint staging", "start staging": "no endpoint staging",
     "stop staging": "no endpoint staging", "predict x.jpg": "no endpoint staging",
     "watch inbox": "is no folder", "aws cost --option runs=x": "must be a number",
@@ -93,9 +109,9 @@ def test_the_documents(staged_once):
     assert alive(endpoint["pid"])
     (run,) = staged_once("runs", "--json").json
     assert run == staged_once.record("first") and run["cause"] == "command"
-    told = staged_once("report", "first", "--json").json
-    assert told == run | {"data": told["data"], "became": "Approved, in staging"}
-    assert (told["data"]["images"], told["data"]["same_as"]) == (240, None)
+    report = staged_once("report", "first", "--json").json
+    assert report == run | {"data": report["data"], "became": "Approved, in staging"}
+    assert (report["data"]["images"], report["data"]["same_as"]) == (240, None)
     assert (run["status"], run["endpoint"]) == ("succeeded", endpoint["url"])
     assert [step["status"] for step in run["steps"]] == ["succeeded"] * 6
     for listing in ("models", "endpoints", "runs"):
@@ -117,8 +133,8 @@ def test_the_endpoint_answers(staged_once, tmp_path):
         images[-1].write_bytes(encode_jpeg(sample_scene(label, np.random.default_rng(label))))
     answers = staged_once("predict", *map(str, images), "--json").json
     assert sum(a["label"] == Path(a["image"]).stem for a in answers) >= 4
-    told = staged_once("predict", str(images[0]))
-    assert told.status == 0 and answers[0]["label"] in told.out
+    table = staged_once("predict", str(images[0]))
+    assert table.status == 0 and answers[0]["label"] in table.out
     assert staged_once("predict", str(tmp_path / "none.jpg")).status == 2
     images[0].write_bytes(b"no image")
     refused = staged_once("predict", str(images[0]))
@@ -209,12 +225,12 @@ def waiting_for_death(pid: int) -> None:
 
 
 def test_approving_a_version_whose_run_is_gone(staged_once):
-    from intel_nb.chain.decisions import from_store
+    from intel_nb.chain.history import version_entries
     from intel_nb.chain.plan import open_workspace
     workspace = open_workspace(staged_once.environ)
-    found = from_store(workspace, workspace.registry().get("1"))
+    found = version_entries(workspace, workspace.registry().get("1"))
     made = {step["name"]: step["key"] for step in staged_once.record("first")["steps"]}
-    assert {step: entry.key for step, entry in found.items()} == {step: made[step] for step in ("data", "train", "evaluate")}
+    assert {step: e.key for step, e in found.items()} == {step: made[step] for step in ("data", "train", "evaluate")}
 
 
 def test_approving_what_the_store_lost(waiting):

@@ -14,13 +14,16 @@ def test_a_version_is_traced_to_data_code_and_parameters(staged_once):
     (version,) = staged_once("models", "--json").json
     steps = {step["name"]: step for step in staged_once.record("first")["steps"]}
     assert (found["run_id"], found["status"], found["accuracy"]) == ("first", "Approved", version["accuracy"])
-    assert {name: step["key"] for name, step in found["steps"].items()} == {
+    origins = found["steps"]
+    assert {name: origin["key"] for name, origin in origins.items()} == {
         name: steps[name]["key"] for name in ("data", "train", "evaluate")}
-    assert found["steps"]["train"]["parameters"]["bootstraps"] == 2000
-    assert found["dataset"] == found["steps"]["train"]["inputs"]["dataset"] == found["steps"]["evaluate"]["inputs"]["dataset"]
-    assert found["package"] == load_package(staged_once.home / "store" / "train" / steps["train"]["key"] / "model").fingerprint
-    told = staged_once("trace", "1")
-    assert told.status == 0 and found["package"] in told.out and f"intel-nb run --data {staged_once.archive}" in told.out
+    assert origins["train"]["parameters"]["bootstraps"] == 2000
+    assert found["dataset"] == origins["train"]["inputs"]["dataset"] == origins["evaluate"]["inputs"]["dataset"]
+    package = staged_once.home / "store" / "train" / steps["train"]["key"] / "model"
+    assert found["package"] == load_package(package).fingerprint
+    text = staged_once("trace", "1")
+    assert text.status == 0 and found["package"] in text.out
+    assert f"intel-nb run --data {staged_once.archive}" in text.out
 
 
 def test_a_trace_outlives_the_store(waiting):
@@ -30,12 +33,12 @@ def test_a_trace_outlives_the_store(waiting):
     assert answer.status == 0 and "has lost the steps" in answer.out
 
 
-def test_what_nothing_needs_can_go_and_no_more(waiting):
-    "A version that waits keeps what it was made from, however old its run; a rejected one keeps its package and its trace."
+def test_prune_removes_what_nothing_needs(waiting):
+    "A version that waits keeps what it was made from, however old its run. A rejected one keeps its package and trace."
     assert waiting("prune", "--keep", "0", "--yes").out.strip() == "nothing can go"
     assert waiting("reject", "1").status == 0
-    told = waiting("prune", "--keep", "0")
-    assert told.status == 0 and all(step in told.out for step in ("data", "train", "evaluate", "MB can go"))
+    listed = waiting("prune", "--keep", "0")
+    assert listed.status == 0 and all(step in listed.out for step in ("data", "train", "evaluate", "MB can go"))
     assert (waiting.home / "store" / "train").exists() and "nothing can go" in waiting("prune").out
     assert "MB removed" in waiting("prune", "--keep", "0", "--yes").out
     assert list((waiting.home / "store").glob("*/*")) == []
@@ -43,13 +46,14 @@ def test_what_nothing_needs_can_go_and_no_more(waiting):
     load_package(next(waiting.home.glob("artifacts/*/artifacts/package")))
 
 
-def test_a_run_says_which_event_set_it_off(waiting):
+def test_a_run_records_the_event_that_started_it(waiting):
     environ = waiting.environ | {"INTEL_NB_CAUSE": "annotations-added: annotations/<fog>.zip"}
     command = [COMMAND, "run", "--data", str(waiting.archive), *QUICK, "--to", "data", "--run-id", "second"]
     assert subprocess.run(command, env=environ, cwd=waiting.root, stdout=subprocess.DEVNULL).returncode == 0
     assert waiting.newest()["run_id"] == "second"
     run = waiting("report", "second", "--json").json
-    assert (run["run_id"], run["cause"], run["data"]["same_as"]) == ("second", "annotations-added: annotations/<fog>.zip", "first")
+    assert (run["run_id"], run["cause"]) == ("second", "annotations-added: annotations/<fog>.zip")
+    assert run["data"]["same_as"] == "first"
     assert run["became"] == "succeeded, no version"
     assert "annotations/<fog>.zip" in waiting("runs").out
     page = (waiting.executed / "second" / "report.html").read_text()
@@ -58,7 +62,7 @@ def test_a_run_says_which_event_set_it_off(waiting):
 
 @pytest.mark.slow
 def test_the_same_again_is_the_same_to_the_last_byte(waiting_once, tmp_path):
-    "Elsewhere, at another time, from a copy of the archive: one fingerprint, which covers every file of the package."
+    "In another place, at another time, from a copy of the archive: the fingerprint of the package is the same."
     shutil.copyfile(waiting_once.archive, tmp_path / "copy.zip")
     other = House(tmp_path, tmp_path / "copy.zip")
     assert other.run("--to", "train").status == 0

@@ -1,4 +1,4 @@
-"""The whole loop, with real processes: the world changes, and a version comes of it that knows the world as it is now."""
+"""The whole loop, with real processes: the world changes, and a new version is made that knows the changed world."""
 import hashlib
 import json
 import subprocess
@@ -17,32 +17,35 @@ from intel_nb.streams import run_time
 
 
 def in_fog(number: int) -> tuple[bytes, str]:
-    "A scene in such fog that a model which never saw any is often wrong, and its label."
+    "Return a scene in dense fog, and its label. A model that has never seen fog is often wrong about it."
     rng = np.random.default_rng([99, number])
     scene = sample_scene(number % 6, rng)
     return encode_jpeg(fog(scene, 0.95, rng)), SAMPLE_CLASSES[number % 6]
 
 
 def accuracy(url: str, numbers: range) -> float:
-    "How often the endpoint is right about scenes in fog."
+    "Return the share of scenes in fog that the endpoint is right about."
     scenes = [in_fog(k) for k in numbers]
-    return float(np.mean([invoke(url, image, "image/jpeg")["predictions"][0]["label"] == label for image, label in scenes]))
+    answers = [invoke(url, image, "image/jpeg")["predictions"][0]["label"] for image, _ in scenes]
+    return float(np.mean([answer == label for answer, (_, label) in zip(answers, scenes, strict=True)]))
 
 
 def labelled(tasks: list[dict], labels: dict[str, str]) -> list[dict]:
-    "What Label Studio exports once a person has labelled `tasks`; `labels` are by the digest in an image's name."
-    choice = lambda task: {"choices": [labels[task["data"]["image"].split("/")[1].split(".")[0]]]}
-    result = lambda task: [{"type": "choices", "from_name": "label", "to_name": "image", "value": choice(task)}]
+    "Return the export of Label Studio after a person has labelled `tasks`. `labels` has them by the image's digest."
+    def result(task: dict) -> list[dict]:
+        label = labels[task["data"]["image"].split("/")[1].split(".")[0]]
+        return [{"type": "choices", "from_name": "label", "to_name": "image", "value": {"choices": [label]}}]
+
     return [task | {"id": k, "annotations": [{"id": k, "result": result(task)}]} for k, task in enumerate(tasks)]
 
 
 def wait_for_run(house: House, known: set[str], watcher: subprocess.Popen) -> dict:
-    "The run that is not among the `known`, when it has come to its end."
+    "Wait until a run that is not among the `known` has ended. Return it."
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         assert watcher.poll() is None, watcher.stdout.read()
         new = [run for run in house("runs", "--json").json if run["run_id"] not in known]
-        if new and new[0]["status"] != "running":
+        if new and new[0]["status"] not in ("queued", "running"):
             return new[0]
         time.sleep(1)
     raise AssertionError("no run ended")
@@ -58,17 +61,17 @@ def test_the_loop_closes(tmp_path):
         first = house.newest()["run_id"]
         assert house("promote", "1").status == 0
         url = next(e["url"] for e in house("endpoints", "--json").json if e["stage"] == "production")
-        labels = dict((hashlib.sha256(image).hexdigest(), label) for image, label in map(in_fog, range(600)))
-        old = accuracy(url, range(600))  # production's traffic, and so what an alarm captures
+        labels = {hashlib.sha256(image).hexdigest(): label for image, label in map(in_fog, range(600))}
+        old = accuracy(url, range(600))  # this is production's traffic, so an alarm captures it
         assert drift_status(url)["alarms"] > 0
-        house("stop", "production")  # with which the last images are on the disk
+        house("stop", "production")  # which writes the last images to the disk
         kept = max(house("captures", "--json").json, key=lambda one: one["images"])
         assert kept["stage"] == "production" and kept["images"] >= 200
 
         house("start", "production")
         known = {run["run_id"] for run in house("runs", "--json").json}
-        watcher = subprocess.Popen([COMMAND, "watch", str(inbox), "--rest", "0.5", *QUICK], env=house.environ, cwd=tmp_path,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        watcher = subprocess.Popen([COMMAND, "watch", str(inbox), "--rest", "0.5", *QUICK], env=house.environ,
+                                   cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
             tasks = json.loads((house.root / kept["where"] / "tasks.json").read_text())
             (inbox / "annotations" / ".export").write_text(json.dumps(labelled(tasks, labels)))
@@ -80,7 +83,7 @@ def test_the_loop_closes(tmp_path):
         assert run["status"] == "waiting" and run["model_version"] == "2", run
         before, after = (house("report", name, "--json").json["data"]["images"] for name in (first, run["run_id"]))
         words = next(s for s in run["steps"] if s["name"] == "evaluate")["result"]["annotations"]
-        assert f"of capture:{kept['time']} (+" in words, "a person sees by how much it is better where it matters"
+        assert f"of capture:{kept['time']} (+" in words, "a person sees how much better it is where it matters"
         assert after == before + len(tasks), "the labels add to the archive that the run before was built on"
         assert house("approve", "2").status == 0 and house("promote", "2").status == 0
         new = accuracy(url, range(10_000, 10_300))
