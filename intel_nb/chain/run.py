@@ -117,7 +117,7 @@ def input_contents(context: RunContext, step: Step) -> dict[str, Any]:
     parameters = resolved_parameters(context, step)
     contents: dict[str, Any] = {}
     for name in step.sources:
-        source = parameters.get(name)
+        source: Any = parameters.get(name)
         is_list = isinstance(source, list)
         contents[name] = [tree_digest(path) for path in source] if is_list else source and tree_digest(source)
     for name, (earlier, output) in step.files.items():
