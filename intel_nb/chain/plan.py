@@ -76,7 +76,7 @@ def open_workspace(environ: Mapping[str, str] = os.environ) -> Workspace:
 
 # %% ../../nbs/chain/05_plan.ipynb #ef792adf
 class Effect:
-    "What a step does besides writing outputs. This one does nothing."
+    "The effect of a step besides its outputs. The base class does nothing."
     is_lasting: ClassVar[bool] = False  # the record of a run that did this has to stay
     run_fields: ClassVar[Mapping[str, str]] = {}  # field of the run: the value of the step's result that it takes
     stage_parameter: ClassVar[str] = ""  # the parameter that names the stage; the stage is locked until the run ends
@@ -190,7 +190,7 @@ MOVE = (Step("deploy", "03_deploy.ipynb", places=("registry", "endpoints"), effe
 # %% ../../nbs/chain/05_plan.ipynb #365934b4
 @dataclass(frozen=True)
 class RunRequest:
-    "What one run of the chain shall do."
+    "A request for one run of the chain."
     parameters: dict[str, dict[str, Any]] = field(default_factory=dict)  # step: parameter: value
     trigger: str = "run"
     run_id: str = ""  # empty: a new one

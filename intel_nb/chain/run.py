@@ -39,7 +39,7 @@ __all__ = ['DONE', 'RunEvent', 'RunContext', 'fetch_sources', 'resolved_paramete
 # %% ../../nbs/chain/08_run.ipynb #175f2326
 @dataclass(frozen=True)
 class RunEvent:
-    "Something that happened in a run."
+    "One event of a run, such as the end of a step."
     kind: str  # started, cell, ended, note
     step: str = ""
     text: str = ""  # the note; for an ended step its status
@@ -50,7 +50,7 @@ class RunEvent:
 # %% ../../nbs/chain/08_run.ipynb #e3c7201e
 @dataclass
 class RunContext:
-    "What is known while a process works on a run."
+    "The state of a run while a process works on it."
     workspace: Workspace
     plan: tuple[Step, ...]
     request: RunRequest
@@ -117,11 +117,9 @@ def input_contents(context: RunContext, step: Step) -> dict[str, Any]:
     parameters = resolved_parameters(context, step)
     contents: dict[str, Any] = {}
     for name in step.sources:
-        source = parameters.get(name)
-        if isinstance(source, list):
-            contents[name] = [tree_digest(path) for path in source]
-        else:
-            contents[name] = source and tree_digest(source)
+        source: Any = parameters.get(name)
+        is_list = isinstance(source, list)
+        contents[name] = [tree_digest(path) for path in source] if is_list else source and tree_digest(source)
     for name, (earlier, output) in step.files.items():
         contents[name] = context.entries[earlier].digests[output]
     for name, (earlier, output) in step.values.items():
@@ -268,8 +266,7 @@ def follow_plan(context: RunContext) -> str:
             if step.effect.stage_parameter:
                 stage = resolved_parameters(context, step)[step.effect.stage_parameter]
                 lock = context.workspace.store.root / ".work" / f"stage-{stage}.lock"
-                notice = "waiting for another run to leave the stage"
-                until_the_end.enter_context(lock_with_notice(context, step, lock, notice))
+                until_the_end.enter_context(lock_with_notice(context, step, lock, "waiting for the stage"))
             context.entries[step.name] = run_step(context, step)
             note_effect(context, step, context.entries[step.name])
             if step.name == context.request.last:

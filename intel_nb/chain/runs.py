@@ -26,7 +26,7 @@ __all__ = ['RUN_STATUSES', 'PLOT_BYTES', 'STYLE', 'StepRecord', 'Run', 'with_ste
 # %% ../../nbs/chain/04_runs.ipynb #3e642f56
 @dataclass(frozen=True)
 class StepRecord:
-    "What a step did in a run."
+    "The record of one step in a run."
     name: str
     notebook: str
     status: str = "skipped"  # succeeded, cached, failed, skipped
@@ -48,7 +48,7 @@ RUN_STATUSES = {
 
 @dataclass(frozen=True)
 class Run:
-    "What a run did. A field is None as long as it is not known."
+    "The record of a run. A field is None as long as its value is not known."
     run_id: str
     status: str  # one of RUN_STATUSES
     started: str  # ISO 8601, UTC
