@@ -51,7 +51,7 @@ def _compare(labels: set[str], classes: Collection[str], in_dataset: tuple[str, 
             return "duplicate", "duplicate", same
         return "quarantined", "contradictory", f"labelled {written}, but it is {same}, which is labelled {label}"
     if not winner:
-        return "quarantined", "contradictory", f"labelled {written}, but another class has as much support"
+        return "quarantined", "contradictory", f"labelled {written}, but no class has the most support"
     if winner not in labels:
         return "quarantined", "outvoted", f"labelled {written}, but {winner} has more support"
     return "added", "", ""
