@@ -1,7 +1,7 @@
 """Pin every direct and indirect dependency: constraints.txt for development, constraints-serve.txt for what serves.
 
-Resolves for each supported Python without installing anything; a pin that differs between them gets a marker. Local versions
-(`+cpu`) are left out, so that the file installs anywhere. Run by `make lock`.
+Pip resolves for each supported Python without installing anything. A pin that differs between them gets a marker. Local
+versions (`+cpu`) are left out, so that the file installs anywhere. `make lock` runs this.
 """
 import json
 import subprocess
@@ -14,18 +14,19 @@ LOCKS = {"constraints.txt": ".[steps,aws,alibi,ray,dev]", "constraints-serve.txt
 
 
 def resolve(python: str, requirement: str, folder: str) -> dict[str, str]:
-    "Package -> version that pip would install for `requirement` on `python` (as `3.11`)."
+    "Return package -> version as pip would install them for `requirement` on `python` (as `3.11`)."
     pip = [f"{folder}/{python}/bin/python", "-m", "pip", "install", "--quiet"]
     if not Path(pip[0]).exists():
         subprocess.run([f"python{python}", "-m", "venv", f"{folder}/{python}"], check=True)
         subprocess.run([*pip, "--upgrade", "pip"], check=True)
-    subprocess.run([*pip, "--dry-run", "--ignore-installed", "--report", f"{folder}/report.json", requirement], check=True)
-    found = (item["metadata"] for item in json.loads(Path(folder, "report.json").read_text())["install"])
+    report = f"{folder}/report.json"
+    subprocess.run([*pip, "--dry-run", "--ignore-installed", "--report", report, requirement], check=True)
+    found = (item["metadata"] for item in json.loads(Path(report).read_text())["install"])
     return {m["name"].lower().replace("_", "-"): m["version"].split("+")[0] for m in found if m["name"] != "intel-nb"}
 
 
 def lines(pins: dict[str, dict[str, str]]) -> list[str]:
-    "Constraint lines from Python -> package -> version."
+    "Return constraint lines from Python -> package -> version."
     out = []
     for name in sorted({n for versions in pins.values() for n in versions}):
         by_version: dict[str, list[str]] = {}

@@ -1,7 +1,8 @@
-"""A workspace that release 0.1.0 left behind opens with today's package: versions, endpoints, runs, captures and a watcher's notes.
+"""A workspace that release 0.1.0 left behind opens with today's package: versions, endpoints, runs, captures, the watcher.
 
-`data/workspace-0.1.0.tar.xz` was made with that release in /srv/intel-nb: a small package registered twice, version 1 on both stages
-with 20 requests answered in staging, a run `first` that waits for version 2, and a watcher that had taken `intel.zip`.
+`data/workspace-0.1.0.tar.xz` was made with that release in /srv/intel-nb: a small package registered twice, version 1 on
+both stages with 20 requests answered in staging, a run `first` that waits for version 2, and a watcher that had taken
+`intel.zip`.
 """
 import hashlib
 import tarfile
@@ -65,8 +66,8 @@ def test_its_watcher_takes_nothing_twice(old):
     import subprocess
 
     from conftest import COMMAND
-    watcher = subprocess.Popen([COMMAND, "watch", str(old.root / "inbox"), "--rest", "0.1"], env=old.environ, cwd=old.root,
-                               stdout=subprocess.PIPE, text=True)
+    command = [COMMAND, "watch", str(old.root / "inbox"), "--rest", "0.1"]
+    watcher = subprocess.Popen(command, env=old.environ, cwd=old.root, stdout=subprocess.PIPE, text=True)
     try:
         assert "following" in watcher.stdout.readline()
         time.sleep(3)

@@ -13,7 +13,7 @@ NOTEBOOKS = {str(path.relative_to(ROOT / "nbs").with_suffix("")): json.loads(pat
              for path in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in path.parts}
 STEPS = [name for name in NOTEBOOKS if re.match(r"0\d_", name)]
 
-# Each room may import those of the lines before its own. Within a line, and within a folder, a module imports lower numbers only.
+# A room may import those before its own group. Within a folder, a module imports lower numbers only.
 LAYERS = (("library",), ("labels", "training", "serving"), ("steps", "chain"), ("aws",), ("cli",))
 HEIGHT = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}
 
@@ -146,7 +146,8 @@ server = uvicorn.Server(uvicorn.Config(create_app("model", "state"), port=0, log
 threading.Thread(target=server.run, daemon=True).start()
 while not server.started: time.sleep(.05)
 port = server.servers[0].sockets[0].getsockname()[1]
-request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", pathlib.Path("sea.jpg").read_bytes(), {"Content-Type": "image/jpeg"})
+image, headers = pathlib.Path("sea.jpg").read_bytes(), {"Content-Type": "image/jpeg"}
+request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", image, headers)
 print(urllib.request.urlopen(request, timeout=20).read().decode())
 """
     done = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)

@@ -25,7 +25,7 @@ from ..storage import InputError
 
 # %% auto #0
 __all__ = ['NO_CREDENTIALS', 'CREDENTIAL_CODES', 'DENIED_CODES', 'THROTTLING_CODES', 'NOT_FOUND_CODES', 'ignore_existing',
-           'ignore_not_found', 'CONFIG', 'error_code', 'CloudError', 'translate_error', 'translate_errors',
+           'ignore_not_found', 'CONFIG', 'error_code', 'CloudError', 'as_cloud_error', 'translate_errors',
            'is_not_found', 'already_exists', 'not_found_as', 'ignoring', 'region_name', 'check_credentials', 'client',
            'paginate', 'service_model', 'request_shape', 'request_problems']
 
@@ -59,7 +59,7 @@ class CloudError(RuntimeError):
     "AWS could not do what it was asked to do, and the input is not to blame."
 
 # %% ../../nbs/aws/01_client.ipynb #d657b0aa
-def translate_error(error: Exception) -> Exception:
+def as_cloud_error(error: Exception) -> Exception:
     "Return an error of boto3 as an `InputError` or a `CloudError` that says what to do, and any other error unchanged."
     known = botocore.exceptions
     if isinstance(error, known.ClientError):
@@ -80,11 +80,11 @@ def translate_error(error: Exception) -> Exception:
 # %% ../../nbs/aws/01_client.ipynb #9138e4ec
 @contextmanager
 def translate_errors() -> Iterator[None]:
-    "Raise errors of boto3 from the block as `translate_error` returns them; this is also a decorator."
+    "Raise errors of boto3 from the block as `as_cloud_error` returns them; this is also a decorator."
     try:
         yield
     except (botocore.exceptions.BotoCoreError, ClientError, botocore.exceptions.HTTPClientError) as error:
-        raise translate_error(error) from error
+        raise as_cloud_error(error) from error
 
 # %% ../../nbs/aws/01_client.ipynb #30f861b3
 NOT_FOUND_CODES = {"404", "NoSuchBucket", "NoSuchKey", "NotFound", "ResourceNotFound", "ResourceNotFoundException",

@@ -90,7 +90,8 @@ def _read_boolean(value: Any) -> bool:
     return {"true": True, "false": False}[str(value).lower()]
 
 # %% ../../nbs/aws/06_definition.ipynb #6f080390
-PARAMETER_TYPES = {"String": str, "Integer": int, "Float": float, "Boolean": _read_boolean}
+PARAMETER_TYPES: dict[str, Callable[[Any], Any]] = {"String": str, "Integer": int, "Float": float,
+                                                    "Boolean": _read_boolean}
 
 def read_parameter(parameter: dict, value: Any) -> Any:
     "Return `value` in the type of `parameter`; raise `InputError` when it does not fit."

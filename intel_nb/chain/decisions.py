@@ -11,7 +11,7 @@ from dataclasses import replace
 from .history import version_entries
 from .plan import MOVE, PLAN, RunRequest, Workspace
 from .run import DONE, RunEvent, request_of, run_chain
-from .runs import Run, lock_run, list_runs, write_run
+from .runs import Run, list_runs, lock_run, write_run
 from .store import Entry
 from ..serving.endpoints import Endpoint
 from ..storage import InputError, utc_now

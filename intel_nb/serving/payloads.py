@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..images import MAX_PIXELS, ImageError, check_size, decode, decode_opened, encode_png, resize, open_image
+from ..images import MAX_PIXELS, ImageError, check_size, decode, decode_opened, encode_png, open_image, resize
 
 # %% auto #0
 __all__ = ['STATUS', 'MAX_INSTANCES', 'JSON_FIELDS', 'CONTENT_TYPES', 'Refusal', 'read_image', 'read_json_body', 'read_npy',
