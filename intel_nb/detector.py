@@ -27,8 +27,8 @@ __all__ = ['TAIL', 'ENOUGH', 'Reading', 'split_sizes', 'usable_windows', 'fit_wh
 def split_sizes(available: int, reference_size: int = 1000) -> dict[str, int]:
     """Divide `available` images between whitening, reference and bootstrap pool.
 
-    The reference gets `reference_size`, the pool four times that, the whitening the rest. The reference gets a quarter at
-    most, and the pool half."""
+    The reference gets `reference_size`, the pool four times that, the whitening the rest. The reference gets a quarter
+    at most, and the pool half."""
     if available < 16:
         raise InputError(f"{available} images cannot calibrate a drift detector; 16 are the least, "
                          "9,000 are good")
