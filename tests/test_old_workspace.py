@@ -1,7 +1,7 @@
 """A workspace that release 0.1.0 left behind opens today: versions, endpoints, runs, captures, and the watcher.
 
-`data/workspace-0.1.0.tar.xz` was made with that release in /srv/intel-nb: a small package registered twice, version 1 
-on both stages with 20 requests answered in staging, a run `first` that waits for version 2, and a watcher that had taken
+`data/workspace-0.1.0.tar.xz` was made with that release in /srv/intel-nb: a small package registered twice, version 1
+on both stages with 20 requests answered in staging, a run `first` that waits for version 2, and a watcher that took
 `intel.zip`.
 """
 import hashlib
