@@ -283,7 +283,8 @@ def test_amazons_sdk_writes_the_same(made, tmp_path):
     "The SDK is the oracle: whatever it can express, it writes as we do."
     (tmp_path / "config.yaml").write_text(
         "SchemaVersion: '1.0'\nSageMaker: {PythonSDK: {Modules: {TelemetryOptOut: true}}}\n")
-    offline = {"AWS_DEFAULT_REGION": "us-east-1", "SAGEMAKER_VALIDATE_ROLE": "false", "AWS_EC2_METADATA_DISABLED": "true",
+    offline = {"AWS_DEFAULT_REGION": "us-east-1", "SAGEMAKER_VALIDATE_ROLE": "false",
+               "AWS_EC2_METADATA_DISABLED": "true",
                "SAGEMAKER_USER_CONFIG_OVERRIDE": str(tmp_path / "config.yaml")}
     script = Path(__file__).with_name("sdk_oracle.py")
     done = subprocess.run([sys.executable, script, tmp_path / "sdk.json"], env=os.environ | offline,
