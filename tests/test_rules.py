@@ -365,6 +365,7 @@ def test_an_upload_reaches_a_queue_by_these_very_patterns():
     "On an emulator over HTTP: S3 tells EventBridge, the rule of the stack matches, and its target gets the event."
     import boto3
     from botocore.config import Config
+    from moto.moto_api._internal.models import moto_api_backend
     from moto.server import ThreadedMotoServer
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
@@ -396,4 +397,5 @@ def test_an_upload_reaches_a_queue_by_these_very_patterns():
             "modelbuild-code": ["modelbuild.zip"], "data-uploaded": ["intel.zip"]}
         assert all(matches(DIRECT[name].pattern, event) for name, found in got.items() for event in found)
     finally:
+        moto_api_backend.reset()  # its state belongs to this process, not to the server
         server.stop()
