@@ -1,4 +1,4 @@
-"""Workspaces for tests: one is taken as far as the approval once a session, and every test gets a copy of its own."""
+"""Workspaces for tests. One run goes up to the approval, once for all workers. Tests that change it get a copy."""
 
 import contextlib
 import io
@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from intel_nb.locks import locked
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a test run shares its cores with the processes that it starts
 
 COMMAND = str(Path(sys.executable).with_name("intel-nb"))
@@ -23,7 +25,7 @@ QUICK = ["--param", "train.bootstraps=2000", "--param", "drift.runs=50", "--para
 
 @dataclass
 class Answer:
-    "What a command answered."
+    "The exit status and the output of a command."
     status: int
     out: str
     err: str
@@ -35,7 +37,7 @@ class Answer:
 
 @dataclass
 class House:
-    "A workspace with its runs, and the command in it."
+    "A workspace with its runs, in which commands are run."
     root: Path
     archive: Path
 
@@ -52,9 +54,9 @@ class House:
         return os.environ | {"INTEL_NB_HOME": str(self.home), "INTEL_NB_EXECUTED": str(self.executed)}
 
     def __call__(self, *arguments: str) -> Answer:
-        "Carry out a command in this process."
+        "Run a command in this process."
         from intel_nb.cli import call
-        out, err, before, cwd = io.StringIO(), io.StringIO(), dict(os.environ), os.getcwd()
+        out, err, before, cwd = io.StringIO(), io.StringIO(), dict(os.environ), Path.cwd()
         os.environ.update(self.environ)
         os.chdir(self.root)
         try:
@@ -67,7 +69,7 @@ class House:
         return Answer(status, out.getvalue(), err.getvalue())
 
     def run(self, *more: str) -> Answer:
-        "`intel-nb run` on the session's archive."
+        "Run `intel-nb run` on the archive of the test session."
         return self("run", "--data", str(self.archive), *QUICK, *more)
 
     def record(self, run_id: str) -> dict:
@@ -77,35 +79,52 @@ class House:
         return self("runs", "--json").json[0]
 
     def statuses(self) -> dict[str, str]:
-        "Each step's status in the newest run."
+        "Return the status of each step in the newest run."
         return {step["name"]: step["status"] for step in self.newest()["steps"]}
 
 
 @pytest.fixture(scope="session")
-def archive(tmp_path_factory) -> Path:
+def shared(tmp_path_factory) -> Path:
+    "A folder that all workers of this test session share."
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def archive(shared) -> Path:
     from intel_nb.scenes import sample_archive
-    return sample_archive(tmp_path_factory.mktemp("archive") / "scenes.zip", per_class=30, seed=0)
+    path = shared / "scenes" / "scenes.zip"
+    with locked(shared / "scenes.lock"):
+        if not path.exists():
+            path.parent.mkdir()
+            sample_archive(path, per_class=30, seed=0)
+    return path
 
 
 @pytest.fixture
 def empty(tmp_path, archive):
-    "A workspace in which nothing was done; its endpoints end with the test."
+    "An empty workspace. Its endpoints end with the test."
     house = House(tmp_path, archive)
     yield house
     house("stop")
 
 
 @pytest.fixture(scope="session")
-def waiting_once(tmp_path_factory, archive) -> House:
-    "A workspace with one run, `first`, that waits for approval. Do not change it: take `waiting`."
-    house = House(tmp_path_factory.mktemp("waiting"), archive)
-    answer = house.run("--run-id", "first")
-    assert answer.status == 3, answer
+def waiting_once(shared, archive) -> House:
+    "A workspace with one run, `first`, that waits for approval. It is shared: to change something, take `waiting`."
+    house, done = House(shared / "waiting", archive), shared / "waiting.done"
+    with locked(shared / "waiting.lock"):
+        if not done.exists():
+            shutil.rmtree(house.root, ignore_errors=True)
+            house.root.mkdir()
+            answer = house.run("--run-id", "first")
+            assert answer.status == 3, answer
+            done.touch()
     return house
 
 
 def copy_of(house: House, root: Path) -> House:
-    "The same workspace elsewhere; of its endpoints none."
+    "Copy a workspace to `root`, without its endpoints."
     for name in ("workspace", "executed"):
         shutil.copytree(house.root / name, root / name, ignore=shutil.ignore_patterns("endpoints", "captures"))
     return House(root, house.archive)
@@ -113,7 +132,7 @@ def copy_of(house: House, root: Path) -> House:
 
 @pytest.fixture
 def waiting(waiting_once, tmp_path):
-    "A copy of the workspace with the waiting run `first`; its endpoints end with the test."
+    "A copy of the workspace with the waiting run `first`. Its endpoints end with the test."
     house = copy_of(waiting_once, tmp_path)
     yield house
     house("stop")
@@ -121,7 +140,7 @@ def waiting(waiting_once, tmp_path):
 
 @pytest.fixture(scope="session")
 def staged_once(waiting_once, tmp_path_factory):
-    "A workspace whose version 1 was approved, and serves in staging. Ask it what you like, but leave it as it is."
+    "A workspace whose version 1 was approved and serves in staging. It is shared: read it, and change nothing."
     house = copy_of(waiting_once, tmp_path_factory.mktemp("staged"))
     approved = subprocess.run([COMMAND, "approve", "1"], env=house.environ, cwd=house.root, capture_output=True,
                               text=True, timeout=180)

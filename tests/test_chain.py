@@ -1,4 +1,4 @@
-"""The chain: what is run again and what is not, what is refused, and what a killed run leaves."""
+"""The chain: which steps run again, which requests are refused, and how a stopped run continues."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import COMMAND, QUICK
 
-from intel_nb.chain.execution import MARK
+from intel_nb.chain.execution import WORK_VARIABLE
 from intel_nb.chain.parameters import read_parameters
 from intel_nb.chain.plan import MOVE, PLAN, notebooks_folder
 from intel_nb.storage import write_json
@@ -24,7 +24,7 @@ STEPS = [step.name for step in PLAN]
 
 
 @pytest.mark.parametrize("step", PLAN, ids=STEPS)
-def test_a_step_declares_what_the_chain_gives_it(step):
+def test_a_step_declares_what_the_chain_supplies(step):
     declared = read_parameters(notebooks_folder() / step.notebook)
     assert {*step.sources, *step.files, *step.values, *step.places, "out_dir"} <= set(declared)
     assert "any" not in {parameter.type for parameter in declared.values()}, "a None needs a type in PROFILES"
@@ -37,16 +37,17 @@ def test_papermill_sees_the_same_parameters(step):
     assert set(inspect_notebook(str(notebook))) == set(read_parameters(notebook))
 
 
-def test_a_move_is_told_its_version_and_stage():
+def test_a_move_declares_version_and_stage():
     assert {"version", "stage", "engine", "back"} <= set(read_parameters(notebooks_folder() / MOVE[0].notebook))
 
 
-# What is taken from the store
+# Taken from the store
 
 
 def test_a_run_that_waits(waiting):
     run = waiting.record("first")
-    assert list(run) == ["run_id", "status", "started", "finished", "trigger", "model_version", "endpoint", "steps", "cause"]
+    assert list(run) == ["run_id", "status", "started", "finished", "trigger", "model_version", "endpoint", "steps",
+                         "cause"]
     assert (run["status"], run["trigger"], run["model_version"], run["endpoint"]) == ("waiting", "run", "1", None)
     assert [step["status"] for step in run["steps"]] == ["succeeded"] * 3 + ["skipped"] * 3
     assert list(run["steps"][0]) == ["name", "notebook", "status", "seconds", "key", "out_dir", "result"]
@@ -56,7 +57,7 @@ def test_a_run_that_waits(waiting):
     assert "evaluate" in (waiting.executed / "first" / "report.html").read_text()
 
 
-def test_what_did_not_change_is_not_run_again(waiting, tmp_path):
+def test_unchanged_steps_do_not_run_again(waiting, tmp_path):
     assert waiting.run().status == 3
     assert list(waiting.statuses().values()) == ["cached"] * 3 + ["skipped"] * 3
     shutil.copyfile(waiting.archive, tmp_path / "moved.zip")
@@ -84,16 +85,16 @@ def test_a_version_that_the_registry_lost_is_registered_again(waiting):
     assert [v["version"] for v in waiting("models", "--json").json] == ["1"]
 
 
-def test_a_named_run_goes_on_only_as_it_was_asked_for(waiting):
+def test_a_named_run_continues_only_with_the_same_parameters(waiting):
     before = waiting.record("first")
     assert waiting.run("--run-id", "first").status == 3
-    assert waiting.record("first")["steps"] == before["steps"], "what a run did itself stays recorded as done"
+    assert waiting.record("first")["steps"] == before["steps"], "a step that the run itself did keeps its record"
     answer = waiting.run("--run-id", "first", "--param", "train.seed=1")
     assert answer.status == 2 and "other parameters" in answer.err
     assert waiting.record("first")["status"] == "waiting"
 
 
-def test_from_does_a_step_again(waiting):
+def test_from_repeats_a_step(waiting):
     assert waiting.run("--from", "evaluate").status == 3
     assert list(waiting.statuses().values())[:3] == ["cached", "cached", "succeeded"]
     assert [v["version"] for v in waiting("models", "--json").json] == ["1"], "the same package keeps its version"
@@ -130,7 +131,7 @@ def test_a_wrong_request_ends_at_once_and_leaves_nothing(empty, arguments):
     assert list(empty.root.iterdir()) == []
 
 
-def test_a_wrong_archive_is_told_in_the_words_of_the_step(empty):
+def test_a_wrong_archive_ends_with_the_sentence_of_the_step(empty):
     cut = empty.root / "cut.zip"
     cut.write_bytes(empty.archive.read_bytes()[:5000])
     answer = empty("run", "--data", "cut.zip")
@@ -139,14 +140,14 @@ def test_a_wrong_archive_is_told_in_the_words_of_the_step(empty):
     assert [p.name for p in empty.root.iterdir()] == ["cut.zip"]
 
 
-# Killed, stopped, at the same time: on two small notebooks
+# Killed, interrupted, at the same time: with two small notebooks
 
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
 SMALL = {
     "a.ipynb": ['out_dir = ""', "from pathlib import Path\nfrom intel_nb.storage import write_json",
                 "write_json(Path(out_dir) / 'n.json', 3)\nwrite_json(Path(out_dir) / 'result.json', {'n': 'n.json'})"],
-    # Counts its attempts in the checkpoint folder, and waits for a file before it ends.
+    # This step counts its attempts in the checkpoint folder, and waits for a file before it ends.
     "b.ipynb": ['n = ""\ngate = ""\nout_dir = ""\ncheckpoint_dir = ""',
                 "import time\nfrom pathlib import Path\nfrom intel_nb.storage import read_json, write_json",
                 "tries = Path(checkpoint_dir) / 'tries'\n"
@@ -158,7 +159,7 @@ SMALL = {
 }
 RUN = """
 import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 import sys
 from pathlib import Path
 from intel_nb.chain.run import run_chain
@@ -173,7 +174,7 @@ print([step.status for step in run.steps], run.step("b").result)
 
 @pytest.fixture
 def small(tmp_path):
-    "Two small notebooks, and a function that starts a run of them."
+    "A function that starts a run of two small notebooks in a process."
     for name, sources in SMALL.items():
         cells = [{"cell_type": "code", "id": f"c{i}", "metadata": {"tags": [] if i else ["parameters"]},
                   "source": source, "outputs": [], "execution_count": None} for i, source in enumerate(sources)]
@@ -196,36 +197,37 @@ def small(tmp_path):
 
 
 def wait_for(found, patience: float = 60):
-    "What `found` returns, once it is something."
+    "Return what `found` returns, as soon as it is true."
     deadline = time.monotonic() + patience
     while not (value := found()):
-        assert time.monotonic() < deadline, "it never came"
+        assert time.monotonic() < deadline, "it took too long"
         time.sleep(0.02)
     return value
 
 
 def kernels(root: Path) -> list[int]:
-    "Living kernels that serve a working folder below `root`."
+    "Return the pids of living kernels whose working folder is below `root`."
     import psutil
     found = []
     for process in psutil.process_iter():
         try:
             kernel = "ipykernel_launcher" in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE
-            if kernel and process.environ().get(MARK, "").startswith(str(root)):
+            if kernel and process.environ().get(WORK_VARIABLE, "").startswith(str(root)):
                 found.append(process.pid)
         except psutil.Error:
             pass
     return found
 
 
-def begun(root: Path) -> list[Path]:
+def has_begun(root: Path) -> list[Path]:
+    "Return the files that step b has written at its start."
     return list(root.glob("home/store/.work/b-*/out/begun.json"))
 
 
-def test_a_killed_run_is_gone_on_with(small):
+def test_a_killed_run_continues(small):
     from intel_nb.chain.runs import read_run
     killed = small("mine")
-    wait_for(lambda: begun(small.root))
+    wait_for(lambda: has_begun(small.root))
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     dead = read_run(small.root / "executed", "mine")
@@ -237,8 +239,8 @@ def test_a_killed_run_is_gone_on_with(small):
     assert list(small.root.glob("home/store/.work/*")) == []
 
 
-def test_a_reader_who_leaves_stops_no_work(empty):
-    "As `intel-nb rollback production | head -1` would."
+def test_a_closed_pipe_stops_no_work(empty):
+    "Close the output as `intel-nb rollback production | head -1` does."
     command = [COMMAND, "run", "--data", str(empty.archive), *QUICK, "--to", "data"]
     run = subprocess.Popen(command, env=empty.environ, cwd=empty.root, stdout=subprocess.PIPE)
     assert b"started" in run.stdout.readline()
@@ -246,10 +248,10 @@ def test_a_reader_who_leaves_stops_no_work(empty):
     assert run.wait(120) == 0 and empty.newest()["status"] == "succeeded"
 
 
-def test_an_interrupted_run_takes_its_kernel_with_it(small):
+def test_an_interrupted_run_ends_its_kernel(small):
     from intel_nb.chain.runs import read_run
     stopped = small("mine")
-    wait_for(lambda: begun(small.root))
+    wait_for(lambda: has_begun(small.root))
     os.killpg(stopped.pid, signal.SIGINT)
     stopped.communicate(timeout=60)
     assert kernels(small.root) == []
@@ -260,22 +262,22 @@ def test_an_interrupted_run_takes_its_kernel_with_it(small):
 def test_two_runs_do_a_step_once(small):
     from intel_nb.locks import is_locked
     one = small("one")
-    wait_for(lambda: begun(small.root))
+    wait_for(lambda: has_begun(small.root))
     two, busy = small("two"), small("one")
-    assert busy.communicate(timeout=60)[0] == "" and busy.returncode != 0, "a run is worked on by one process"
+    assert busy.communicate(timeout=60)[0] == "" and busy.returncode != 0, "one process works on a run"
     wait_for(lambda: is_locked(small.root / "executed" / "two" / ".lock"))
     (small.root / "gate").touch()
     answers = [process.communicate(timeout=60)[0].strip() for process in (one, two)]
     assert answers == ["['succeeded', 'succeeded'] {'tries': 1, 'n': 3}", "['cached', 'cached'] {'tries': 1, 'n': 3}"]
 
 
-# Killed, in the real chain
+# Killed in the real chain
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["as it begins", "as it writes"])
 @pytest.mark.parametrize("step", STEPS)
-def test_a_chain_killed_in_any_step_ends_as_if_it_had_not_been(staged_once, waiting, step, moment):
+def test_a_chain_killed_in_any_step_continues_to_the_same_end(staged_once, waiting, step, moment):
     for later in STEPS[STEPS.index(step):]:
         shutil.rmtree(waiting.home / "store" / later, ignore_errors=True)
     if STEPS.index(step) <= STEPS.index("evaluate"):
