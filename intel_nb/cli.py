@@ -24,11 +24,11 @@ __all__ = ['app', 'aws_app', 'INTERRUPTED', 'JsonOption', 'VersionArgument', 'St
            'print_error', 'call', 'main', 'format_table', 'print_json', 'print_rows', 'PlainProgress', 'BarProgress',
            'show_progress', 'annotation_lines', 'describe_run', 'exit_with_outcome', 'request_from', 'run_command',
            'runs_command', 'report_command', 'models_command', 'trace_command', 'describe_shadow', 'describe_drift',
-           'drift_and_shadow', 'endpoints_command', 'captures_command', 'decide', 'approve_command', 'reject_command',
-           'promote_command', 'rollback_command', 'shadow_command', 'start_command', 'stop_command', 'predict_file',
-           'predict_command', 'watch_command', 'prune_command', 'confirm_unless', 'aws_template_command',
-           'aws_definition_command', 'aws_rehearse_command', 'aws_cost_command', 'aws_deploy_command',
-           'aws_start_command', 'aws_status_command', 'aws_destroy_command']
+           'drift_and_shadow', 'endpoints_command', 'captures_command', 'carry_out_decision', 'approve_command',
+           'reject_command', 'promote_command', 'rollback_command', 'shadow_command', 'start_command', 'stop_command',
+           'predict_file', 'predict_command', 'watch_command', 'prune_command', 'confirm_unless',
+           'aws_template_command', 'aws_definition_command', 'aws_rehearse_command', 'aws_cost_command',
+           'aws_deploy_command', 'aws_start_command', 'aws_status_command', 'aws_destroy_command']
 
 # %% ../nbs/20_cli.ipynb #d6fdda1b
 app = typer.Typer(name="intel-nb", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
@@ -360,8 +360,8 @@ def captures_command(as_json: JsonOption = False) -> None:
     if found and not as_json:
         print_line(f"to do: {next_step(found[0])}")
 
-# %% ../nbs/20_cli.ipynb #5cb825df
-def decide(decision: Callable[[Workspace, Callable[[RunEvent], None]], list[Run]]) -> None:
+# %% ../nbs/20_cli.ipynb #73d6a2ce
+def carry_out_decision(decision: Callable[[Workspace, Callable[[RunEvent], None]], list[Run]]) -> None:
     "Call `decision` with the workspace and a function that shows events. Exit with the outcome of its runs."
     workspace = _workspace()
     exit_with_outcome(workspace, show_progress(lambda tell: decision(workspace, tell)))
@@ -370,7 +370,7 @@ def decide(decision: Callable[[Workspace, Callable[[RunEvent], None]], list[Run]
 def approve_command(version: VersionArgument) -> None:
     "Approve a version, and bring it to a tested staging endpoint."
     from intel_nb.chain.decisions import approve
-    decide(lambda workspace, tell: approve(workspace, version, tell=tell))
+    carry_out_decision(lambda workspace, tell: approve(workspace, version, tell=tell))
 
 # %% ../nbs/20_cli.ipynb #824e8b7a
 @app.command("reject")
@@ -388,14 +388,14 @@ def reject_command(version: VersionArgument,
 def promote_command(version: VersionArgument) -> None:
     "Deploy a version to production. This is refused unless the version has passed its staging test."
     from intel_nb.chain.decisions import promote
-    decide(lambda workspace, tell: [promote(workspace, version, tell)])
+    carry_out_decision(lambda workspace, tell: [promote(workspace, version, tell)])
 
 # %% ../nbs/20_cli.ipynb #b50b2cac
 @app.command("rollback")
 def rollback_command(stage: StageArgument) -> None:
     "Return a stage to its last earlier version that is not rejected."
     from intel_nb.chain.decisions import rollback
-    decide(lambda workspace, tell: [rollback(workspace, stage, tell)])
+    carry_out_decision(lambda workspace, tell: [rollback(workspace, stage, tell)])
 
 # %% ../nbs/20_cli.ipynb #09b9de7f
 @app.command("shadow")

@@ -186,7 +186,7 @@ def _step_in_words(name: str, origin: dict[str, Any]) -> str:
     parameters = " ".join(f"{k}={v}" for k, v in origin["parameters"].items() if v is not None)
     inputs = " ".join(f"{k}={v}" for k, v in origin["inputs"].items() if v)
     return (f"\n{name:<9} {origin['made']}\n  code    {origin['code']} at {origin['revision'] or 'no revision'}\n"
-            f"  inputs  {inputs or '-'}\n  given   {parameters}")
+            f"  inputs  {inputs or '-'}\n  set     {parameters}")
 
 # %% ../../nbs/chain/06_history.ipynb #db52c761
 StepKey = tuple[str, str]  # step, key

@@ -116,10 +116,10 @@ class Inbox:
     """The files in `folder` below `keys`.
 
     `ready` has stamp and SHA-256 of the complete ones by key. `unready` has the keys of those that may still change."""
-    def __init__(self, folder: Path, keys: Iterable[str], rest: float,
-                 ready: Mapping[str, tuple[FileStamp, str]] = {}, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, folder: Path, keys: Iterable[str], rest: float, clock: Callable[[], float] = time.monotonic):
         self.folder, self._keys, self._timer = folder, tuple(keys), RestTimer(rest, clock)
-        self.ready, self.unready = dict(ready), set[str]()
+        self.ready: dict[str, tuple[FileStamp, str]] = {}
+        self.unready: set[str] = set()
         self._broken: dict[str, FileStamp] = {}
 
     def scan(self) -> list[str]:
