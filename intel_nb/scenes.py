@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,10 @@ def sample_scene(label: int, rng: np.random.Generator) -> np.ndarray:
 # %% ../nbs/13_scenes.ipynb #f7bc36eb
 def sample_jpeg(label: int, seed: Sequence[int]) -> bytes:
     "Draw a scene of class `SAMPLE_CLASSES[label]` from `seed` and encode it as JPEG."
+    return _drawn_jpeg(label, tuple(seed))
+
+@lru_cache(maxsize=2_000)  # examples and tests ask for the same scenes again and again
+def _drawn_jpeg(label: int, seed: tuple[int, ...]) -> bytes:
     return encode_jpeg(sample_scene(label, np.random.default_rng(seed)), 90)
 
 # %% ../nbs/13_scenes.ipynb #9dcdad8c

@@ -25,7 +25,7 @@ from .history import run_options
 from .inbox import Inbox, add_captured_images, take_snapshot
 from .plan import RunRequest, Workspace
 from .run import request_of
-from .runs import Run, list_runs, new_run_id, queue_run, read_run, write_run
+from .runs import list_runs, new_run_id, queue_run, read_run, write_run
 from ..locks import is_locked, locked
 from ..serving.supervisor import last_line
 from ..storage import InputError, read_json, remove, utc_now, write_json
