@@ -200,10 +200,12 @@ def empty_outputs(work: Path) -> Path:
 def publish(store: Store, step: str, key: str, digested: Iterable[str], **facts: Any) -> Entry:
     """Move the outputs of a step into the store, and return their entry.
 
-    `digested` names the outputs that need a digest. `facts` are further fields of `Entry`."""
+    `digested` names the outputs that need a digest. A step that has hashed an output says so in its result, as
+    `NAME_digest`; others are hashed here. `facts` are further fields of `Entry`."""
     work, folder = store.work(step, key), store.folder(step, key)
     result = read_json(work / OUTPUTS / "result.json")
-    digests = {name: tree_digest(work / OUTPUTS / result[name]) for name in digested if result.get(name)}
+    digests = {name: result.get(f"{name}_digest") or tree_digest(work / OUTPUTS / result[name])
+               for name in digested if result.get(name)}
     record = {"step": step, "key": key, "result": result, "digests": digests, **facts,
               "created": datetime.now(UTC).isoformat(timespec="microseconds")}
     write_json(work / OUTPUTS / ".step.json", record)
