@@ -125,7 +125,7 @@ def _check_work(image: Image.Image, data: bytes) -> None:
     # A scan has at least 10 bytes.
     if image.format == "JPEG" and len(data) > 10 * most and data.count(b"\xff\xda") > most:
         raise ImageError("too_large", f"more than {most:,} scans over {image.width}×{image.height} pixels")
-    if [part[0] for part in getattr(image, "tile", [])[:1]] == ["bmp_rle"]:
+    if [part[0] for part in (getattr(image, "tile", None) or [])[:1]] == ["bmp_rle"]:
         raise ImageError("unsupported_format", "a BMP with run-length compression is not accepted; save it as PNG")
 
 # %% ../nbs/12_images.ipynb #f4306d96

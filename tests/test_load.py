@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from intel_nb.bench import Answer, exchange, raw_request
+from bench.load import Answer, exchange, raw_request
 from intel_nb.images import decode, encode_jpeg
 from intel_nb.model import load_package, sample_package
 from intel_nb.scenes import sample_scene

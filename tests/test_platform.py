@@ -17,7 +17,7 @@ from test_registry import (  # noqa: F401
     evaluation,
     package,
     register,
-    test_a_package_that_was_changed_is_not_registered,
+    test_a_changed_package_is_not_registered,
     test_everything_about_a_version,
 )
 
