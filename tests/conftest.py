@@ -22,6 +22,15 @@ QUICK = ["--param", "train.bootstraps=2000", "--param", "drift.runs=50", "--para
          "--param", "drift.shifted_images=16"]
 
 
+# These take longest and share a workspace; the others fill the time in which one worker makes it.
+FIRST = ["test_chain", "test_detector", "test_aws_commands", "test_cli"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(FIRST)))
+
+
 @dataclass
 class Answer:
     "The exit status and the output of a command."
@@ -107,6 +116,13 @@ def archive(shared) -> Path:
 
 
 @pytest.fixture(scope="session")
+def empty_database(shared) -> Path:
+    "A registry's database without versions, to copy: MLflow takes seconds to make one."
+    from intel_nb.registry import create_database
+    return shared("database", lambda to: create_database(to / "mlflow.db")) / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
 def sample_model(tmp_path_factory) -> Path:
     "The folder of a small model package. Do not change it."
     from intel_nb.model import sample_package
@@ -132,9 +148,11 @@ def empty(tmp_path, archive):
 
 
 @pytest.fixture(scope="session")
-def waiting_once(shared, archive) -> House:
+def waiting_once(shared, archive, empty_database) -> House:
     "A workspace with one run, `first`, that waits for approval. Do not change it: take `waiting`."
     def make(folder: Path) -> None:
+        (folder / "workspace").mkdir()
+        shutil.copyfile(empty_database, folder / "workspace" / "mlflow.db")
         answer = House(folder, archive).run("--run-id", "first")
         assert answer.status == 3, answer
 

@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import shutil
 import time
 import zipfile
 from pathlib import Path
@@ -31,10 +32,11 @@ def set_sources(dataset: Path, split: str, sources: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def champion(sample_model, tmp_path_factory):
+def champion(sample_model, empty_database, tmp_path_factory):
     "A registry whose version 1 is in production; and its package."
     folder = tmp_path_factory.mktemp("champion")
     package = load_package(sample_model)
+    shutil.copyfile(empty_database, folder / "mlflow.db")
     registry = open_registry(f"sqlite:///{folder}/mlflow.db")
     registry.register(package.path, EVALUATION, status="Approved", reason="", params={})
     registry.set_alias("production", "1")

@@ -67,9 +67,10 @@ def tiny(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_rehearsal_from_end_to_end(tiny):
+def test_a_rehearsal_from_end_to_end(tiny, empty_database):
     "Each file is where SageMaker would put it, and the version waits in the registry."
     from intel_nb.registry import open_registry
+    shutil.copyfile(empty_database, tiny / "mlflow.db")
     registry = f"sqlite:///{tiny}/mlflow.db"
     result = rehearse(pipeline_definition(PipelineConfig()), {"Profile": "original"}, tiny / "r", registry,
                        tiny / "archive.zip", quiet)
