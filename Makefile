@@ -25,7 +25,7 @@ test: .venv/test.stamp
 	@$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 slow: .venv/test.stamp
-	$(BIN)/pytest -q -m slow
+	$(BIN)/pytest -q -m slow -n 2 --dist loadfile --no-loadscope-reorder
 
 long: .venv/test.stamp
 	$(BIN)/pytest -q -m long

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from intel_nb.images import FORMATS, ImageError, encode_jpeg, open_image
+from intel_nb.images import ImageError, encode_jpeg, open_image
 from intel_nb.scenes import SAMPLE_CLASSES, sample_scene
 from intel_nb.storage import InputError, write_bytes, write_text
 
@@ -83,11 +83,6 @@ class Load:
     p99: float | None = None  # and the 99th percentile
     statuses: dict[str, int] | None = None  # all answers by HTTP status
     client: float | None = None  # cores that the client took for itself
-
-
-def image_type(data: bytes) -> str:
-    "Return the content type of encoded image bytes."
-    return next(f"image/{name.lower()}" for name, magic in FORMATS.items() if data.startswith(magic))
 
 
 def raw_request(body: bytes, content_type: str) -> bytes:

@@ -16,7 +16,7 @@ from PIL import Image, ImageFilter
 
 from .dataset import Split, read_split
 from .detector import OnlineMMD, gaussian_kernel, usable_windows, window_mmd2
-from .images import decode, encode_jpeg, open_image, to_rgb
+from .images import decode, encode_jpeg, media_type, open_image, to_rgb
 from .model import Package, run_batches
 from .serving.endpoints import invoke
 from .storage import InputError
@@ -314,8 +314,7 @@ def plot_traffic(seen: list[dict], change: int, path: Path) -> Path:
 # %% ../nbs/04_drift.ipynb #12001dfb
 def send_for_readings(url: str, images: Sequence[bytes]) -> list[dict]:
     "Send images one by one, and return the `drift` entry of each answer."
-    kinds = {b"\xff\xd8": "jpeg", b"\x89P": "png", b"RI": "webp", b"BM": "bmp"}
-    return [invoke(url, data, f"image/{kinds[data[:2]]}")["drift"][0] for data in images]
+    return [invoke(url, data, media_type(data))["drift"][0] for data in images]
 
 # %% ../nbs/04_drift.ipynb #9aee5207
 def replay(detector: OnlineMMD, rows: np.ndarray, alarms: Sequence[bool] | None = None) -> list[dict]:

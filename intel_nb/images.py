@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 
 # %% auto #0
-__all__ = ['FORMATS', 'MAX_BYTES', 'MAX_PIXELS', 'MAX_SIDE', 'MAX_PARTS', 'image_format', 'ImageError', 'check_size',
-           'open_image', 'to_rgb', 'resize', 'decode_opened', 'decode', 'encode_png', 'encode_jpeg', 'CheckedImage',
-           'check_image']
+__all__ = ['FORMATS', 'MAX_BYTES', 'MAX_PIXELS', 'MAX_SIDE', 'MAX_PARTS', 'image_format', 'media_type', 'ImageError',
+           'check_size', 'open_image', 'to_rgb', 'resize', 'decode_opened', 'decode', 'encode_png', 'encode_jpeg',
+           'CheckedImage', 'check_image']
 
 # %% ../nbs/12_images.ipynb #5f8c6a47
 FORMATS = {"JPEG": b"\xff\xd8\xff", "PNG": b"\x89PNG\r\n\x1a\n", "WEBP": b"RIFF", "BMP": b"BM"}  # name -> first bytes
@@ -29,6 +29,13 @@ MAX_SIDE = 16_384
 def image_format(data: bytes) -> str:
     "Return the name in `FORMATS` of the format that `data` begins like; empty for none."
     return next((name for name, start in FORMATS.items() if data.startswith(start)), "")
+
+# %% ../nbs/12_images.ipynb #df54851e
+def media_type(data: bytes) -> str:
+    "Return the media type of an accepted image, as in `image/jpeg`; raise `ValueError` for other bytes."
+    if not (name := image_format(data)):
+        raise ValueError("the bytes are not an image of an accepted format")
+    return f"image/{name.lower()}"
 
 # %% ../nbs/12_images.ipynb #0c52c6d0
 class ImageError(ValueError):

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .dataset import Predictions, Split
-from .images import FORMATS, MAX_BYTES
+from .images import MAX_BYTES, media_type
 from .serving.endpoints import Refused, invoke
 from .storage import InputError
 
 # %% auto #0
-__all__ = ['WRONG', 'check_staging_inputs', 'spread_indices', 'check_rows', 'differences', 'Answered', 'image_type',
-           'send_images', 'latency', 'send_wrong_requests', 'detector_faults']
+__all__ = ['WRONG', 'check_staging_inputs', 'spread_indices', 'check_rows', 'differences', 'Answered', 'send_images', 'latency',
+           'send_wrong_requests', 'detector_faults']
 
 # %% ../nbs/05_test_staging.ipynb #0a87d135
 def check_staging_inputs(url: str, version: str, dataset: str, predictions: str) -> None:
@@ -66,17 +66,12 @@ class Answered(NamedTuple):
     answer: dict[str, Any]
     seconds: float
 
-# %% ../nbs/05_test_staging.ipynb #3d172e18
-def image_type(data: bytes) -> str:
-    "Return the content type of an encoded image."
-    return next(f"image/{name.lower()}" for name, magic in FORMATS.items() if data.startswith(magic))
-
 # %% ../nbs/05_test_staging.ipynb #454c349a
 def send_images(url: str, images: Sequence[bytes], at_once: int) -> list[Answered]:
     "Send `images` to the endpoint, `at_once` at a time, and return the answers in order."
     def one(data: bytes) -> Answered:
         began = time.perf_counter()
-        return Answered(invoke(url, data, image_type(data), test=True), time.perf_counter() - began)
+        return Answered(invoke(url, data, media_type(data), test=True), time.perf_counter() - began)
     with ThreadPoolExecutor(at_once) as pool:
         return list(pool.map(one, images))
 

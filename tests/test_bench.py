@@ -16,7 +16,7 @@ from bench.load import (
     Tally,
     exchange,
     footprint,
-    image_type,
+    growth,
     listening_processes,
     load,
     overload,
@@ -26,12 +26,14 @@ from bench.load import (
     write_requests,
 )
 from bench.original import BODIES, original_served
+from intel_nb.images import media_type
 from intel_nb.model import sample_package
 from intel_nb.scenes import sample_archive
 from intel_nb.serving.endpoints import LocalEndpoints, drift_status, throwaway
 
 NOTEBOOK = Path(__file__).parent.parent / "bench" / "benchmark.ipynb"
 PHOTOS = read_images(limit=24)
+SOAK_SECONDS = 1800
 needs_wrk = pytest.mark.skipif(not shutil.which("wrk"), reason="wrk is not installed")
 
 
@@ -42,7 +44,7 @@ def package(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def requests(tmp_path_factory):
-    return str(write_requests(tmp_path_factory.mktemp("requests"), (raw_request(p, image_type(p)) for p in PHOTOS)))
+    return str(write_requests(tmp_path_factory.mktemp("requests"), (raw_request(p, media_type(p)) for p in PHOTOS)))
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +120,15 @@ def test_a_soak_watches_while_it_loads(spec):
     assert 2 <= len(rows) <= 11 and [r["seconds"] for r in rows] == sorted(r["seconds"] for r in rows)
     idle = footprint(listening_processes(spec.url))["files"]
     assert max(r["files"] for r in rows) > idle  # the connections
+
+
+@pytest.mark.long
+def test_nothing_grows_in_half_an_hour(spec):
+    "Under a steady load, memory, files and threads of the endpoint stay where they were, and each request is answered."
+    found, rows = soak(replace(spec, seconds=SOAK_SECONDS), every=max(0.2, SOAK_SECONDS / 360))
+    slope = growth(rows)
+    assert set(found.statuses) == {"200"}
+    assert slope["memory_mb"] < 20 and abs(slope["files"]) < 2 and abs(slope["threads"]) < 2, slope
 
 
 def test_a_token_goes_along(monkeypatch, package, requests, tmp_path):
