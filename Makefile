@@ -7,7 +7,7 @@
 # make check          what must hold before a commit: nothing left to export, ruff, mypy
 # make hooks          check all of that at each commit, and merge notebooks cell by cell
 # make lock           pin all dependencies anew
-# make clean          remove what the runs and the tests left here, the environment too
+# make clean          remove the environment, build outputs and caches; workspace/ and executed/ stay
 
 PYTHON ?= python3
 BIN    := .venv/bin

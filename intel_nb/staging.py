@@ -21,8 +21,8 @@ from .serving.endpoints import Refused, invoke
 from .storage import InputError
 
 # %% auto #0
-__all__ = ['WRONG', 'check_staging_inputs', 'spread_indices', 'check_rows', 'differences', 'Answered', 'send_images', 'latency',
-           'send_wrong_requests', 'detector_faults']
+__all__ = ['BAD_REQUESTS', 'check_staging_inputs', 'spread_indices', 'check_rows', 'differences', 'Answered', 'send_images',
+           'latency', 'send_wrong_requests', 'detector_faults']
 
 # %% ../nbs/05_test_staging.ipynb #0a87d135
 def check_staging_inputs(url: str, version: str, dataset: str, predictions: str) -> None:
@@ -82,25 +82,25 @@ def latency(seconds: Sequence[float]) -> dict[str, float]:
 
 # %% ../nbs/05_test_staging.ipynb #2f189eec
 _HUGE = b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 65535, 65535, 1, 24, *[0] * 6)  # a header, no pixels
-WRONG: dict[str, tuple[str, bytes, int]] = {  # mistake: content type, body, status
-    "no image": ("image/jpeg", b"this is no image", 400),
-    "no JSON": ("application/json", b"{", 400),
+BAD_REQUESTS: dict[str, tuple[str, bytes, int]] = {  # mistake: content type, body, status
+    "not an image": ("image/jpeg", b"this is no image", 400),
+    "not JSON": ("application/json", b"{", 400),
     "too many pixels": ("image/bmp", _HUGE, 413),
     "too many bytes": ("image/png", bytes(MAX_BYTES + 1), 413),
     "not an image type": ("text/plain", b"hello", 415),
-    "grey pixels": ("application/json", json.dumps({"inputs": [[0, 1], [2, 3]]}).encode(), 422),
+    "malformed pixels": ("application/json", json.dumps({"inputs": [[0, 1], [2, 3]]}).encode(), 422),
 }
 
 # %% ../nbs/05_test_staging.ipynb #0bbaeff8
 def send_wrong_requests(url: str) -> dict[str, tuple[int, int]]:
-    "Send each request of `WRONG`; return the status that it must get and the one that it got (200 if answered)."
+    "Send each request of `BAD_REQUESTS`; return the status that it must get and the one that it got (200 if answered)."
     def status(kind: str, body: bytes) -> int:
         try:
             invoke(url, body, kind, test=True)
         except Refused as e:
             return e.status
         return 200
-    return {name: (expected, status(kind, body)) for name, (kind, body, expected) in WRONG.items()}
+    return {name: (expected, status(kind, body)) for name, (kind, body, expected) in BAD_REQUESTS.items()}
 
 # %% ../nbs/05_test_staging.ipynb #806241f3
 def detector_faults(before: dict[str, Any], after: dict[str, Any], answers: Sequence[Answered]) -> list[str]:

@@ -41,7 +41,7 @@ __all__ = ['DRAIN_SECONDS', 'JSON_ROUTES', 'PAGE', 'CSP', 'DRIFT_TYPE', 'make_re
 
 # %% ../../nbs/serving/09_app.ipynb #540f5cf0
 def make_refusal_headers(refusal: Refusal) -> dict[str, str]:
-    "Return the headers that belong to a refusal."
+    "Return the extra response headers for a refusal."
     if refusal.status == 503:
         return {"retry-after": "1"}
     if refusal.code == "slow_body":  # the rest of the body would be read as the next request
@@ -109,7 +109,7 @@ async def _chunks(request: Request, limit: int, reserve: Callable[[int], None]) 
 
 # %% ../../nbs/serving/09_app.ipynb #7a20182c
 async def read_request(request: Request, settings: Settings, reserve: Callable[[int], None]) -> InferenceRequest:
-    "Read a request for `/invocations`; raise `Refusal`."
+    "Read a request for `/invocations`; raise `Refusal` if it is not a POST, too large or too slow."
     if request.method != "POST":
         raise Refusal("method_not_allowed", f"{request.method[:20]} /invocations: send the image by POST")
     content_type = read_media_type(request.headers.get("content-type", ""))
