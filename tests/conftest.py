@@ -22,15 +22,6 @@ QUICK = ["--param", "train.bootstraps=2000", "--param", "drift.runs=50", "--para
          "--param", "drift.shifted_images=16"]
 
 
-# These take longest and share a workspace; the others fill the time in which one worker makes it.
-FIRST = ["test_chain", "test_detector", "test_aws_commands", "test_cli"]
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    order = {name: place for place, name in enumerate(FIRST)}
-    items.sort(key=lambda item: order.get(item.path.stem, len(FIRST)))
-
-
 @dataclass
 class Answer:
     "The exit status and the output of a command."
@@ -101,6 +92,7 @@ def shared(tmp_path_factory, worker_id):
     def folder(name: str, make: Callable[[Path], None]) -> Path:
         with locked(root / f"{name}.lock"):
             if not (root / f"{name}.made").exists():
+                shutil.rmtree(root / name, ignore_errors=True)  # of an attempt that failed
                 (root / name).mkdir()
                 make(root / name)
                 (root / f"{name}.made").touch()

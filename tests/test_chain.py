@@ -15,7 +15,7 @@ from conftest import COMMAND, QUICK
 from intel_nb.chain.execution import WORK_VARIABLE
 from intel_nb.chain.parameters import read_parameters
 from intel_nb.chain.plan import MOVE, PLAN, notebooks_folder
-from intel_nb.storage import write_json
+from intel_nb.storage import tree_digest, write_json
 
 STEPS = [step.name for step in PLAN]
 
@@ -55,6 +55,13 @@ def test_a_run_that_waits(waiting):
         assert json.loads((Path(step["out_dir"]) / "result.json").read_text()) == step["result"]
         assert (waiting.executed / "first" / step["notebook"]).is_file()
     assert "evaluate" in (waiting.executed / "first" / "report.html").read_text()
+
+
+def test_the_digest_that_the_data_step_gives_is_that_of_its_dataset(waiting):
+    step = waiting.record("first")["steps"][0]
+    folder = waiting.home / "store" / "data" / step["key"]
+    digests = json.loads((folder / ".step.json").read_text())["digests"]
+    assert digests == {"dataset": tree_digest(folder / step["result"]["dataset"])}
 
 
 def test_unchanged_steps_do_not_run_again(waiting, tmp_path):
@@ -145,7 +152,7 @@ def test_a_wrong_archive_ends_with_the_sentence_of_the_step(empty):
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
 SMALL = {
-    "a.ipynb": ['out_dir = ""', "from pathlib import Path\nfrom intel_nb.storage import write_json",
+    "a.ipynb": ['out_dir = ""', "from pathlib import Path\nfrom intel_nb.storage import tree_digest, write_json",
                 "write_json(Path(out_dir) / 'n.json', 3)\nwrite_json(Path(out_dir) / 'result.json', {'n': 'n.json'})"],
     # This step counts its attempts in the checkpoint folder, and waits for a file before it ends.
     "b.ipynb": ['n = ""\ngate = ""\nout_dir = ""\ncheckpoint_dir = ""',

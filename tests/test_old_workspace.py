@@ -5,6 +5,7 @@ on both stages with 20 requests answered in staging, a run `first` that waits fo
 `intel.zip`.
 """
 import hashlib
+import json
 import tarfile
 import time
 from pathlib import Path
@@ -70,8 +71,17 @@ def test_its_watcher_takes_nothing_twice(old):
     watcher = subprocess.Popen(command, env=old.environ, cwd=old.root, stdout=subprocess.PIPE, text=True)
     try:
         assert "following" in watcher.stdout.readline()
-        time.sleep(3)
-        assert [r["run_id"] for r in old("runs", "--json").json] == ["first"]
+        (old.root / "inbox" / "annotations").mkdir()
+        (old.root / "inbox" / "annotations" / "new.csv").write_text("image,label\n")  # so that it has looked at both
+        deadline = time.monotonic() + 30
+        while not (started := [r for r in old("runs", "--json").json if r["run_id"] != "first"]):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        batch = json.loads((old.executed / started[0]["run_id"] / "batch.json").read_text())
+        assert len(started) == 1 and [event[1] for event in batch["events"]] == ["annotations/new.csv"]
     finally:
         watcher.send_signal(signal.SIGINT)
-        watcher.wait(20)
+        try:
+            watcher.wait(60)
+        finally:
+            watcher.kill()

@@ -70,9 +70,10 @@ def test_cfn_lint_would_find_something(made):
     broken = {"AWSTemplateFormatVersion": "2010-09-09", "Resources": {}}
     for name in needed:
         broken["Resources"][name] = json.loads(json.dumps(made["s3-direct-watch0"]["Resources"][name]))
+    before = {str(match) for match in lint(json.dumps(broken), config=ManualArgs(regions=["us-east-1"]))}
     broken["Resources"]["Pipeline"]["Properties"].pop("RoleArn")
     found = lint(json.dumps(broken), config=ManualArgs(regions=["us-east-1"]))
-    assert "E3003" in [match.rule.id for match in found]
+    assert [(m.rule.id, "RoleArn" in m.message) for m in found if str(m) not in before] == [("E3003", True)]
 
 
 @pytest.mark.parametrize("name", ["s3-direct-mail-watch2", "connection-cloudtrail-mail-watch2"])

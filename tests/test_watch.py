@@ -268,7 +268,6 @@ def test_labels_add_to_what_the_last_run_was_built_on(scene):
     assert scene.batches() == []
     scene.add_run("built", "run", data={"archive": "/photos/intel.zip", "annotations": ["/photos/by_hand.zip"]})
     scene.add_run("promoted", "promote", deploy={"version": "1"})
-    (scene.inbox / ".wake").touch()
     until(lambda: scene.notes() and scene.idle())
     (batch,) = scene.batches()
     request = json.loads((scene.root / "executed" / batch.run_id / "request.json").read_text())

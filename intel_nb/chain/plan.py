@@ -156,6 +156,7 @@ class Step:
     sources: tuple[str, ...] = ()  # parameters that name files from outside: the key has their content
     files: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # parameter: (step, an output in its result)
     values: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # parameter: (step, a value in its result)
+    digests: Mapping[str, str] = field(default_factory=dict)  # output: the value in its result that is its digest
     places: tuple[str, ...] = ()  # parameters that name a place in the workspace
     effect: Effect = Effect()
     approval: bool = False  # the step runs only once the version is approved
@@ -174,7 +175,7 @@ DATASET = {"dataset": ("data", "dataset")}
 MODEL = {"model": ("train", "model")}
 
 PLAN = (
-    Step("data", "00_data.ipynb", sources=("archive", "annotations")),
+    Step("data", "00_data.ipynb", sources=("archive", "annotations"), digests={"dataset": "fingerprint"}),
     Step("train", "01_train.ipynb", files=DATASET),
     Step("evaluate", "02_evaluate.ipynb", files=DATASET | MODEL, places=("registry",), effect=Registration()),
     Step("deploy", "03_deploy.ipynb", values={"version": ("evaluate", "version")}, places=("registry", "endpoints"),

@@ -176,7 +176,8 @@ def publish_outputs(context: RunContext, step: Step, recipe: dict[str, Any], sec
     if not (outputs / "result.json").is_file():
         raise NotebookFailed(step.notebook, 0, "Incomplete", "ended without writing result.json")
     shutil.copyfile(context.folder / step.notebook, outputs / ".step.ipynb")
-    digested = {output for later in context.plan for source, output in later.files.values() if source == step.name}
+    needed = {output for later in context.plan for source, output in later.files.values() if source == step.name}
+    digested = {output: step.digests.get(output, "") for output in needed}
     upstream = {name: entry.key for name, entry in context.entries.items()}
     return publish(context.workspace.store, step.name, key, digested, seconds=round(seconds, 2), recipe=recipe,
                    upstream=upstream, revision=git_revision())

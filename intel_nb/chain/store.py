@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -197,15 +197,15 @@ def empty_outputs(work: Path) -> Path:
     return work / OUTPUTS
 
 # %% ../../nbs/chain/02_store.ipynb #745bb66c
-def publish(store: Store, step: str, key: str, digested: Iterable[str], **facts: Any) -> Entry:
+def publish(store: Store, step: str, key: str, digested: Mapping[str, str], **facts: Any) -> Entry:
     """Move the outputs of a step into the store, and return their entry.
 
-    `digested` names the outputs that need a digest. A step that has hashed an output says so in its result, as
-    `NAME_digest`; others are hashed here. `facts` are further fields of `Entry`."""
+    `digested` names the outputs that need a digest, and for each the value in the result that is its `tree_digest`, or
+    an empty text where the step has not hashed it. `facts` are further fields of `Entry`."""
     work, folder = store.work(step, key), store.folder(step, key)
     result = read_json(work / OUTPUTS / "result.json")
-    digests = {name: result.get(f"{name}_digest") or tree_digest(work / OUTPUTS / result[name])
-               for name in digested if result.get(name)}
+    digests = {name: result.get(value) or tree_digest(work / OUTPUTS / result[name])
+               for name, value in digested.items() if result.get(name)}
     record = {"step": step, "key": key, "result": result, "digests": digests, **facts,
               "created": datetime.now(UTC).isoformat(timespec="microseconds")}
     write_json(work / OUTPUTS / ".step.json", record)
