@@ -20,15 +20,15 @@ if TYPE_CHECKING:  # each command imports what it needs, so that --help does not
 
 # %% auto #0
 __all__ = ['app', 'aws_app', 'INTERRUPTED', 'JsonOption', 'VersionArgument', 'StageArgument', 'EXIT_STATUS', 'Setting', 'Profile',
-           'Engine', 'Approve', 'TYPES', 'NameOption', 'PipelineOption', 'StackOption', 'YesOption', 'print_line',
-           'print_error', 'call', 'main', 'format_table', 'print_json', 'print_rows', 'PlainProgress', 'BarProgress',
-           'show_progress', 'annotation_lines', 'describe_run', 'exit_with_outcome', 'request_from', 'run_command',
-           'runs_command', 'report_command', 'models_command', 'trace_command', 'describe_shadow', 'describe_drift',
-           'drift_and_shadow', 'endpoints_command', 'captures_command', 'carry_out_decision', 'approve_command',
-           'reject_command', 'promote_command', 'rollback_command', 'shadow_command', 'start_command', 'stop_command',
-           'predict_file', 'predict_command', 'watch_command', 'prune_command', 'confirm_unless',
-           'aws_template_command', 'aws_definition_command', 'aws_rehearse_command', 'aws_cost_command',
-           'aws_deploy_command', 'aws_start_command', 'aws_status_command', 'aws_destroy_command']
+           'Engine', 'Approve', 'NameOption', 'PipelineOption', 'StackOption', 'YesOption', 'print_line', 'print_error',
+           'call', 'main', 'format_table', 'print_json', 'print_rows', 'PlainProgress', 'BarProgress', 'show_progress',
+           'annotation_lines', 'describe_run', 'exit_with_outcome', 'request_from', 'run_command', 'runs_command',
+           'report_command', 'models_command', 'trace_command', 'describe_shadow', 'describe_drift', 'drift_and_shadow',
+           'endpoints_command', 'captures_command', 'carry_out_decision', 'approve_command', 'reject_command',
+           'promote_command', 'rollback_command', 'shadow_command', 'start_command', 'stop_command', 'predict_file',
+           'predict_command', 'watch_command', 'prune_command', 'confirm_unless', 'aws_template_command',
+           'aws_definition_command', 'aws_rehearse_command', 'aws_cost_command', 'aws_deploy_command',
+           'aws_start_command', 'aws_status_command', 'aws_destroy_command']
 
 # %% ../nbs/20_cli.ipynb #d6fdda1b
 app = typer.Typer(name="intel-nb", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
@@ -258,8 +258,6 @@ def run_command(
 ) -> None:
     "Run the chain. Steps that are done come from the store. Without --approve the run waits before staging."
     from intel_nb.chain.run import run_chain
-    from intel_nb.serving.endpoints import check_engine
-    check_engine(engine or "process")
     workspace = _workspace()
     options = {"data.archive": data, "data.annotations": annotations or None, "train.profile": profile,
                "deploy.engine": engine}
@@ -439,19 +437,19 @@ def stop_command(
         print_line(f"{name} is stopped")
 
 # %% ../nbs/20_cli.ipynb #785518cf
-TYPES = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png", "webp": "webp", "bmp": "bmp"}
-
 def predict_file(url: str, image: str) -> dict[str, Any]:
     "Return an endpoint's prediction for an image file. Raise `InputError` if it is missing or refused."
     from pathlib import Path
 
+    from intel_nb.images import FORMATS, media_type
     from intel_nb.serving.endpoints import invoke
-    kind = TYPES.get(Path(image).suffix.lower().lstrip("."))
     if not Path(image).is_file():
         raise InputError(f"{image} does not exist")
-    if kind is None:
-        raise InputError(f"{image} is no image that the endpoint takes; it takes {', '.join(TYPES)}")
-    return invoke(url, Path(image).read_bytes(), f"image/{kind}")["predictions"][0]
+    try:
+        kind = media_type(data := Path(image).read_bytes())
+    except ValueError:
+        raise InputError(f"{image} is no image that the endpoint takes; it takes {', '.join(FORMATS)}") from None
+    return invoke(url, data, kind)["predictions"][0]
 
 # %% ../nbs/20_cli.ipynb #84244fb2
 @app.command("predict")

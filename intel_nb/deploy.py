@@ -12,7 +12,7 @@ from .serving.endpoints import Endpoints
 from .storage import InputError
 
 # %% auto #0
-__all__ = ['check_approved', 'check_deploy_inputs', 'deploy', 'sample_version']
+__all__ = ['check_approved', 'deploy', 'sample_version']
 
 # %% ../nbs/03_deploy.ipynb #eab899f0
 def check_approved(found: ModelVersion) -> ModelVersion:
@@ -22,14 +22,6 @@ def check_approved(found: ModelVersion) -> ModelVersion:
     if found.status != "Approved":
         raise InputError(f"version {found.version} is {found.status} ({found.reason}) and cannot be deployed")
     return found
-
-# %% ../nbs/03_deploy.ipynb #27b419ca
-def check_deploy_inputs(version: str, registry: str, endpoints: str) -> None:
-    "Raise `InputError` unless the inputs are all given or all empty."
-    given = {"version": version, "registry": registry, "endpoints": endpoints}
-    missing = [name for name, value in given.items() if not value]
-    if 0 < len(missing) < len(given):
-        raise InputError(f"give {' and '.join(missing)} too, or none of {', '.join(given)}")
 
 # %% ../nbs/03_deploy.ipynb #53311545
 def deploy(registry: Registry, endpoints: Endpoints, version: str, stage: str, engine: str, back: bool) -> dict:

@@ -227,12 +227,15 @@ class LocalRegistry(Registry):
         return next((v for v in self.versions() if "production" in v.aliases), None)
 
     def set_status(self, version: str, status: str, reason: str = "") -> None:
-        for key, value in decision_tags(status, reason).items():
-            self.set_tag(version, key, value)
+        self._write_tags(version, decision_tags(status, reason))
 
     def set_tag(self, version: str, key: str, value: str) -> None:
-        known = self.get(version).version
-        _open_client(self.database).set_model_version_tag(MODEL, known, key, value)
+        self._write_tags(version, {key: value})
+
+    def _write_tags(self, version: str, tags: dict[str, str]) -> None:
+        known, client = self.get(version).version, _open_client(self.database)
+        for key, value in tags.items():
+            client.set_model_version_tag(MODEL, known, key, value)
 
     def set_alias(self, alias: str, version: str | None) -> None:
         known = self.get(version).version if version else None

@@ -21,16 +21,8 @@ from .serving.endpoints import Refused, invoke
 from .storage import InputError
 
 # %% auto #0
-__all__ = ['BAD_REQUESTS', 'check_staging_inputs', 'spread_indices', 'check_rows', 'differences', 'Answered', 'send_images',
-           'latency', 'send_wrong_requests', 'detector_faults']
-
-# %% ../nbs/05_test_staging.ipynb #0a87d135
-def check_staging_inputs(url: str, version: str, dataset: str, predictions: str) -> None:
-    "Raise `InputError` unless the inputs are all given or all empty."
-    given = {"url": url, "version": version, "dataset": dataset, "predictions": predictions}
-    missing = [name for name, value in given.items() if not value]
-    if 0 < len(missing) < len(given):
-        raise InputError(f"give {' and '.join(missing)} too, or none of {', '.join(given)}")
+__all__ = ['BAD_REQUESTS', 'spread_indices', 'check_rows', 'differences', 'Answered', 'send_images', 'latency',
+           'send_wrong_requests', 'detector_faults']
 
 # %% ../nbs/05_test_staging.ipynb #d2659060
 def spread_indices(n: int, sample: int) -> list[int]:

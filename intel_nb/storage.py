@@ -18,7 +18,8 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['InputError', 'remove', 'written_aside', 'write_bytes', 'write_text', 'write_json', 'read_json', 'sha256_file',
-           'files_of', 'tree_digest', 'is_remote', 'cloud_module', 'fetch', 'put', 'link', 'utc_now', 'output_folder']
+           'files_of', 'tree_digest', 'is_remote', 'cloud_module', 'fetch', 'put', 'link', 'utc_now', 'output_folder',
+           'check_all_or_none']
 
 # %% ../nbs/10_storage.ipynb #57c23216
 class InputError(ValueError):
@@ -160,3 +161,10 @@ def output_folder(out_dir: str | Path = "") -> Path:
         return Path(tempfile.mkdtemp(prefix="intel-nb-"))
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     return Path(out_dir)
+
+# %% ../nbs/10_storage.ipynb #1ebf5757
+def check_all_or_none(**inputs: str) -> None:
+    "Raise `InputError` unless the inputs are all given or all empty."
+    missing = [name for name, value in inputs.items() if not value]
+    if 0 < len(missing) < len(inputs):
+        raise InputError(f"give {' and '.join(missing)} too, or none of {', '.join(inputs)}")

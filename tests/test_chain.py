@@ -123,6 +123,7 @@ WRONG = {
     ("--to", "end"): "no step end",
     ("--run-id", "../up"): "will not do",
     ("--engine", "cloud"): "cloud",
+    ("--param", "deploy.engine=cloud"): "cloud",
     ("--from", "train"): "leave --from out",
     ("--data", "no-such.zip"): "no-such.zip does not exist",
     ("--annotations", "labels.zip"): "labels.zip does not exist",

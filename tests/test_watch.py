@@ -10,15 +10,15 @@ import threading
 import time
 import zipfile
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from conftest import COMMAND, QUICK
 
 from intel_nb.chain.plan import RunRequest, Workspace
-from intel_nb.chain.runs import Run, StepRecord, list_runs, write_run
-from intel_nb.chain.watch import UploadBatch, read_batches, watch_folder
+from intel_nb.chain.runs import Run, StepRecord, list_runs, read_run, write_run
+from intel_nb.chain.watch import RunProcess, UploadBatch, read_batches, release_run, watch_folder
 from intel_nb.storage import utc_now, write_json
 
 # Stands for `intel-nb`: a process that records which files it got, and which of them are not whole.
@@ -238,6 +238,46 @@ def test_a_watcher_that_ends_queues_its_run_again(scene):
     scene.watch()
     until(scene.idle)
     assert [note["run"] for note in scene.notes()] == [batch.run_id]
+
+
+def test_an_upload_whose_run_was_removed_is_not_run_again(scene):
+    (scene.inbox / "annotations" / "1.csv").write_bytes(content(1))
+    scene.watch()
+    until(lambda: scene.notes() and scene.idle())
+    scene.close()
+    (batch,) = scene.batches()
+    shutil.rmtree(scene.root / "executed" / batch.run_id)
+    scene.watch()
+    (scene.inbox / "annotations" / "2.csv").write_bytes(content(2))
+    until(lambda: len(scene.notes()) == 2 and scene.idle())
+    (batch,) = scene.batches()
+    assert [event.key for event in batch.events] == ["annotations/2.csv"]
+
+
+def test_an_approval_that_was_cut_off_is_followed_again(scene):
+    "The watcher and its `approve` were killed at once, so the run's record still says that it is running."
+    executed = scene.root / "executed"
+    scene.add_run("cut", "run", data={})
+    write_run(executed, replace(read_run(executed, "cut"), status="running", model_version="7"))
+    workspace = Workspace(scene.root / "workspace", executed, scene.root)
+    note = watch_folder(workspace, scene.inbox.resolve()) / "approval.json"
+    write_json(note, {"version": "7", "run_id": "cut"})
+    scene.watch()
+    until(lambda: "approve cut for version 7" in scene.log())
+    until(lambda: not note.exists())
+
+
+def test_a_watcher_that_ends_leaves_all_runs_of_its_approval_waiting(scene):
+    "`approve` begins with the oldest run that waits, and its process is named by the newest."
+    executed = scene.root / "executed"
+    workspace = Workspace(scene.root / "workspace", executed, scene.root)
+    for run_id, status in (("older", "interrupted"), ("newer", "waiting")):
+        scene.add_run(run_id, "run", data={})
+        write_run(executed, replace(read_run(executed, run_id), status=status, model_version="7"))
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True)
+    release_run(workspace, RunProcess("newer", executed / "newer", ["approve", "7"], process))
+    assert process.poll() is not None
+    assert {scene.runs()[run_id].status for run_id in ("older", "newer")} == {"waiting"}
 
 
 def test_labels_of_a_capture_get_its_images(scene):

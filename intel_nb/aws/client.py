@@ -226,7 +226,7 @@ def _text_problems(value: str, shape: Any, path: str) -> Iterator[str]:
 def _limit_problems(value: Any, shape: Any, path: str) -> Iterator[str]:
     "Yield a sentence for each limit of `shape` that `value`, or a value inside it, exceeds."
     kind = shape.type_name
-    sized = {"list": (list, tuple), "map": dict, "string": str}
+    sized: dict[str, Any] = {"list": (list, tuple), "map": dict, "string": str}
     if isinstance(value, sized.get(kind, ())):
         yield from _length_problems(value, shape, path)
     if kind == "structure" and isinstance(value, dict):

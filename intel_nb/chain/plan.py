@@ -242,6 +242,7 @@ def settable_parameters(step: Step, declared: Mapping[str, Parameter]) -> dict[s
 # %% ../../nbs/chain/05_plan.ipynb #c95e5b10
 def check_request(request: RunRequest, declared: Declared, plan: Iterable[Step]) -> RunRequest:
     "Return `request` with all values in their types. Raise `InputError` for a wrong name or value."
+    from intel_nb.serving.endpoints import check_engine
     checked = {}
     steps = {step.name: step for step in plan}
     for name, values in request.parameters.items():
@@ -252,6 +253,8 @@ def check_request(request: RunRequest, declared: Declared, plan: Iterable[Step])
         checked[name] |= {k: make_absolute(v) for k, v in checked[name].items() if k in steps[name].sources}
         if "profile" in checked[name]:
             check_profile(checked[name]["profile"], known)
+        if "engine" in checked[name]:
+            check_engine(checked[name]["engine"])
     for name in filter(None, (request.first, request.last)):
         check_step(name, steps)
     return replace(request, parameters=checked)

@@ -42,7 +42,7 @@ RUN_STATUSES = {
     "waiting": "the run stops until a person decides about its version",
     "succeeded": "all steps that were asked for are done",
     "failed": "a step failed, or the process died",
-    "interrupted": "Ctrl-C or `intel-nb cancel` stopped the run",
+    "interrupted": "Ctrl-C or SIGTERM stopped the run",
     "rejected": "the version did not pass its gate, or a person rejected it",
 }
 

@@ -33,7 +33,7 @@ from ..storage import InputError, read_json, remove, utc_now, write_json
 # %% auto #0
 __all__ = ['ARCHIVE', 'LABELS', 'STARTS', 'UPLOADS', 'UNFINISHED', 'KEEP', 'COMMAND', 'Start', 'TriggerEvent', 'upload_events',
            'name_events', 'approval_events', 'alarm_events', 'retrain_proposal', 'UploadBatch', 'read_batches',
-           'events_of_orders', 'recorded_status', 'watch_folder', 'UploadQueue', 'remove_old_snapshots', 'base_data',
+           'recorded_status', 'events_of_orders', 'watch_folder', 'UploadQueue', 'remove_old_snapshots', 'base_data',
            'upload_request', 'run_arguments', 'wanted_files', 'queue_uploads', 'start_process', 'RunProcess',
            'record_end', 'release_run', 'report_alarms', 'Times', 'Watcher', 'inbox_changes', 'follow_changes',
            'check_inbox', 'watch_inbox']
@@ -124,15 +124,8 @@ def read_batches(executed: Path, inbox: Path) -> list[UploadBatch]:
     batches = [UploadBatch(**record | {"events": [TriggerEvent(*e) for e in record["events"]]}) for record in saved]
     return sorted(batches, key=lambda batch: batch.number)
 
-# %% ../../nbs/chain/10_watch.ipynb #5768f927
-def events_of_orders(orders: Path, executed: Path) -> set[tuple[str, str]]:
-    "Return trigger and id of the events that version 0.1.0 has dealt with, as the folder `orders` of an inbox tells."
-    dealt_with = [path for path in orders.glob("[!.]*/order.json")
-                  if path.with_name("outcome.json").exists() or (executed / path.parent.name / "run.json").exists()]
-    return {(trigger, id) for path in dealt_with for trigger, _, id in read_json(path)["events"]}
-
 # %% ../../nbs/chain/10_watch.ipynb #6bf481be
-UNFINISHED = ("queued", "running")
+UNFINISHED = ("queued", "running", "interrupted")
 
 def recorded_status(executed: Path, run_id: str) -> str:
     """Return the status in a run's record; empty if there is none.
@@ -140,6 +133,13 @@ def recorded_status(executed: Path, run_id: str) -> str:
     Unlike `read_run` it leaves `running` as it is for a run whose process was killed. Such a run is to be continued."""
     path = executed / run_id / "run.json"
     return read_json(path)["status"] if path.exists() else ""
+
+# %% ../../nbs/chain/10_watch.ipynb #5768f927
+def events_of_orders(orders: Path, executed: Path) -> set[tuple[str, str]]:
+    "Return trigger and id of the events that version 0.1.0 has dealt with, as the folder `orders` of an inbox tells."
+    dealt_with = [path for path in orders.glob("[!.]*/order.json") if path.with_name("outcome.json").exists()
+                  or recorded_status(executed, path.parent.name) not in ("", *UNFINISHED)]
+    return {(trigger, id) for path in dealt_with for trigger, _, id in read_json(path)["events"]}
 
 # %% ../../nbs/chain/10_watch.ipynb #554e0425
 def watch_folder(workspace: Workspace, inbox: Path) -> Path:
@@ -156,7 +156,9 @@ class UploadQueue:
         remove(self.drafts)  # an earlier watcher was killed over them
         self.batches = read_batches(workspace.executed, inbox)
         self._unfinished = list(self.batches)
+        self._events = self.folder / "events.json"  # runs may be removed, and what they answered stays answered
         self._known = events_of_orders(self.folder, workspace.executed)
+        self._known |= set(map(tuple, read_json(self._events))) if self._events.exists() else set()
         self._known |= {(event.trigger, event.id) for batch in self.batches for event in batch.events}
 
     def new_events(self, events: Iterable[TriggerEvent]) -> list[TriggerEvent]:
@@ -186,6 +188,7 @@ class UploadQueue:
         self.batches.append(batch)
         self._unfinished.append(batch)
         self._known |= {(event.trigger, event.id) for event in batch.events}
+        write_json(self._events, sorted(map(list, self._known)))
         return batch
 
 # %% ../../nbs/chain/10_watch.ipynb #6d039f2c
@@ -295,26 +298,30 @@ def record_end(workspace: Workspace, ended: RunProcess) -> str:
     "Record a run that its process left unfinished as failed. Return a line on how it ended, and what to do next."
     status, log = recorded_status(workspace.executed, ended.run_id), ended.folder / "watch.log"
     run, command = read_run(workspace.executed, ended.run_id), ended.arguments[0]
-    if status in UNFINISHED and not is_locked(ended.folder / ".lock"):
+    died = status in ("queued", "running")
+    if died and not is_locked(ended.folder / ".lock"):
         write_run(workspace.executed, replace(run, status="failed", finished=utc_now()))
-    if ended.process and (status in UNFINISHED or (command, status) == ("approve", "waiting")):
+    if ended.process and (died or (command, status) == ("approve", "waiting")):
         return f"{command} {run.run_id} ended with {ended.process.returncode}: {last_line(log)[:500]}"
     version = f", version {run.model_version}" if run.model_version else ""
     todo = {"waiting": f"; intel-nb approve {run.model_version}",
+            "interrupted": f"; the next watcher continues it, or intel-nb {shlex.join(ended.arguments)}",
             "failed": f"; see {log}, and continue it with intel-nb {shlex.join(ended.arguments)}"}
     return f"run {run.run_id} is {run.status}{version}{todo.get(run.status, '')}"
 
 # %% ../../nbs/chain/10_watch.ipynb #5b310153
 def release_run(workspace: Workspace, working: RunProcess, patience: float = 30) -> None:
-    """End the process if this watcher started it, and leave its run to the next watcher.
+    """End the process if this watcher started it, and leave its runs to the next watcher.
 
     A process that has not ended after `patience` seconds is killed."""
-    if working.process:
-        end_process(working.process, patience)
-        run = read_run(workspace.executed, working.run_id)
-        if run.status == "interrupted":
-            before = "queued" if working.arguments[0] == "run" else "waiting"
-            write_run(workspace.executed, replace(run, status=before, finished=None))
+    if not working.process:
+        return
+    end_process(working.process, patience)
+    approved = working.arguments[1] if working.arguments[0] == "approve" else None  # it continues all runs that wait
+    for run in list_runs(workspace.executed):
+        is_its = run.model_version == approved if approved else run.run_id == working.run_id
+        if run.status == "interrupted" and is_its:
+            write_run(workspace.executed, replace(run, status="waiting" if approved else "queued", finished=None))
 
 # %% ../../nbs/chain/10_watch.ipynb #90581a2e
 def report_alarms(queue: UploadQueue, tell: Callable[[str], None]) -> None:
@@ -344,7 +351,9 @@ class Watcher:
         self.inbox = Inbox(queue.inbox, UPLOADS, times.rest)
         self.working: RunProcess | None = None
         self._ready_since: float | None = None
+        self._approval = queue.folder / "approval.json"  # that is being followed, also after a kill
         self._followed: set[TriggerEvent] = set()  # approvals
+        self._ended: set[str] = set()  # runs; one that a person stops is left to the next watcher
         self._next_alarms = 0.0
 
     def step(self) -> bool:
@@ -364,27 +373,41 @@ class Watcher:
             ended, self.working = self.working, None
             if ended.process or recorded_status(self.workspace.executed, ended.run_id) not in UNFINISHED:
                 self.tell(record_end(self.workspace, ended))
+                self._ended.add(ended.run_id)
+                if ended.arguments[0] == "approve":
+                    self._approval.unlink(missing_ok=True)
                 remove_old_snapshots(self.queue)
             else:
                 self.tell(f"{ended.arguments[0]} {ended.run_id} was killed; it is started again")
 
     def _start_next(self) -> None:
         "Start an unfinished run, or else queue and start one for new uploads, or else follow an approval."
-        batch = next(iter(self.queue.unfinished()), None)
+        batch = next((b for b in self.queue.unfinished() if b.run_id not in self._ended), None)
         if batch is None and self._uploads_are_due():
             self._ready_since = None
             batch = queue_uploads(self.queue, self.inbox, self.template)
         if batch:
             arguments = run_arguments(request_of(self.workspace, batch.run_id))
             self._start(batch.run_id, arguments, name_events(batch.events))
-        elif new := set(approval_events(self.workspace, datetime.now(UTC))) - self._followed:
-            self._follow_approval(min(new))
+        else:
+            self._follow_approval()
 
-    def _follow_approval(self, event: TriggerEvent) -> None:
-        self._followed.add(event)  # once: if the command fails, a person has to look at it
-        waiting = [run for run in list_runs(self.workspace.executed) if run.status == "waiting"]
-        run = next(run for run in waiting if run.model_version == event.key)
-        self._start(run.run_id, ["approve", event.key], f"version {event.key}")
+    def _follow_approval(self) -> None:
+        "Start `approve` for a version that somebody approved, or whose `approve` was cut off."
+        executed = self.workspace.executed
+        waiting = {run.model_version: run.run_id for run in list_runs(executed) if run.status == "waiting"}
+        events = approval_events(self.workspace, datetime.now(UTC))
+        new = [event for event in events if event not in self._followed and event.key in waiting]
+        if new and not self._approval.exists():
+            event = min(new)
+            self._followed.add(event)  # once: if the command fails, a person has to look at it
+            write_json(self._approval, {"version": event.key, "run_id": waiting[event.key]})
+        if self._approval.exists():
+            approval = read_json(self._approval)
+            if (executed / approval["run_id"]).is_dir():
+                self._start(approval["run_id"], ["approve", approval["version"]], f"version {approval['version']}")
+            else:
+                self._approval.unlink()
 
     def _uploads_are_due(self) -> bool:
         "Return whether new uploads are ready and there is nothing left to wait for."
@@ -397,11 +420,13 @@ class Watcher:
         return ARCHIVE not in self.inbox.unready and (late or not self.inbox.unready)
 
     def _start(self, run_id: str, arguments: list[str], reason: str) -> None:
-        self.working = RunProcess(run_id, self.workspace.executed / run_id, arguments)
-        if self.working.is_alive():
+        run = RunProcess(run_id, self.workspace.executed / run_id, arguments)
+        if is_at_work := run.is_alive():
             self.tell(f"{arguments[0]} {run_id} is still at work")
         else:
-            self.working.process = start_process(self.working.folder, arguments, self.command, self.workspace)
+            run.process = start_process(run.folder, arguments, self.command, self.workspace)
+        self.working = run  # from now on whoever ends the watcher ends it too
+        if not is_at_work:
             self.tell(f"{arguments[0]} {run_id} for {reason}")
 
 # %% ../../nbs/chain/10_watch.ipynb #b3646488

@@ -258,7 +258,8 @@ def read_annotations(sources: Iterable[str | Path], scratch: str | Path
         outcomes += unreadable
         for batch in batches:
             lines, unusable = read_batch(batch, open_remote)
-            located, outcomes = located + lines, outcomes + unusable
+            located += lines
+            outcomes += unusable
         if not any(batch.label_files for batch in batches):
             error = UnusableLabel("no_labels", f"it holds no label file ({', '.join(FORMS)})")
             outcomes.append(_quarantine(LinePosition(as_one_line(Path(source).name)), error))
