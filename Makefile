@@ -6,15 +6,20 @@
 # make export         write intel_nb/ from nbs/, and clean the notebooks
 # make check          what must hold before a commit: nothing left to export, ruff, mypy
 # make hooks          check all of that at each commit, and merge notebooks cell by cell
-# make lock           pin all dependencies anew
+# make image          build the images intel-nb:serve and intel-nb:steps with docker, podman or buildah
+# make lock           pin what is new in pyproject.toml [ARGS=--upgrade: everything anew]
+# make sbom           list what the images hold, as CycloneDX, in dist/
 # make clean          remove the environment, build outputs and caches; workspace/ and executed/ stay
 
 PYTHON ?= python3
 BIN    := .venv/bin
-PINS   := pyproject.toml constraints.txt
-INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e
+PINS   := pyproject.toml $(wildcard locks/*.txt)
+PIP     = $(BIN)/pip install --quiet --disable-pip-version-check
+LOCKED  = $(PIP) --require-hashes -c locks/cuda.txt
+# torch's CPU build takes 0.2 GB, the public wheel for Linux with CUDA 3 GB: TORCH_INDEX= takes the latter
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: run test slow long export check hooks lock clean
+.PHONY: run test slow long export check hooks image lock sbom clean
 
 run: .venv/run.stamp
 	@$(BIN)/intel-nb run --approve $(if $(DATA),--data "$(DATA)") $(if $(PROFILE),--profile "$(PROFILE)") $(ARGS)
@@ -50,16 +55,27 @@ hooks: .venv/run.stamp
 .venv/run.stamp: $(PINS)
 	@echo "Installing into .venv (some minutes, once) …"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
-	@$(INSTALL) '.[steps,aws,alibi,dev]'
+	@$(LOCKED) -r locks/build.txt
+	@$(if $(TORCH_INDEX),$(LOCKED) --no-deps --retries 0 --extra-index-url $(TORCH_INDEX) -r locks/cpu.txt 2>/dev/null \
+	  || echo "torch's CPU build for this Python is not to be had here; taking the public wheel")
+	@$(LOCKED) -r locks/run.txt
+	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
 .venv/test.stamp: .venv/run.stamp
-	@$(INSTALL) '.[ray]'
+	@$(LOCKED) -c locks/run.txt -r locks/test.txt
 	@touch $@
 
+# BUILD_ARGS: such as --build-arg BASE=…
+BUILDER ?= $(firstword $(foreach tool,docker podman buildah,$(shell $(tool) info >/dev/null 2>&1 && echo $(tool))))
+image:
+	@test -n "$(BUILDER)" || { echo "make image needs docker, podman or buildah" >&2; exit 2; }
+	for target in serve steps; do \
+	  BUILDX_NO_DEFAULT_ATTESTATIONS=1 $(BUILDER) build $(if $(filter docker,$(BUILDER)),,--format docker) $(BUILD_ARGS) \
+	    --target $$target --tag intel-nb:$$target . || exit; done
+
 lock:
-	$(PYTHON) .ci/lock.py
+	$(PYTHON) .ci/lock.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,51 +1,96 @@
-"""Pin every direct and indirect dependency: constraints.txt for development, constraints-serve.txt for what serves.
+"""Write the locks in `locks/`: every direct and indirect dependency, pinned, with the hashes of its files.
 
-Pip resolves for each supported Python without installing anything. A pin that differs between them gets a marker. Local
-versions (`+cpu`) are left out, so that the file installs anywhere. `make lock` runs this.
+uv resolves for all supported Pythons and platforms at once. Pins that a lock already has are kept, but for `--upgrade`.
+`make lock` runs this.
+
+- `build.txt`: pip and setuptools, which install the rest
+- `run.txt`: what `make run` needs; `test.txt`: what `make test` needs beyond it
+- `serve.txt` and `steps.txt`: what the two images need, without what holds NumPy and Pillow back
+- `cpu.txt`: torch's CPU build, where an index or a folder of wheels offers it; it fulfils the same pin
+- `cuda.txt`: what torch's public wheel for Linux needs beside it, and its CPU build does not. It is a file of
+  constraints: `pip install --require-hashes -r locks/run.txt -c locks/cuda.txt` installs of it what torch asks for.
 """
-import json
+import hashlib
+import os
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from urllib.request import urlopen
 
-PYTHONS = ("3.11", "3.12", "3.13")
-LOCKS = {"constraints.txt": ".[steps,aws,alibi,ray,dev]", "constraints-serve.txt": "."}
-
-
-def resolve(python: str, requirement: str, folder: str) -> dict[str, str]:
-    "Return package -> version as pip would install them for `requirement` on `python` (as `3.11`)."
-    pip = [f"{folder}/{python}/bin/python", "-m", "pip", "install", "--quiet"]
-    if not Path(pip[0]).exists():
-        subprocess.run([f"python{python}", "-m", "venv", f"{folder}/{python}"], check=True)
-        subprocess.run([*pip, "--upgrade", "pip"], check=True)
-    report = f"{folder}/report.json"
-    subprocess.run([*pip, "--dry-run", "--ignore-installed", "--report", report, requirement], check=True)
-    found = (item["metadata"] for item in json.loads(Path(report).read_text())["install"])
-    return {m["name"].lower().replace("_", "-"): m["version"].split("+")[0] for m in found if m["name"] != "intel-nb"}
+LOCKS = Path("locks")
+EXTRAS = {"serve": ["sign"], "steps": ["steps", "aws", "sign"],
+          "run": ["steps", "aws", "sign", "alibi", "dev"], "test": ["steps", "aws", "sign", "alibi", "dev", "ray"]}
+CUDA = re.compile(r"(nvidia|cuda)-|triton==")
+TORCH_CPU = "https://download.pytorch.org/whl/cpu/torch/"
+Pins = dict[str, set[str]]  # a requirement with its marker -> hashes
 
 
-def lines(pins: dict[str, dict[str, str]]) -> list[str]:
-    "Return constraint lines from Python -> package -> version."
-    out = []
-    for name in sorted({n for versions in pins.values() for n in versions}):
-        by_version: dict[str, list[str]] = {}
-        for python, versions in pins.items():
-            if name in versions:
-                by_version.setdefault(versions[name], []).append(python)
-        for version, pythons in by_version.items():
-            marker = " or ".join(f'python_version == "{p}"' for p in pythons)
-            out.append(f"{name}=={version}" + (f" ; {marker}" if len(by_version) > 1 else ""))
-    return out
+def parse(text: str) -> Pins:
+    "Return the pins in the text of a lock."
+    lines = text.replace("\\\n", " ").splitlines()
+    split = (line.partition(" --hash=") for line in lines if line and line[0] not in "#-")
+    return {name.strip(): set(rest.replace("--hash=", "").split()) for name, _, rest in split}
+
+
+def read(name: str) -> Pins:
+    "Return the pins of a lock, if it is there."
+    path = LOCKS / f"{name}.txt"
+    return parse(path.read_text()) if path.exists() else {}
+
+
+def write(name: str, pins: Pins) -> None:
+    "Write a lock."
+    blocks = (" \\\n    --hash=".join([pin, *sorted(pins[pin])]) for pin in sorted(pins))
+    (LOCKS / f"{name}.txt").write_text("\n".join(["# Made by `make lock`; do not edit.", *blocks, ""]))
+    print(f"{name}.txt: {len(pins)} pins", file=sys.stderr)
+
+
+def resolve(uv: str, source: Path, extras: list[str], known: Pins) -> Pins:
+    "Return what `source` needs with `extras`; pins in `known` are kept where they can be."
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "out.txt")
+        out.write_text("\n".join(known))
+        subprocess.run([uv, "pip", "compile", "--quiet", "--universal", "--python-version", "3.11", "--generate-hashes",
+                        "--no-annotate", "--no-header", *sys.argv[1:], "-o", out, source,
+                        *(f"--extra={extra}" for extra in extras)], check=True)
+        return parse(out.read_text())
+
+
+def cpu_builds(version: str) -> set[str]:
+    "Return the hashes of torch's CPU builds of `version`: those of PyTorch's index and those on this machine's disk."
+    wheels = [p for place in os.environ.get("PIP_FIND_LINKS", "").split() for p in Path(place).glob("torch-*+cpu-*.whl")]
+    found = {f"sha256:{hashlib.sha256(p.read_bytes()).hexdigest()}" for p in wheels if p.name.startswith(f"torch-{version}+")}
+    try:
+        with urlopen(TORCH_CPU, timeout=30) as page:
+            listed = re.findall(rf"/torch-{re.escape(version)}(?:\+|%2B)cpu-[^#\"]*#sha256=(\w{{64}})", page.read().decode())
+    except OSError as e:
+        print(f"{TORCH_CPU}: {e}; its hashes are kept as they were", file=sys.stderr)
+        listed = []
+    return found | {f"sha256:{digest}" for digest in listed}
 
 
 def main() -> None:
+    LOCKS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        for name, requirement in LOCKS.items():
-            pins = {python: resolve(python, requirement, folder) for python in PYTHONS}
-            text = "\n".join(["# Made by `make lock`; do not edit.", *lines(pins), ""])
-            Path(name).write_text(text)
-            print(f"{name}: {len(lines(pins))} pins", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        subprocess.run([f"{folder}/bin/pip", "install", "--quiet", "uv"], check=True)
+        uv, cuda = f"{folder}/bin/uv", read("cuda")
+        build = Path(folder, "build.in")
+        build.write_text("pip\nsetuptools\n")
+        write("build", resolve(uv, build, [], read("build")))
+        found = {}
+        for name, extras in EXTRAS.items():
+            known = read(name) | cuda | (read("run") if name == "test" else {})
+            found[name] = resolve(uv, Path("pyproject.toml"), extras, known)
+    cuda = {pin: hashes for pins in found.values() for pin, hashes in pins.items() if CUDA.match(pin)}
+    found["test"] = {pin: hashes for pin, hashes in found["test"].items() if pin not in found["run"]}
+    for name, pins in found.items():
+        write(name, {pin: hashes for pin, hashes in pins.items() if pin not in cuda})
+    write("cuda", cuda)
+    [version] = {pin.split()[0] for pin in found["run"] if pin.startswith("torch==")}
+    write("cpu", {f"{version}+cpu": read("cpu").get(f"{version}+cpu", set()) | cpu_builds(version.partition("==")[2])})
 
 
 if __name__ == "__main__":

@@ -30,13 +30,14 @@ if TYPE_CHECKING:  # imported when used: reading a package needs neither
     from intel_nb.detector import OnlineMMD
 
 # %% auto #0
-__all__ = ['FILES', 'MAX_PACKAGE_BYTES', 'CONFIG', 'DEPLOYMENT', 'write_manifest', 'check_manifest', 'cores', 'open_session',
-           'run_batches', 'Package', 'pack', 'unpack', 'load_package', 'to_yaml', 'card_text', 'write_package',
-           'sample_package']
+__all__ = ['FILES', 'IGNORED', 'SIGNATURE', 'MAX_PACKAGE_BYTES', 'write_manifest', 'read_manifest', 'check_manifest',
+           'sign_manifest', 'check_signature', 'cores', 'open_session', 'run_batches', 'Package', 'pack', 'unpack',
+           'load_package', 'to_yaml', 'card_text', 'write_package', 'sample_package']
 
 # %% ../nbs/18_model.ipynb #4eca6a82
-FILES = ("model.onnx", "model.safetensors", "labels.json", "hparams.yaml", "drift.npz", "config.yaml", "deployment.py",
-         "card.md")
+FILES = ("model.onnx", "model.safetensors", "labels.json", "hparams.yaml", "drift.npz", "card.md")
+IGNORED = ("config.yaml", "deployment.py")  # packages of 0.1 and 0.2 hold these too: checked, and never read
+SIGNATURE = "manifest.sig"                  # the one file that the manifest cannot list
 
 # %% ../nbs/18_model.ipynb #99331dd8
 def _versions() -> dict[str, str]:
@@ -53,7 +54,7 @@ def _versions() -> dict[str, str]:
 # %% ../nbs/18_model.ipynb #25c158e7
 def write_manifest(folder: str | Path, card: dict[str, Any], data: str) -> Path:
     "Write `manifest.json` for the files in `folder`. `data` is the fingerprint of the training data."
-    files = {p.name: sha256_file(p) for p in sorted(Path(folder).iterdir()) if p.name != "manifest.json"}
+    files = {name: sha256_file(Path(folder) / name) for name in sorted(FILES)}
     manifest = {"format": 1, "files": files, "card": card, "data": data, "versions": _versions()}
     return write_json(Path(folder) / "manifest.json", manifest)
 
@@ -63,23 +64,73 @@ def _is_file(folder: Path, name: str) -> bool:
     return Path(name).name == name and (folder / name).is_file() and not (folder / name).is_symlink()
 
 # %% ../nbs/18_model.ipynb #56a3099a
-def check_manifest(folder: str | Path) -> dict[str, Any]:
-    "Return the manifest of the package in `folder`. Raise `InputError` unless exactly its files are there, unchanged."
-    folder = Path(folder)
+def read_manifest(folder: Path) -> dict[str, Any]:
+    "Return the manifest in `folder`, whose files are not checked yet. Raise `InputError` if it is none of format 1."
     if not (folder / "manifest.json").is_file():
         raise InputError(f"{folder} is not a model package: it has no manifest.json; "
                          "give the model/ folder of a train step")
     manifest = read_json(folder / "manifest.json")
-    files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, dict) or not isinstance(manifest.get("card"), dict) or manifest.get("format") != 1:
+    known = isinstance(manifest, dict) and manifest.get("format") == 1
+    if not known or not all(isinstance(manifest.get(name), dict) for name in ("files", "card")):
         raise InputError(f"{folder / 'manifest.json'} is not a manifest of format 1")
-    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*")} - {"manifest.json"}
+    return manifest
+
+# %% ../nbs/18_model.ipynb #8e21f44a
+def check_manifest(folder: str | Path) -> dict[str, Any]:
+    """Return the manifest of the package in `folder`. Raise `InputError` unless exactly its files are there, unchanged.
+
+    Where `INTEL_NB_VERIFY_KEY` names a public key, the manifest must be signed with its private key."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if key := os.environ.get("INTEL_NB_VERIFY_KEY"):
+        check_signature(folder, key)
+    files = manifest["files"]
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*")} - {"manifest.json", SIGNATURE}
     for name in sorted({*FILES, *files} | present):
         if name not in files:
             raise InputError(f"{folder} holds {name}, which its manifest does not list; do not trust this package")
+        if name not in FILES + IGNORED:
+            raise InputError(f"{folder} lists {name}, which no package holds; do not trust this package")
         if not _is_file(folder, name) or sha256_file(folder / name) != files[name]:
             raise InputError(f"{folder / name} is not the file that the manifest lists; copy the package again")
     return manifest
+
+# %% ../nbs/18_model.ipynb #963bf372
+def _read_key(path: str | Path, private: bool) -> Any:
+    "Return the ed25519 key in the PEM file `path`. Raise `InputError` if there is none, or nothing to read it with."
+    try:
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+        from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
+    except ImportError:
+        raise InputError("signatures need a library that is not installed here: pip install 'intel-nb[sign]'") from None
+    kind, wanted = ("private", ed25519.Ed25519PrivateKey) if private else ("public", ed25519.Ed25519PublicKey)
+    try:
+        data = Path(path).read_bytes()
+        key = load_pem_private_key(data, password=None) if private else load_pem_public_key(data)
+    except (OSError, ValueError, TypeError) as e:  # TypeError: a private key with a password
+        raise InputError(f"{path} cannot be read as a {kind} key in PEM without a password ({e})") from None
+    if not isinstance(key, wanted):
+        raise InputError(f"{path} holds another key than a {kind} one for ed25519; make one with openssl genpkey")
+    return key
+
+# %% ../nbs/18_model.ipynb #c89a7fd8
+def sign_manifest(folder: str | Path, key: str | Path) -> Path:
+    "Sign the manifest of the package in `folder` with the private key in the file `key`, and return the signature's path."
+    signature = _read_key(key, private=True).sign((Path(folder) / "manifest.json").read_bytes())
+    return write_bytes(Path(folder) / SIGNATURE, signature)
+
+# %% ../nbs/18_model.ipynb #e92d8906
+def check_signature(folder: str | Path, key: str | Path) -> None:
+    "Raise `InputError` unless the manifest in `folder` is signed with the private key of the public one in the file `key`."
+    public, path = _read_key(key, private=False), Path(folder) / SIGNATURE
+    if not _is_file(Path(folder), SIGNATURE):
+        raise InputError(f"{folder} is not signed, and INTEL_NB_VERIFY_KEY asks for it: intel-nb sign {folder} --key …")
+    from cryptography.exceptions import InvalidSignature
+    try:
+        public.verify(path.read_bytes(), (Path(folder) / "manifest.json").read_bytes())
+    except InvalidSignature:
+        raise InputError(f"{path} is not the signature of this manifest by the owner of {key}; "
+                         "do not trust this package") from None
 
 # %% ../nbs/18_model.ipynb #cfd945ef
 def cores(quota: str | Path = "/sys/fs/cgroup/cpu.max") -> int:
@@ -232,27 +283,6 @@ def load_package(path: str | Path, into: str | Path | None = None) -> Package:
     folder = unpack(path, temporary.name if temporary else str(into))
     return Package(folder, check_manifest(folder), temporary)
 
-# %% ../nbs/18_model.ipynb #29f04f36
-CONFIG = """\
-# Ray Serve's configuration of this model package: for `serve run config.yaml` here, and for SageMaker's Ray Serve
-# container, which starts Serve itself, with its own http_options.
-http_options:
-  host: 127.0.0.1
-  port: 8000
-applications:
-  - name: intel-nb
-    route_prefix: /
-    import_path: deployment:app
-"""
-DEPLOYMENT = '''\
-"""The Ray Serve application of this model package. It needs intel-nb[ray]; INTEL_NB_… variables set it up."""
-from pathlib import Path
-
-from intel_nb.serving.ray import build_app
-
-app = build_app(Path(__file__).parent)
-'''
-
 # %% ../nbs/18_model.ipynb #df8da758
 def to_yaml(values: dict[str, Any]) -> str:
     "Return a flat mapping as YAML with sorted keys. The values are in JSON's syntax, which is YAML too."
@@ -274,7 +304,8 @@ def write_package(folder: str | Path, onnx: bytes, tensors: dict[str, np.ndarray
                   notes: str = "") -> Package:
     """Write a whole package to `folder` and load it.
 
-    `onnx` is the served graph, `tensors` the weights to train on from, `data` the fingerprint of the training data."""
+    `onnx` is the served graph, `tensors` the weights to train on from, `data` the fingerprint of the training data.
+    Where `INTEL_NB_SIGNING_KEY` names a private key, the package is signed with it."""
     from safetensors.numpy import save
     folder = Path(folder)
     write_bytes(folder / "model.onnx", onnx)
@@ -282,10 +313,10 @@ def write_package(folder: str | Path, onnx: bytes, tensors: dict[str, np.ndarray
     write_json(folder / "labels.json", list(labels))
     write_text(folder / "hparams.yaml", to_yaml(hparams))
     detector.save(folder / "drift.npz")
-    write_text(folder / "config.yaml", CONFIG)
-    write_text(folder / "deployment.py", DEPLOYMENT)
     write_text(folder / "card.md", card_text(labels, card, data, notes))
     write_manifest(folder, card, data)
+    if key := os.environ.get("INTEL_NB_SIGNING_KEY"):
+        sign_manifest(folder, key)
     return load_package(folder)
 
 # %% ../nbs/18_model.ipynb #684f621d

@@ -11,7 +11,6 @@ import logging
 import os
 import queue
 import secrets
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..model import FILES, Package, check_manifest, cores, load_package
+from ..model import Package, cores, load_package
 from .app import Application, make_app
 from .dataplane import InferenceRequest, ModelWorker, Outputs, Settings, load_workers
 from .monitor import HISTORY, Monitor, Observation
@@ -37,12 +36,11 @@ from ..storage import InputError, remove, write_text
 if TYPE_CHECKING:  # Ray takes seconds to import, and is an extra
     from ray.serve import Application as RayApplication
     from ray.serve.handle import DeploymentHandle
-    from starlette.types import ASGIApp, Receive, Scope, Send
 
 # %% auto #0
 __all__ = ['ATTEMPTS', 'PATIENCE', 'QUIET', 'Scale', 'ModelReplica', 'DetectorActor', 'RemoteMonitor', 'make_front',
-           'model_deployment', 'package_among_files', 'InvocationsAtRoot', 'build_app', 'cluster_environment',
-           'end_session', 'end_session_at_exit', 'exit_with_children', 'start_cluster', 'create_ray_app']
+           'model_deployment', 'serve_config', 'build_app', 'cluster_environment', 'end_session', 'end_session_at_exit',
+           'exit_with_children', 'start_cluster', 'create_ray_app']
 
 # %% ../../nbs/serving/13_ray.ipynb #11179641
 @dataclass(frozen=True)
@@ -227,39 +225,28 @@ def model_deployment(package: Package, settings: Settings, scale: Scale, local: 
     return deploy(ModelReplica).bind(package, replace(settings, threads=threads), local)
 
 # %% ../../nbs/serving/13_ray.ipynb #793a9a8f
-def package_among_files(folder: str | Path) -> Package:
-    "Return the package in `folder` after its files were checked; ignore other files there."
-    with tempfile.TemporaryDirectory(prefix="intel-nb-") as alone:
-        for path in (Path(folder) / name for name in (*FILES, "manifest.json")):
-            if path.is_file():
-                shutil.copy(path, alone)
-        return Package(Path(folder), check_manifest(alone))
-
-# %% ../../nbs/serving/13_ray.ipynb #bf6c1185
-class InvocationsAtRoot:
-    "An ASGI application that gives another one what is posted to `/` as an invocation."
-    def __init__(self, app: ASGIApp):
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (scope["method"], scope["path"]) == ("POST", "/"):
-            scope = {**scope, "path": "/invocations", "raw_path": b"/invocations"}
-        await self.app(scope, receive, send)
+def serve_config(folder: str | Path, version: str = "") -> dict[str, Any]:
+    "Return Ray Serve's configuration for the package in `folder`, once it was checked; `version` is named in answers."
+    package = load_package(Path(folder).absolute())
+    arguments = {"package": str(package.path), "fingerprint": package.fingerprint, "version": version}
+    return {"http_options": {"host": "127.0.0.1", "port": 8000},
+            "applications": [{"name": "intel-nb", "route_prefix": "/", "import_path": "intel_nb.serving.ray:build_app",
+                              "args": arguments}]}
 
 # %% ../../nbs/serving/13_ray.ipynb #b89a97cd
-def build_app(folder: str | Path, state_dir: str | Path | None = None, version: str | None = None) -> RayApplication:
-    """Return the Ray Serve application of the package in `folder`.
+def build_app(arguments: Mapping[str, str]) -> RayApplication:
+    """Return the Ray Serve application for the `arguments` that `serve_config` wrote; raise `InputError`.
 
-    By default `INTEL_NB_STATE` names the folder of the detector's state, and `INTEL_NB_VERSION` the version."""
+    `INTEL_NB_STATE` names the folder of the detector's state."""
     from ray import serve
-    package, settings = package_among_files(Path(folder).absolute()), Settings.from_env()
-    scale = Scale.from_env()
-    state = state_dir or os.environ.get("INTEL_NB_STATE") or Path(tempfile.gettempdir()) / "intel-nb-state"
-    version = os.environ.get("INTEL_NB_VERSION", "") if version is None else version
+    package, settings, scale = load_package(arguments["package"]), Settings.from_env(), Scale.from_env()
+    if package.fingerprint != arguments["fingerprint"]:
+        raise InputError(f"{package.path} is another package than the configuration is for; write it again")
+    state = Path(os.environ.get("INTEL_NB_STATE") or Path(tempfile.gettempdir()) / "intel-nb-state").absolute()
 
-    def open_app() -> InvocationsAtRoot:
+    def open_app() -> Application:
         model = serve.get_deployment_handle("Model", serve.get_replica_context().app_name)
-        return InvocationsAtRoot(make_front(package, Path(state).absolute(), version, settings, scale, model))
+        return make_front(package, state, arguments["version"], settings, scale, model)
 
     deploy = serve.deployment(
         name="Endpoint", max_ongoing_requests=settings.queue + 100,  # the application itself refuses what is too much
