@@ -20,12 +20,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-import intel_nb
 from ..locks import locked
 from .captures import TEST
 from .shadow import LOOK_SECONDS, current_tally, read_shadow, read_tally, remove_shadow, write_shadow
 from .supervisor import ENGINES, StageRequest, is_alive, last_line, read_record, supervisor_command
-from ..storage import InputError, cloud_module, write_json
+from ..storage import InputError, cloud_module, python_path, write_json
 
 # %% auto #0
 __all__ = ['SHADOW_ENV', 'Endpoint', 'EndpointError', 'Endpoints', 'open_endpoints', 'Refused', 'as_refusal', 'request_json',
@@ -179,9 +178,7 @@ def captures_folder(stage: Path) -> Path:
 # %% ../../nbs/serving/12_endpoints.ipynb #51e3dee7
 def start_supervisor(folder: Path, first_port: int, owned: bool, env: Mapping[str, str]) -> subprocess.Popen:
     "Start a supervisor process for the stage in `folder`, with `env` added to the environment."
-    source = Path(intel_nb.__file__).parents[1]  # importable there too when it is not installed here
-    path = os.pathsep.join(p for p in (str(source), os.environ.get("PYTHONPATH")) if p)
-    known = {**os.environ, "PYTHONPATH": path, "INTEL_NB_CAPTURE_DIR": str(captures_folder(folder))}
+    known = {**os.environ, "PYTHONPATH": python_path(), "INTEL_NB_CAPTURE_DIR": str(captures_folder(folder))}
     with open(folder / "supervisor.log", "ab") as log:
         process = subprocess.Popen(
             supervisor_command(folder, first_port, owned), stdin=subprocess.PIPE if owned else subprocess.DEVNULL,

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, cast
 
 from ..locks import is_locked, locked
 from .worker import Assignment
-from ..storage import InputError, read_json, utc_now, write_json
+from ..storage import InputError, read_json, utc_now, whole_number, write_json
 
 # %% auto #0
 __all__ = ['ENGINES', 'START_SECONDS', 'LEAVE_SECONDS', 'STANDBY_SECONDS', 'STANDBY_DEFAULTS', 'StageRequest', 'StageRecord',
@@ -220,11 +220,8 @@ class EndingWorkers:
 STANDBY_DEFAULTS = {"INTEL_NB_WARM": 100, "INTEL_NB_WARM_SECONDS": 600}
 
 def standby_limit(name: str, environ: Mapping[str, str] = os.environ) -> int:
-    "Return the setting `name` of `STANDBY_DEFAULTS`; raise `InputError` if it is not a whole number."
-    text = environ.get(name) or str(STANDBY_DEFAULTS[name])
-    if not (text.isascii() and text.isdecimal()):
-        raise InputError(f"{name}={text!r} must be a whole number; 0 keeps no predecessor loaded")
-    return int(text)
+    "Return the setting `name` of `STANDBY_DEFAULTS`, where 0 keeps no predecessor loaded; raise `InputError`."
+    return whole_number(name, environ.get(name) or str(STANDBY_DEFAULTS[name]))
 
 # %% ../../nbs/serving/11_supervisor.ipynb #b17cf54f
 class StageWorkers:
