@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .images import image_format, open_image
+from .images import file_suffix, open_image
 from .scenes import SAMPLE_CLASSES, sample_jpeg
 from .storage import InputError, written_aside
 
@@ -40,11 +40,9 @@ class Row(NamedTuple):
     source: str  # where the image came from: "archive", "capture:<time>", …
 
 # %% ../nbs/14_dataset.ipynb #afc9870d
-_SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}
-
 def row_name(sha256: str, label: str, data: bytes) -> str:
     "Return the `path` of a row, `<class>/<first 16 digits>.<suffix>`. The suffix is that of the format of `data`."
-    return f"{label}/{sha256[:16]}.{_SUFFIXES[image_format(data)]}"
+    return f"{label}/{sha256[:16]}.{file_suffix(data)}"
 
 # %% ../nbs/14_dataset.ipynb #41935517
 ROWS_PER_SHARD = 4096

@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 
 # %% auto #0
-__all__ = ['FORMATS', 'MAX_BYTES', 'MAX_PIXELS', 'MAX_SIDE', 'MAX_PARTS', 'image_format', 'media_type', 'ImageError',
-           'check_size', 'open_image', 'to_rgb', 'resize', 'decode_opened', 'decode', 'encode_png', 'encode_jpeg',
-           'CheckedImage', 'check_image']
+__all__ = ['FORMATS', 'MAX_BYTES', 'MAX_PIXELS', 'MAX_SIDE', 'MAX_PARTS', 'image_format', 'media_type', 'file_suffix',
+           'ImageError', 'check_size', 'open_image', 'to_rgb', 'resize', 'decode_opened', 'decode', 'encode_png',
+           'encode_jpeg', 'CheckedImage', 'check_image']
 
 # %% ../nbs/12_images.ipynb #5f8c6a47
 FORMATS = {"JPEG": b"\xff\xd8\xff", "PNG": b"\x89PNG\r\n\x1a\n", "WEBP": b"RIFF", "BMP": b"BM"}  # name -> first bytes
@@ -36,6 +36,11 @@ def media_type(data: bytes) -> str:
     if not (name := image_format(data)):
         raise ValueError("the bytes are not an image of an accepted format")
     return f"image/{name.lower()}"
+
+# %% ../nbs/12_images.ipynb #5d0f6a31
+def file_suffix(data: bytes) -> str:
+    "Return the usual suffix of an accepted image's file, as in `jpg`; raise `ValueError` for other bytes."
+    return media_type(data).removeprefix("image/").replace("jpeg", "jpg")
 
 # %% ../nbs/12_images.ipynb #0c52c6d0
 class ImageError(ValueError):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -16,10 +17,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import intel_nb
+
 # %% auto #0
 __all__ = ['InputError', 'remove', 'written_aside', 'write_bytes', 'write_text', 'write_json', 'read_json', 'sha256_file',
            'files_of', 'tree_digest', 'is_remote', 'cloud_module', 'fetch', 'put', 'link', 'utc_now', 'output_folder',
-           'check_all_or_none']
+           'check_all_or_none', 'python_path', 'whole_number']
 
 # %% ../nbs/10_storage.ipynb #57c23216
 class InputError(ValueError):
@@ -168,3 +171,16 @@ def check_all_or_none(**inputs: str) -> None:
     missing = [name for name, value in inputs.items() if not value]
     if 0 < len(missing) < len(inputs):
         raise InputError(f"give {' and '.join(missing)} too, or none of {', '.join(inputs)}")
+
+# %% ../nbs/10_storage.ipynb #5d0f6a25
+def python_path(folder: Path = Path(intel_nb.__file__).parents[1]) -> str:
+    "Return `PYTHONPATH` with `folder` before all others; by default that is the folder which this package lies in."
+    return os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+
+# %% ../nbs/10_storage.ipynb #5d0f6a22
+def whole_number(name: str, text: str, least: int = 0, most: float = math.inf) -> int:
+    "Return `text`, the value of the setting `name`, as a number. Raise `InputError` unless it is whole and in range."
+    if not (text.isascii() and text.isdecimal() and least <= int(text) <= most):
+        end = "up" if most == math.inf else f"to {most}"
+        raise InputError(f"{name}={text!r} must be a whole number from {least} {end}")
+    return int(text)

@@ -19,7 +19,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-import intel_nb
 from .execution import end_process
 from .history import run_options
 from .inbox import Inbox, add_captured_images, take_snapshot
@@ -28,7 +27,7 @@ from .run import request_of
 from .runs import list_runs, new_run_id, queue_run, read_run, write_run
 from ..locks import is_locked, locked
 from ..serving.supervisor import last_line
-from ..storage import InputError, read_json, remove, utc_now, write_json
+from ..storage import InputError, python_path, read_json, remove, utc_now, write_json
 
 # %% auto #0
 __all__ = ['ARCHIVE', 'LABELS', 'STARTS', 'UPLOADS', 'UNFINISHED', 'KEEP', 'COMMAND', 'Start', 'TriggerEvent', 'upload_events',
@@ -270,9 +269,8 @@ def start_process(folder: Path, arguments: Sequence[str], command: Sequence[str]
     """Start `command` with `arguments`. Its output goes to `watch.log` in `folder`, and it holds `.process.lock` there.
 
     Raise `BlockingIOError` if another process holds that lock."""
-    path = os.pathsep.join(p for p in (str(Path(intel_nb.__file__).parents[1]), os.environ.get("PYTHONPATH")) if p)
     environ = {"INTEL_NB_HOME": str(workspace.home), "INTEL_NB_EXECUTED": str(workspace.executed),
-               "INTEL_NB_NOTEBOOKS": str(workspace.notebooks), "PYTHONPATH": path}
+               "INTEL_NB_NOTEBOOKS": str(workspace.notebooks), "PYTHONPATH": python_path()}
     with open(folder / ".process.lock", "w") as lock, open(folder / "watch.log", "ab") as log:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return subprocess.Popen([*command, *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log,

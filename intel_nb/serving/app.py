@@ -34,24 +34,18 @@ from .shadow import Copy
 from .telemetry import choose_request_id, log_request
 
 # %% auto #0
-__all__ = ['DRAIN_SECONDS', 'JSON_ROUTES', 'PAGE', 'CSP', 'DRIFT_TYPE', 'make_refusal_headers', 'make_refusal_response',
-           'DrainingResponse', 'on_refusal', 'on_http_error', 'read_body', 'read_request', 'wait_while_connected',
-           'answer_invocation', 'make_json_route', 'get_metrics', 'make_content_policy', 'make_page_response',
-           'get_page', 'is_authorized', 'make_unauthorized_response', 'lifespan', 'Application', 'make_app']
-
-# %% ../../nbs/serving/09_app.ipynb #540f5cf0
-def make_refusal_headers(refusal: Refusal) -> dict[str, str]:
-    "Return the extra response headers for a refusal."
-    if refusal.status == 503:
-        return {"retry-after": "1"}
-    if refusal.code == "slow_body":  # the rest of the body would be read as the next request
-        return {"connection": "close"}
-    return {401: {"www-authenticate": "Bearer"}, 405: {"allow": "POST"}}.get(refusal.status, {})
+__all__ = ['DRAIN_SECONDS', 'JSON_ROUTES', 'PAGE', 'CSP', 'DRIFT_TYPE', 'make_refusal_response', 'DrainingResponse', 'on_error',
+           'read_body', 'read_request', 'wait_while_connected', 'answer_invocation', 'make_json_route', 'get_metrics',
+           'make_content_policy', 'make_page_response', 'get_page', 'is_authorized', 'make_unauthorized_response',
+           'lifespan', 'Application', 'make_app']
 
 # %% ../../nbs/serving/09_app.ipynb #2e7fcdee
 def make_refusal_response(refusal: Refusal, response: type[JSONResponse] = JSONResponse) -> JSONResponse:
-    "Return a refusal as a response."
-    return response(refusal.body(), refusal.status, make_refusal_headers(refusal))
+    "Return a refusal as a response, with the headers that belong to its status."
+    headers = {401: {"www-authenticate": "Bearer"}, 405: {"allow": "POST"}, 503: {"retry-after": "1"}}
+    if refusal.code == "slow_body":  # the rest of the body would be read as the next request
+        headers[refusal.status] = {"connection": "close"}
+    return response(refusal.body(), refusal.status, headers.get(refusal.status))
 
 # %% ../../nbs/serving/09_app.ipynb #b450002b
 DRAIN_SECONDS = 10
@@ -68,13 +62,10 @@ class DrainingResponse(JSONResponse):
         await send({"type": "http.response.body", "body": b""})
 
 # %% ../../nbs/serving/09_app.ipynb #b5d76084
-async def on_refusal(request: Request, refusal: Any) -> Response:
-    "Answer a `Refusal` that a route raised."
-    return make_refusal_response(refusal)
-
-# %% ../../nbs/serving/09_app.ipynb #edfdb1a5
-async def on_http_error(request: Request, error: Any) -> Response:
-    "Answer an `HTTPException` of the router."
+async def on_error(request: Request, error: Any) -> Response:
+    "Answer a `Refusal` that a route raised, or an `HTTPException` of the router."
+    if isinstance(error, Refusal):
+        return make_refusal_response(error)
     code = "not_found" if error.status_code == 404 else "method_not_allowed"
     refusal = Refusal(code, f"{request.method} {request.url.path[:100]}: {error.detail}")
     return JSONResponse(refusal.body(), error.status_code, error.headers)
@@ -96,7 +87,6 @@ async def read_body(request: Request, limit: int, seconds: float,
     except ClientDisconnect:
         raise Refusal("left", "the client left before its request was complete") from None
 
-# %% ../../nbs/serving/09_app.ipynb #577177f7
 async def _chunks(request: Request, limit: int, reserve: Callable[[int], None]) -> AsyncIterator[bytes]:
     "Yield the parts of the body; raise `Refusal` once they are more than `limit` bytes."
     size = 0
@@ -163,7 +153,6 @@ JSON_ROUTES: dict[str, Callable[[Service], Any]] = {
     "/history": lambda service: {"readings": service.monitor.history()},
 }
 
-# %% ../../nbs/serving/09_app.ipynb #69870286
 def make_json_route(read: Callable[[Service], Any]) -> Callable:
     "Return a route that answers with what `read` returns for the service, once the service is ready."
     async def route(request: Request) -> Response:
@@ -236,7 +225,7 @@ class Application(FastAPI):
     "The routes around a `service`. It names, authorizes, counts and logs each request."
     def __init__(self, service: Service):
         super().__init__(title="intel-nb", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None,
-                         exception_handlers={Refusal: on_refusal, HTTPException: on_http_error})
+                         exception_handlers=dict.fromkeys((Refusal, HTTPException), on_error))
         self.service = service
         for path, read in JSON_ROUTES.items():
             self.add_api_route(path, make_json_route(read))
@@ -254,7 +243,8 @@ class Application(FastAPI):
             nonlocal status, size
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], *self._headers(name)]
+                leaving = [(b"connection", b"close")] if self.service.leaving else []
+                message["headers"] = [*message["headers"], (b"x-request-id", name.encode()), *leaving]
             size += len(message.get("body", b""))
             await send(message)
 
@@ -274,9 +264,6 @@ class Application(FastAPI):
         if scope["path"] == "/invocations":
             return partial(answer_invocation, self.service)
         return super().__call__
-
-    def _headers(self, name: str) -> list[tuple[bytes, bytes]]:
-        return [(b"x-request-id", name.encode())] + ([(b"connection", b"close")] if self.service.leaving else [])
 
     def _log(self, scope: Scope, name: str, status: int, size: int, seconds: float) -> None:
         if scope["path"] == "/invocations":

@@ -25,8 +25,8 @@ from ..storage import InputError, read_json, remove, write_bytes, write_json, wr
 # %% auto #0
 __all__ = ['TEST', 'WINDOW', 'HELD_BYTES', 'CAPTURE_BYTES', 'FLUSH_SECONDS', 'THUMBNAILS', 'SIDE', 'AnsweredImage',
            'answered_images', 'RecentImages', 'label_studio_task', 'label_config', 'image_file_name', 'CaptureFolder',
-           'capture_time', 'make_room', 'CaptureThread', 'Recorder', 'CaptureRecord', 'list_captures', 'next_step',
-           'captures_section']
+           'capture_time', 'make_room', 'BackgroundThread', 'CaptureThread', 'Recorder', 'CaptureRecord',
+           'list_captures', 'next_step', 'captures_section']
 
 # %% ../../nbs/serving/05_captures.ipynb #eecc42f2
 TEST = ("x-amzn-sagemaker-custom-attributes", "test")  # header and value; SageMaker passes its CustomAttributes on so
@@ -40,7 +40,6 @@ class AnsweredImage(NamedTuple):
     label: str
     confidence: float
 
-# %% ../../nbs/serving/05_captures.ipynb #d88211bd
 def answered_images(content_type: str, body: bytes, predictions: list[dict[str, Any]]) -> Iterator[AnsweredImage]:
     "Yield the images of a request with their `predictions`."
     size = len(body) // len(predictions)
@@ -53,21 +52,19 @@ WINDOW, HELD_BYTES = 64, 2**26  # images, and bytes of the bodies that they hold
 class RecentImages:
     "The latest images: at most `WINDOW` of them, and at most `limit` bytes."
     def __init__(self, limit: int = HELD_BYTES):
-        self._images: deque[AnsweredImage] = deque()
-        self._bytes, self._limit = 0, limit
+        self._images: deque[AnsweredImage] = deque(maxlen=WINDOW)
+        self._limit = limit
 
     def add(self, image: AnsweredImage) -> None:
         "Remember `image`; forget the oldest ones if there are too many."
         self._images.append(image)
-        self._bytes += image.size
-        while len(self._images) > WINDOW or self._bytes > self._limit:
-            self._bytes -= self._images.popleft().size
+        while sum(held.size for held in self._images) > self._limit:
+            self._images.popleft()
 
     def take(self, count: int) -> list[AnsweredImage]:
         "Return the latest `count` images, oldest first, and forget all."
         taken = list(self._images)[-count:]
         self._images.clear()
-        self._bytes = 0
         return taken
 
 # %% ../../nbs/serving/05_captures.ipynb #bdbdd0d2
@@ -89,10 +86,9 @@ def label_config(labels: Sequence[str]) -> str:
 
 # %% ../../nbs/serving/05_captures.ipynb #57cfeb8c
 def image_file_name(data: bytes) -> str:
-    "Return the file name of the image `data`: its digest, with an extension for its format."
-    from intel_nb.images import image_format
-    extension = image_format(data).lower() or "bin"
-    return f"{hashlib.sha256(data).hexdigest()}.{'jpg' if extension == 'jpeg' else extension}"
+    "Return the file name of the image `data`: its digest, with the suffix of its format."
+    from intel_nb.images import file_suffix
+    return f"{hashlib.sha256(data).hexdigest()}.{file_suffix(data)}"
 
 # %% ../../nbs/serving/05_captures.ipynb #810c2ac8
 CAPTURE_BYTES = 2**28  # of the images of one capture
@@ -141,73 +137,79 @@ def make_room(folder: Path, keep: int, days: int, now: datetime) -> bool:
         remove(path)
     return surplus <= len(removable)
 
-# %% ../../nbs/serving/05_captures.ipynb #8bf4b90b
-FLUSH_SECONDS = 0.5  # without a new image, after which the tasks are written
+# %% ../../nbs/serving/05_captures.ipynb #6b1e0c01
+class BackgroundThread:
+    """A thread that gives one job after another to `work`, and calls `rest` after `seconds` without one and at its end.
 
-class CaptureThread:
-    "A thread that fills captures; `open_capture` returns the one for an alarm, or None if there is no room."
-    def __init__(self, open_capture: Callable[[dict[str, Any]], CaptureFolder | None]):
-        self._open_capture = open_capture
-        self._jobs: Queue[dict[str, Any] | AnsweredImage | None] = Queue()
-        self._waiting_bytes, self._lock = 0, threading.Lock()
+    The jobs that wait hold at most `most_bytes`, and are at most `most` unless that is 0."""
+    def __init__(self, work: Callable[[Any], None], rest: Callable[[], None], seconds: float, most_bytes: int,
+                 most: int = 0):
+        self._work, self._rest, self._seconds, self._most_bytes = work, rest, seconds, most_bytes
+        self._jobs: Queue[tuple[Any, int] | None] = Queue(most)
+        self._bytes_put = self._bytes_done = 0  # each of them is written by one thread, so they need no lock
         self._thread: threading.Thread | None = None
-        self._capture: CaptureFolder | None = None
-        self._body, self._files = b"", list[bytes]()  # the latest body, and the images in it
 
-    def begin(self, alarm: dict[str, Any]) -> None:
-        "Begin the capture of `alarm`."
+    def start(self) -> None:
+        "Start the thread, unless it runs."
         if not self._thread:
             self._thread = threading.Thread(target=self._run, daemon=True)
             self._thread.start()
-        self._jobs.put(alarm)
 
-    def add(self, image: AnsweredImage) -> None:
-        "Add `image` to the capture that was begun last, unless the images that wait hold `HELD_BYTES` already."
-        if self._waiting_bytes + image.size <= HELD_BYTES:
-            self._count_bytes(image.size)
-            self._jobs.put(image)
+    def put(self, job: Any, size: int = 0) -> bool:
+        "Queue a `job` that holds `size` bytes, and return whether there was room. Only one thread may call this."
+        if self._bytes_put - self._bytes_done + size > self._most_bytes or self._jobs.full():
+            return False
+        self._bytes_put += size
+        self._jobs.put((job, size))
+        return True
 
-    def close(self) -> None:
-        "Write what waits and end the thread."
+    def end(self, patience: float = 10, drop: bool = False) -> None:
+        "Have the thread end after the jobs that wait, or with `drop` without them, and wait up to `patience` seconds."
         if self._thread:
+            with suppress(Empty):
+                while drop:
+                    self._jobs.get_nowait()
             self._jobs.put(None)
-            self._thread.join(10)
+            self._thread.join(patience)
             self._thread = None
 
-    def _count_bytes(self, size: int) -> None:
-        with self._lock:
-            self._waiting_bytes += size
-
     def _run(self) -> None:
+        while entry := self._next():
+            job, size = entry
+            self._work(job)
+            self._bytes_done += size
+        self._rest()
+
+    def _next(self) -> tuple[Any, int] | None:
         while True:
             try:
-                job = self._jobs.get(timeout=FLUSH_SECONDS)
+                return self._jobs.get(timeout=self._seconds)
             except Empty:
-                self._flush()
-                continue
-            if not isinstance(job, AnsweredImage):
-                self._flush()
-            if job is None:
-                return
-            self._carry_out(job)
+                self._rest()
+
+# %% ../../nbs/serving/05_captures.ipynb #8bf4b90b
+FLUSH_SECONDS = 0.5  # without a new image, after which the tasks are written
+
+class CaptureThread(BackgroundThread):
+    """A thread that fills captures. Its jobs are alarms, and after each alarm the images of its capture.
+
+    `open_capture` returns the capture for an alarm, or None if there is no room."""
+    def __init__(self, open_capture: Callable[[dict[str, Any]], CaptureFolder | None]):
+        super().__init__(self._carry_out, self._flush, FLUSH_SECONDS, HELD_BYTES)
+        self._open_capture = open_capture
+        self._capture: CaptureFolder | None = None
+        self._body, self._files = b"", list[bytes]()  # the latest body, and the images in it
 
     def _carry_out(self, job: dict[str, Any] | AnsweredImage) -> None:
         try:
             if isinstance(job, dict):
+                self._flush()
                 self._capture = self._open_capture(job)
             elif self._capture:
                 self._capture.add(self._image_files(job)[job.position], job)
         except Exception as e:  # for example a full disk: the endpoint goes on answering
             logging.getLogger(__name__).warning("a capture is given up: %s", e)
             self._capture = None
-        if isinstance(job, AnsweredImage):
-            self._count_bytes(-job.size)
-
-    def _image_files(self, image: AnsweredImage) -> list[bytes]:
-        from intel_nb.serving.payloads import image_files
-        if image.body is not self._body:
-            self._body, self._files = image.body, image_files(image.content_type, image.body)
-        return self._files
 
     def _flush(self) -> None:
         try:
@@ -215,6 +217,12 @@ class CaptureThread:
                 self._capture.write_tasks()
         except OSError as e:
             logging.getLogger(__name__).warning("the tasks of a capture could not be written: %s", e)
+
+    def _image_files(self, image: AnsweredImage) -> list[bytes]:
+        from intel_nb.serving.payloads import image_files
+        if image.body is not self._body:
+            self._body, self._files = image.body, image_files(image.content_type, image.body)
+        return self._files
 
 # %% ../../nbs/serving/05_captures.ipynb #7468139d
 @dataclass
@@ -248,17 +256,18 @@ class Recorder:
 
     def close(self) -> None:
         "Write what there is, and wait for it."
-        self._thread.close()
+        self._thread.end()
 
     def _begin(self, alarm: dict[str, Any]) -> None:
-        self._thread.begin(alarm)
+        self._thread.start()
+        self._thread.put(alarm)
         self._left, self._until = self.most, time.monotonic() + self.seconds
         for image in self._recent.take(min(alarm["window"], self.most)):
             self._add(image)
 
     def _add(self, image: AnsweredImage) -> None:
         self._left -= 1
-        self._thread.add(image)
+        self._thread.put(image, image.size)
 
     def _open_capture(self, alarm: dict[str, Any]) -> CaptureFolder | None:
         if not make_room(self.folder, self.keep, self.days, datetime.now(UTC)):
@@ -281,7 +290,6 @@ class CaptureRecord:
     predicted: dict[str, int]  # number of images by predicted class, largest first
     where: Path = field(repr=False)
 
-# %% ../../nbs/serving/05_captures.ipynb #e218446e
 def list_captures(root: Path) -> list[CaptureRecord]:
     "Return the captures of all endpoints in the folder `root`, newest first, without those that cannot be read."
     found = []
@@ -313,7 +321,6 @@ def captures_section(root: Path) -> str:
     return (f"<h2>Captured at a drift alarm</h2><p>{stage} (version {version}), {when}: {newest.images} images, "
             f"predicted as {predicted}. To do: {html.escape(next_step(newest))}.</p><p>{thumbnails}</p>")
 
-# %% ../../nbs/serving/05_captures.ipynb #b695ef69
 def _thumbnail(path: Path) -> str:
     from intel_nb.images import ImageError, decode, encode_jpeg
     with suppress(ImageError, OSError):

@@ -26,15 +26,13 @@ from .monitor import Monitor, Observation
 from .payloads import Refusal, parse
 from .shadow import Mirror
 from .telemetry import Metrics
-from ..storage import InputError
+from ..storage import whole_number
 
 # %% auto #0
-__all__ = ['Settings', 'InferenceRequest', 'Outputs', 'ModelWorker', 'load_workers', 'label_predictions', 'ByteBudget',
-           'DriftMonitor', 'make_recorder', 'Service']
+__all__ = ['DRIFT_GAUGES', 'Settings', 'InferenceRequest', 'Outputs', 'ModelWorker', 'load_workers', 'label_predictions',
+           'ByteBudget', 'DriftMonitor', 'make_recorder', 'Service']
 
 # %% ../../nbs/serving/08_dataplane.ipynb #3f5eff5c
-_TEXTS, _MAY_BE_ZERO = ("token", "capture_dir"), ("threads", "capture")
-
 @dataclass(frozen=True)
 class Settings:
     "The settings of a service; the environment variable `INTEL_NB_QUEUE=32` sets `queue`, and so on."
@@ -54,17 +52,14 @@ class Settings:
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
         "Return the settings in `env`; raise `InputError` for one that must be a number and is not."
-        texts = {f.name: env[name] for f in fields(cls) if env.get(name := f"INTEL_NB_{f.name.upper()}")}
-        values: dict[str, Any] = {name: text if name in _TEXTS else _whole(name, text) for name, text in texts.items()}
+        values: dict[str, Any] = {}
+        for setting in fields(cls):
+            if text := env.get(variable := f"INTEL_NB_{setting.name.upper()}"):
+                least = 0 if setting.name in _MAY_BE_ZERO else 1
+                values[setting.name] = whole_number(variable, text, least) if setting.type == "int" else text
         return cls(**values)
 
-# %% ../../nbs/serving/08_dataplane.ipynb #e8bf300b
-def _whole(name: str, text: str) -> int:
-    "Return the setting `name` as a whole number; raise `InputError`."
-    least = 0 if name in _MAY_BE_ZERO else 1
-    if not (text.isascii() and text.isdecimal()) or int(text) < least:
-        raise InputError(f"INTEL_NB_{name.upper()}={text!r} must be a whole number from {least} up")
-    return int(text)
+_MAY_BE_ZERO = ("threads", "capture")
 
 # %% ../../nbs/serving/08_dataplane.ipynb #e1361fa6
 class InferenceRequest(NamedTuple):
@@ -170,6 +165,9 @@ def make_recorder(package: Package, state_dir: str | Path, version: str, setting
     return Recorder(folder, about, settings.capture, settings.captures, settings.capture_days)
 
 # %% ../../nbs/serving/08_dataplane.ipynb #5a6f1684
+DRIFT_GAUGES = {"observations": "Images seen by the drift detector.", "alarms": "Drift alarms raised.",
+                "statistic": "The detector's statistic.", "threshold": "What the statistic must exceed."}
+
 class Service:
     """A package that answers requests as `version`, with files in `state_dir`.
 
@@ -195,7 +193,9 @@ class Service:
         self.monitor = self._open_monitor()
         self.batcher = Batcher(self.workers, self._finish, limit=self.settings.queue, batch=self.settings.batch,
                                on_batch=self.metrics.batch.observe)
-        self._watch()
+        self.metrics.watch("intel_nb_", {"requests_in_hand": "Requests that wait or are worked on."},
+                           lambda: {"requests_in_hand": self.batcher.in_hand})
+        self.metrics.watch("intel_nb_drift_", DRIFT_GAUGES, self.monitor.status)
         self.ready = True
 
     def check_ready(self) -> None:
@@ -219,18 +219,6 @@ class Service:
         if self.recorder:
             await asyncio.to_thread(self.recorder.close)
         await asyncio.to_thread(self.mirror.close)
-
-    def _watch(self) -> None:
-        "Show the queue and the detector among the metrics."
-        self.metrics.watch("intel_nb_requests_in_hand", "Requests that wait or are worked on.",
-                           lambda: self.batcher.in_hand)
-        for name, text in (("observations", "Images seen by the drift detector."), ("alarms", "Drift alarms raised."),
-                           ("statistic", "The detector's statistic."),
-                           ("threshold", "What the statistic must exceed.")):
-            self.metrics.watch(f"intel_nb_drift_{name}", text, partial(self._reading, name))
-
-    def _reading(self, name: str) -> float | None:
-        return self.monitor.status()[name]
 
     def _finish(self, pairs: list[tuple[InferenceRequest, Outputs]]) -> list[bytes]:
         "Observe the images of all requests in order, and return the answers."

@@ -20,12 +20,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-import intel_nb
 from ..locks import locked
 from .captures import TEST
 from .shadow import LOOK_SECONDS, current_tally, read_shadow, read_tally, remove_shadow, write_shadow
 from .supervisor import ENGINES, StageRequest, is_alive, last_line, read_record, supervisor_command
-from ..storage import InputError, cloud_module, write_json
+from ..storage import InputError, cloud_module, python_path, write_json
 
 # %% auto #0
 __all__ = ['SHADOW_ENV', 'Endpoint', 'EndpointError', 'Endpoints', 'open_endpoints', 'Refused', 'as_refusal', 'request_json',
@@ -44,7 +43,6 @@ class Endpoint:
     pid: int | None
     engine: str
 
-# %% ../../nbs/serving/12_endpoints.ipynb #4b4d4f36
 class EndpointError(RuntimeError):
     "An endpoint failed; the version that served before still serves."
 
@@ -66,6 +64,8 @@ class Endpoints(Protocol):
         "Return the versions that `stage` has served, the present one last."
     def previous(self, stage: str, allowed: Callable[[str], bool]) -> str | None:
         "Return the last earlier version of `stage` for which `allowed` is true."
+        *earlier, now = self.history(stage)
+        return next((v for v in reversed(earlier) if v != now and allowed(v)), None)
 
 # %% ../../nbs/serving/12_endpoints.ipynb #f882c9ed
 def open_endpoints(uri: str | Path) -> Endpoints:
@@ -83,7 +83,6 @@ class Refused(InputError):
         super().__init__(f"the endpoint refused it ({status} {code}): {message}")
         self.status, self.code = status, code
 
-# %% ../../nbs/serving/12_endpoints.ipynb #4db24138
 def as_refusal(status: int, body: bytes) -> Exception:
     "Return the error for an HTTP error: `EndpointError` from status 500 up, `Refused` below."
     try:
@@ -133,12 +132,9 @@ def is_answering(url: str) -> bool:
     "Return whether the endpoint at `url` is ready."
     if url.startswith("sagemaker://"):
         return cloud_module().endpoint_in_service(url)
-    from urllib.request import urlopen
-    try:
-        with urlopen(f"{url}/ping", timeout=5) as reply:
-            return reply.status == 200
-    except OSError:
-        return False
+    with suppress(EndpointError, Refused):
+        return bool(request_json(f"{url}/ping", timeout=5))
+    return False
 
 # %% ../../nbs/serving/12_endpoints.ipynb #b75165e8
 def read_endpoint(folder: Path) -> Endpoint:
@@ -179,9 +175,7 @@ def captures_folder(stage: Path) -> Path:
 # %% ../../nbs/serving/12_endpoints.ipynb #51e3dee7
 def start_supervisor(folder: Path, first_port: int, owned: bool, env: Mapping[str, str]) -> subprocess.Popen:
     "Start a supervisor process for the stage in `folder`, with `env` added to the environment."
-    source = Path(intel_nb.__file__).parents[1]  # importable there too when it is not installed here
-    path = os.pathsep.join(p for p in (str(source), os.environ.get("PYTHONPATH")) if p)
-    known = {**os.environ, "PYTHONPATH": path, "INTEL_NB_CAPTURE_DIR": str(captures_folder(folder))}
+    known = {**os.environ, "PYTHONPATH": python_path(), "INTEL_NB_CAPTURE_DIR": str(captures_folder(folder))}
     with open(folder / "supervisor.log", "ab") as log:
         process = subprocess.Popen(
             supervisor_command(folder, first_port, owned), stdin=subprocess.PIPE if owned else subprocess.DEVNULL,
@@ -211,6 +205,7 @@ def is_gone(pid: int) -> bool:
 # %% ../../nbs/serving/12_endpoints.ipynb #1ac500fc
 def send_request(folder: Path, request: StageRequest, start: Callable[[Path], subprocess.Popen]) -> Endpoint:
     "Have the stage's supervisor serve `request`; `start` makes a supervisor if there is none. Raise `EndpointError`."
+    log = folder / "supervisor.log"
     write_json(folder / "request.json", asdict(request))
     if is_alive(folder):
         if pid := read_record(folder).pid:
@@ -221,10 +216,9 @@ def send_request(folder: Path, request: StageRequest, start: Callable[[Path], su
         supervisor_ended = lambda: process.poll() is not None
     while read_record(folder).answered != request.id:
         if supervisor_ended() and read_record(folder).answered != request.id:
-            raise EndpointError(f"the supervisor of {folder.name} died: {last_line(folder / 'supervisor.log')}")
+            raise EndpointError(f"the supervisor of {folder.name} died: {last_line(log)}")
         time.sleep(0.02)
     if error := read_record(folder).error:
-        log = folder / "supervisor.log"
         raise EndpointError(f"version {request.version} does not serve {folder.name}: {error} ({log})")
     return read_endpoint(folder)
 
@@ -255,7 +249,7 @@ def end_processes(folder: Path, patience: float = 25) -> None:
 # %% ../../nbs/serving/12_endpoints.ipynb #50c1abaa
 SHADOW_ENV = {"INTEL_NB_CAPTURE": "0", "INTEL_NB_WARM": "0", "INTEL_NB_THREADS": "1", "INTEL_NB_NICE": "10"}
 
-class LocalEndpoints:
+class LocalEndpoints(Endpoints):
     """Endpoints as processes on this machine, with a folder for each stage in `folder`.
 
     `owned` ones end with this process. `env` is added to the environment of the supervisors that are started here."""
@@ -273,11 +267,9 @@ class LocalEndpoints:
             return send_request(self.folder / stage, request, self._start)
 
     def describe(self, stage: str) -> Endpoint:
-        "Return the endpoint of `stage`."
         return read_endpoint(stage_folder(self.folder, stage))
 
     def list(self) -> Sequence[Endpoint]:
-        "Return the endpoints of all stages, by name."
         return [read_endpoint(p) for p in sorted(self.folder.glob("*")) if read_record(p).version]
 
     def start(self, stage: str, *, engine: str | None = None) -> Endpoint:
@@ -298,13 +290,7 @@ class LocalEndpoints:
         self.unshadow(stage)
 
     def history(self, stage: str) -> Sequence[str]:
-        "Return the versions that `stage` has served, the present one last."
         return list(read_record(stage_folder(self.folder, stage)).history)
-
-    def previous(self, stage: str, allowed: Callable[[str], bool]) -> str | None:
-        "Return the last earlier version of `stage` for which `allowed` is true."
-        *earlier, now = self.history(stage)
-        return next((v for v in reversed(earlier) if v != now and allowed(v)), None)
 
     def shadow(self, stage: str, package: Path, version: str) -> None:
         "Have `package` answer copies of the requests to `stage` as `version`; return when it is ready."

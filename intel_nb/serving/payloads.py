@@ -77,7 +77,6 @@ def _from_base64(text: str, where: str) -> bytes:
             "use the standard alphabet, with padding and without line breaks"
         raise Refusal("undecodable", f"{where}not base64 ({hint})") from None
 
-# %% ../../nbs/serving/01_payloads.ipynb #c69137a9
 def _open_all(texts: list[str]) -> list[Image.Image]:
     "Open the images in the base64 `texts` without decoding their pixels; raise `Refusal`."
     opened: list[Image.Image] = []
@@ -118,7 +117,6 @@ def _elements(lists: list) -> list:
         raise Refusal("shape", "inputs must be H×W×3 numbers, every row as long as the others")
     return list(chain.from_iterable(lists))
 
-# %% ../../nbs/serving/01_payloads.ipynb #45ffbb8c
 def _pixels(numbers: Any) -> np.ndarray:
     "Return nested lists H×W×3 of numbers 0–255 as uint8 (H, W, 3); raise `Refusal`."
     pixels = _elements(rows := _elements([numbers]))
@@ -149,11 +147,9 @@ def _json_object(body: bytes) -> dict[str, Any]:
         raise Refusal("fields", 'the body must be a JSON object, as in {"instances": […]}')
     return fields
 
-# %% ../../nbs/serving/01_payloads.ipynb #4cf971fc
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number in JSON")
 
-# %% ../../nbs/serving/01_payloads.ipynb #d5fe0099
 def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
@@ -166,7 +162,6 @@ JSON_FIELDS: dict[str, Callable[[Any, int], np.ndarray]] = {
     "instances": _instances,
 }
 
-# %% ../../nbs/serving/01_payloads.ipynb #faf531f1
 def read_json_body(body: bytes, side: int) -> np.ndarray:
     "Return the images of a JSON body as uint8 (N, side, side, 3); raise `Refusal`."
     fields = _json_object(body)
@@ -186,7 +181,6 @@ def read_npy(body: bytes, side: int) -> np.ndarray:
         raise Refusal("malformed", f"{len(data)} bytes follow the header, where shape {shape} needs another number")
     return _resized(np.frombuffer(data, np.uint8).reshape(-1, *shape[-3:]), side)
 
-# %% ../../nbs/serving/01_payloads.ipynb #83f62cfc
 _NPY = re.compile(rb"\{'descr': ?'([^']{1,9})', ?'fortran_order': ?(True|False), ?"
                   rb"'shape': ?\(([\d, ]{0,99})\),? ?\}\s*")
 
@@ -211,7 +205,6 @@ CONTENT_TYPES: dict[str, Callable[[bytes, int], np.ndarray]] = {
     "application/x-npy": read_npy,
 }
 
-# %% ../../nbs/serving/01_payloads.ipynb #fd2bac09
 def read_media_type(content_type: str) -> str:
     "Return the key of `CONTENT_TYPES` that a Content-Type header names, without parameters; raise `Refusal`."
     kind = content_type.split(";")[0].strip().lower()
@@ -235,10 +228,9 @@ def parse(content_type: str, body: bytes, side: int) -> np.ndarray:
 
 # %% ../../nbs/serving/01_payloads.ipynb #f116201f
 def image_files(content_type: str, body: bytes) -> list[bytes]:
-    """Return the images in a body that `parse` has read as image files.
+    """Return the images in a body of a type in `CONTENT_TYPES` that `parse` has read.
 
-    They are the files that the client sent, or PNG files where it sent numbers. `content_type` is a key of
-    `CONTENT_TYPES`."""
+    They are the files that the client sent, or PNG files where it sent numbers."""
     if content_type.startswith("image/"):
         return [body]
     if content_type == "application/x-npy":

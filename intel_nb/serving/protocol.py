@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, cast
 
 import uvicorn
@@ -38,7 +39,6 @@ class _State(ServerState):
     "Uvicorn's state of a server, shared by its connections. A `channel` receives each of them as soon as it is idle."
     channel: socket.socket | None = None
 
-# %% ../../nbs/serving/07_protocol.ipynb #c21d3e6c
 HEAD_SECONDS = 75  # until a head is complete; as long as an idle connection is kept
 
 class Connection(HttpToolsProtocol):
@@ -127,19 +127,16 @@ class HttpServer(uvicorn.Server):
             await asyncio.sleep(0.005)
         return serving
 
-    async def take_over(self, channel: socket.socket) -> int:
-        "Serve the connections that wait in `channel`; return their number."
-        loop, count = asyncio.get_running_loop(), 0
+    async def take_over(self, channel: socket.socket) -> None:
+        "Serve the connections that wait in `channel`."
+        connection = partial(Connection, self.config, self.server_state, self.lifespan.state)
         channel.setblocking(False)
-        while True:
-            try:
+        with suppress(BlockingIOError):  # no more are waiting
+            while True:
                 _, numbers, *_ = socket.recv_fds(channel, 1, 1)
-            except BlockingIOError:
-                return count
-            for number in numbers:
-                os.set_inheritable(number, False)
-                await loop.connect_accepted_socket(self._connection, socket.socket(fileno=number))
-                count += 1
+                for number in numbers:
+                    os.set_inheritable(number, False)
+                    await asyncio.get_running_loop().connect_accepted_socket(connection, socket.socket(fileno=number))
 
     async def hand_over(self, channel: socket.socket, patience: float = 1) -> None:
         "Accept no more; send each idle connection into `channel`, and wait up to `patience` seconds for the others."
@@ -154,6 +151,3 @@ class HttpServer(uvicorn.Server):
             connection.move()
         while connections and time.monotonic() < deadline:
             await asyncio.sleep(0.005)
-
-    def _connection(self) -> Connection:
-        return Connection(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)

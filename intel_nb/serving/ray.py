@@ -31,7 +31,7 @@ from .dataplane import InferenceRequest, ModelWorker, Outputs, Settings, load_wo
 from .monitor import HISTORY, Monitor, Observation
 from .payloads import Refusal
 from .worker import return_freed_memory
-from ..storage import InputError, remove, write_text
+from ..storage import InputError, python_path, remove, whole_number, write_text
 
 if TYPE_CHECKING:  # Ray takes seconds to import, and is an extra
     from ray.serve import Application as RayApplication
@@ -52,8 +52,8 @@ class Scale:
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Scale:
         "Return the numbers in `env`; raise `InputError` for one that cannot be used."
-        replicas = _count(env, "INTEL_NB_REPLICAS", 2)
-        most = _count(env, "INTEL_NB_MAX_REPLICAS", replicas)
+        replicas = whole_number("INTEL_NB_REPLICAS", env.get("INTEL_NB_REPLICAS") or "2", 1, 1000)
+        most = whole_number("INTEL_NB_MAX_REPLICAS", env.get("INTEL_NB_MAX_REPLICAS") or str(replicas), 1, 1000)
         if most < replicas:
             raise InputError(f"INTEL_NB_MAX_REPLICAS={most} is less than INTEL_NB_REPLICAS={replicas}; raise it")
         return cls(replicas, most)
@@ -61,13 +61,6 @@ class Scale:
     def threads(self, available: int) -> int:
         "Return the threads of each replica when all share `available` cores."
         return max(1, available // self.most)
-
-# %% ../../nbs/serving/13_ray.ipynb #1e7f1061
-def _count(env: Mapping[str, str], name: str, default: int) -> int:
-    value = env.get(name) or str(default)
-    if not value.isdecimal() or not 0 < int(value) <= 1000:
-        raise InputError(f"{name}={value!r} must be a whole number from 1 to 1000")
-    return int(value)
 
 # %% ../../nbs/serving/13_ray.ipynb #e98cdb57
 copyreg.pickle(Refusal, lambda refusal: (Refusal, (refusal.code, str(refusal))))
@@ -257,11 +250,10 @@ def build_app(arguments: Mapping[str, str]) -> RayApplication:
 def cluster_environment(folder: Path) -> dict[str, str]:
     "Return environment variables for a private cluster, and write the module that they name to `folder`."
     left_out = write_text(folder / "left-out" / "rfc3987_syntax.py", _LEFT_OUT).parent
-    path = os.pathsep.join(p for p in (str(left_out), os.environ.get("PYTHONPATH")) if p)
     return {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # the one switch for all ports on 127.0.0.1, on Linux too
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ROTATION_MAX_BYTES": str(2**20), "RAY_ROTATION_BACKUP_COUNT": "1", "RAY_SERVE_LOG_TO_STDERR": "0",
-            "PYTHONPATH": path}
+            "PYTHONPATH": python_path(left_out)}
 
 _LEFT_OUT = '''# Ray imports jsonschema in each of its processes. jsonschema imports this module if it can.
 # Where it is installed (JupyterLab brings it) it builds a grammar on import: seconds, in each of ten processes.

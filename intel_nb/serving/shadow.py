@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import json
 import logging
-import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .captures import BackgroundThread
 from ..storage import InputError, read_json, write_json
 
 if TYPE_CHECKING:  # a program that only reads a tally does not need these
@@ -26,9 +24,9 @@ if TYPE_CHECKING:  # a program that only reads a tally does not need these
     from intel_nb.serving.telemetry import Metrics
 
 # %% auto #0
-__all__ = ['LATEST', 'ANSWER_SECONDS', 'LOOK_SECONDS', 'MOST_COPIES', 'MOST_COPY_BYTES', 'Tally', 'latency_quantiles',
-           'shadow_in_words', 'write_shadow', 'read_shadow', 'remove_shadow', 'write_tally', 'read_tally',
-           'current_tally', 'Copy', 'predicted_classes', 'ShadowClient', 'Mirror', 'register_shadow_metrics']
+__all__ = ['LATEST', 'ANSWER_SECONDS', 'LOOK_SECONDS', 'MOST_COPIES', 'MOST_COPY_BYTES', 'SHADOW_GAUGES', 'Tally',
+           'latency_quantiles', 'shadow_in_words', 'write_shadow', 'read_shadow', 'remove_shadow', 'write_tally',
+           'read_tally', 'current_tally', 'Copy', 'predicted_classes', 'ShadowClient', 'Mirror']
 
 # %% ../../nbs/serving/06_shadow.ipynb #8b417a43
 LATEST = 1000  # requests whose times are kept
@@ -83,7 +81,6 @@ def write_shadow(state: Path, version: str, url: str) -> None:
     "Have the worker with this folder of `state` send copies to the shadow `version` at `url`."
     write_json(state / "shadow.json", {"version": version, "url": url})
 
-# %% ../../nbs/serving/06_shadow.ipynb #037ddbae
 def read_shadow(state: Path) -> Tally | None:
     "Return an empty tally of the shadow in `shadow.json`; None without a shadow."
     with suppress(InputError, KeyError, TypeError):
@@ -91,7 +88,6 @@ def read_shadow(state: Path) -> Tally | None:
         return Tally(str(shadow["version"]), str(shadow["url"]))
     return None
 
-# %% ../../nbs/serving/06_shadow.ipynb #9347e1d1
 def remove_shadow(state: Path) -> None:
     "Have the worker with this folder of `state` send no more copies; the tally stays."
     (state / "shadow.json").unlink(missing_ok=True)
@@ -102,7 +98,6 @@ def write_tally(state: Path, tally: Tally) -> None:
     seconds = [[round(s, 6) for s in pair] for pair in list(tally.seconds)]
     write_json(state / "shadow_seen.json", asdict(tally) | {"seconds": seconds})
 
-# %% ../../nbs/serving/06_shadow.ipynb #379425f1
 def read_tally(state: Path) -> Tally | None:
     "Return the tally in `shadow_seen.json`; None if there is none, or none that can be read."
     with suppress(InputError, TypeError, ValueError):
@@ -181,47 +176,53 @@ class ShadowClient:
 # %% ../../nbs/serving/06_shadow.ipynb #cd5c1ed7
 LOOK_SECONDS = 1.0                            # between two looks at shadow.json, and two writes of the tally
 MOST_COPIES, MOST_COPY_BYTES = 64, 2**25      # that wait for the shadow
+SHADOW_GAUGES = {name: f"The shadow's {name}."
+                 for name in ("images", "agreed", "agreement", "requests", "failed", "dropped")}
+SHADOW_GAUGES |= {f"{name}_{quantile}": f"Latency {where}, of the copied requests."
+                  for name, where in (("ms", "here"), ("shadow_ms", "of the shadow")) for quantile in ("median", "p95")}
 
-class Mirror:
+class Mirror(BackgroundThread):
     "A thread that sends copies of answered requests to the shadow in the folder `state`, if there is one."
     def __init__(self, state: str | Path, metrics: Metrics, token: str = "", look_seconds: float = LOOK_SECONDS):
-        self.tally: Tally | None = None
+        super().__init__(self._compare, self._rest, LOOK_SECONDS, MOST_COPY_BYTES, MOST_COPIES)
+        self.tally: Tally | None = None      # of the present shadow
+        self._compared: Tally | None = None  # of the shadow that had the last copy
         self._state, self._metrics, self._client = Path(state), metrics, ShadowClient(token)
-        self._look_seconds, self._looked = look_seconds, float("-inf")
+        self._look_seconds, self._looked, self._written = look_seconds, float("-inf"), float("-inf")
         self._modified: int | None = None
-        self._copies: queue.Queue[tuple[Copy, Tally] | None] = queue.Queue(MOST_COPIES)
-        self._waiting_bytes, self._lock = 0, threading.Lock()
-        self._thread: threading.Thread | None = None
         self._closed = False
 
     def offer(self, copy: Copy) -> None:
         "Queue `copy` if there is a shadow; drop it if too many are waiting. Only one thread may call this."
         if time.monotonic() - self._looked >= self._look_seconds:
             self._look()
-        if (tally := self.tally) is None:
-            return
-        if self._waiting_bytes + len(copy.body) > MOST_COPY_BYTES or self._copies.full():
-            tally.dropped += 1
-            return
-        self._count_bytes(len(copy.body))
-        self._copies.put((copy, tally))
+        if self.tally and not self.put((copy, self.tally), len(copy.body)):
+            self.tally.dropped += 1
 
     def close(self) -> None:
         "Drop the copies that wait and write the tally; do not wait for a shadow that does not answer."
         tally, self.tally, self._looked = self.tally, None, float("inf")
-        if self._thread:
-            with suppress(queue.Empty):
-                while True:
-                    self._copies.get_nowait()
-            self._copies.put(None)
-            self._thread.join(0.5)
-            self._closed = True  # from now on another process writes the file
-            if tally:
-                write_tally(self._state, tally)
+        self.end(patience=0.5, drop=True)
+        self._closed = True  # from now on another process writes the file
+        if tally:
+            write_tally(self._state, tally)
 
-    def _count_bytes(self, size: int) -> None:
-        with self._lock:
-            self._waiting_bytes += size
+    def _compare(self, job: tuple[Copy, Tally]) -> None:
+        copy, self._compared = job
+        self._client.compare(copy, self._compared)
+        self._write()
+
+    def _rest(self) -> None:
+        "Write the tally, and leave a shadow that is gone."
+        self._write()
+        if self.tally is None:
+            self._client.close()
+
+    def _write(self) -> None:
+        "Write the tally about once a second, until the mirror is closed."
+        if self._compared and not self._closed and time.monotonic() - self._written >= LOOK_SECONDS:
+            write_tally(self._state, self._compared)
+            self._written = time.monotonic()
 
     def _look(self) -> None:
         "Read `shadow.json` if it was changed, and continue the tally of that shadow."
@@ -234,38 +235,10 @@ class Mirror:
             return
         self._modified, self.tally = modified, current_tally(self._state)
         if self.tally and not self._thread:
-            register_shadow_metrics(self._metrics, self)
-            self._thread = threading.Thread(target=self._run, daemon=True)
-            self._thread.start()
+            self._metrics.watch("intel_nb_shadow_", SHADOW_GAUGES, self._gauges)
+            self.start()
 
-    def _run(self) -> None:
-        "Compare copies, and write the tally about once a second, until the mirror is closed."
-        tally, written = None, float("-inf")
-        while True:
-            with suppress(queue.Empty):
-                if (job := self._copies.get(timeout=LOOK_SECONDS)) is None:
-                    break
-                copy, tally = job
-                self._client.compare(copy, tally)
-                self._count_bytes(-len(copy.body))
-            if tally and not self._closed and time.monotonic() - written >= LOOK_SECONDS:
-                write_tally(self._state, tally)
-                written = time.monotonic()
-        self._client.close()
-
-# %% ../../nbs/serving/06_shadow.ipynb #7528576f
-def register_shadow_metrics(metrics: Metrics, mirror: Mirror) -> None:
-    "Show the tally of `mirror` among `metrics`; the values are NaN while there is no shadow."
-    for name in ("images", "agreed", "agreement", "requests", "failed", "dropped"):
-        metrics.watch(f"intel_nb_shadow_{name}", f"The shadow's {name}.", partial(_tally_value, mirror, name))
-    for name, where in (("ms", "here"), ("shadow_ms", "of the shadow")):
-        for quantile in ("median", "p95"):
-            metrics.watch(f"intel_nb_shadow_{name}_{quantile}", f"Latency {where}, of the copied requests.",
-                          partial(_tally_quantile, mirror, name, quantile))
-
-# %% ../../nbs/serving/06_shadow.ipynb #467bd9b0
-def _tally_value(mirror: Mirror, name: str) -> float | None:
-    return getattr(mirror.tally, name, None)
-
-def _tally_quantile(mirror: Mirror, name: str, quantile: str) -> float | None:
-    return mirror.tally.summary().get(name, {}).get(quantile) if mirror.tally else None
+    def _gauges(self) -> dict[str, float]:
+        summary = self.tally.summary() if self.tally else {}
+        return summary | {f"{name}_{quantile}": value for name in ("ms", "shadow_ms")
+                          for quantile, value in summary.get(name, {}).items()}

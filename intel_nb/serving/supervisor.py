@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import signal
@@ -20,15 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from ..locks import is_locked, locked
-from .worker import Assignment
-from ..storage import InputError, read_json, utc_now, write_json
+from .worker import Assignment, python_command
+from ..storage import InputError, read_json, utc_now, whole_number, write_json
 
 # %% auto #0
 __all__ = ['ENGINES', 'START_SECONDS', 'LEAVE_SECONDS', 'STANDBY_SECONDS', 'STANDBY_DEFAULTS', 'StageRequest', 'StageRecord',
            'read_record', 'extend_history', 'is_alive', 'last_line', 'reserved_ports', 'open_listener', 'ServedVersion',
-           'WorkerFailed', 'WorkerProcess', 'start_worker', 'EndingWorkers', 'standby_limit', 'StageWorkers',
-           'apply_request', 'restart_worker', 'serve_requests', 'open_stage', 'run_supervisor', 'supervise',
-           'supervisor_command']
+           'WorkerFailed', 'WorkerProcess', 'start_worker', 'standby_limit', 'StageWorkers', 'apply_request',
+           'restart_worker', 'serve_requests', 'open_stage', 'run_supervisor', 'supervise', 'supervisor_command']
 
 # %% ../../nbs/serving/11_supervisor.ipynb #ce454b24
 @dataclass(frozen=True)
@@ -124,7 +122,6 @@ ENGINES = {"process": "intel_nb.serving:create_app", "ray": "intel_nb.serving.ra
 class WorkerFailed(Exception):
     "A worker did not do what it was ordered to; the message is its own answer or the last line of the log."
 
-# %% ../../nbs/serving/11_supervisor.ipynb #74098f70
 @dataclass(eq=False)
 class WorkerProcess:
     "A running worker and its control socket."
@@ -196,35 +193,13 @@ async def start_worker(served: ServedVersion, folder: Path, sockets: list[socket
         raise
     return worker
 
-# %% ../../nbs/serving/11_supervisor.ipynb #cbac5937
-class EndingWorkers:
-    "Workers that were told to leave. Each of them ends once its last clients are served."
-    def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    def add(self, worker: WorkerProcess | None) -> None:
-        "Close the control socket of `worker`, if it is one, and kill it after 60 seconds."
-        if worker:
-            worker.writer.close()
-            task = asyncio.create_task(worker.end(60))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-    async def wait(self, seconds: float) -> None:
-        "Wait until all have ended, up to `seconds`."
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=seconds)
-
 # %% ../../nbs/serving/11_supervisor.ipynb #070a6b77
 # How long a predecessor stands by: until the new version has answered so many requests, but at most so many seconds.
 STANDBY_DEFAULTS = {"INTEL_NB_WARM": 100, "INTEL_NB_WARM_SECONDS": 600}
 
 def standby_limit(name: str, environ: Mapping[str, str] = os.environ) -> int:
-    "Return the setting `name` of `STANDBY_DEFAULTS`; raise `InputError` if it is not a whole number."
-    text = environ.get(name) or str(STANDBY_DEFAULTS[name])
-    if not (text.isascii() and text.isdecimal()):
-        raise InputError(f"{name}={text!r} must be a whole number; 0 keeps no predecessor loaded")
-    return int(text)
+    "Return the setting `name` of `STANDBY_DEFAULTS`, where 0 keeps no predecessor loaded; raise `InputError`."
+    return whole_number(name, environ.get(name) or str(STANDBY_DEFAULTS[name]))
 
 # %% ../../nbs/serving/11_supervisor.ipynb #b17cf54f
 class StageWorkers:
@@ -234,7 +209,7 @@ class StageWorkers:
         self.worker: WorkerProcess | None = None
         self.standby: WorkerProcess | None = None
         self._standby_until = 0.0
-        self._ending = EndingWorkers()
+        self._ending: set[asyncio.Task[None]] = set()
         self._sockets = [listener, *socket.socketpair()]
         self.record = read_record(folder)
         self.note(url=f"http://127.0.0.1:{listener.getsockname()[1]}", error="")
@@ -269,15 +244,16 @@ class StageWorkers:
         over = self.standby.process.returncode is not None or time.monotonic() > self._standby_until
         answered = await self.worker.count_requests() if self.worker and not over else 0
         if over or answered >= standby_limit("INTEL_NB_WARM"):
-            self._ending.add(self._take_standby())
+            self._end_standby()
             self.note()
 
     async def close(self) -> None:
         "Have the workers leave, and wait up to 5 seconds for their last clients."
         self._sockets[0].close()
         await self._retire()
-        self._ending.add(self._take_standby())
-        await self._ending.wait(5)
+        self._end_standby()
+        if self._ending:
+            await asyncio.wait(self._ending, timeout=5)
         for end in self._sockets[1:]:
             end.close()  # this closes the connections that no worker took over
         self.note(status="stopped", pid=None)
@@ -292,7 +268,7 @@ class StageWorkers:
                 await asyncio.sleep(0.01)  # time to see the end of its socket, if it has died since
                 if not standby.reader.at_eof():
                     return standby
-            self._ending.add(standby)
+            self._end(standby)
         return await start_worker(served, self.folder, self._sockets)
 
     async def _retire(self, keep: bool = False) -> None:
@@ -309,13 +285,23 @@ class StageWorkers:
             logging.getLogger(__name__).warning("the old worker did not leave (%s) and is killed", e)
             await old.end()
             return
-        self._ending.add(self.standby if keep else old)
-        if keep:
+        if not keep:
+            self._end(old)
+        else:
+            self._end_standby()
             self.standby, self._standby_until = old, time.monotonic() + standby_limit("INTEL_NB_WARM_SECONDS")
 
-    def _take_standby(self) -> WorkerProcess | None:
-        standby, self.standby = self.standby, None
-        return standby
+    def _end_standby(self) -> None:
+        if self.standby:
+            self._end(self.standby)
+        self.standby = None
+
+    def _end(self, worker: WorkerProcess) -> None:
+        "Have `worker`, which was told to leave, end once its last clients are served; kill it after 60 seconds."
+        worker.writer.close()
+        task = asyncio.create_task(worker.end(60))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
 
 # %% ../../nbs/serving/11_supervisor.ipynb #0ad49251
 async def apply_request(stage: StageWorkers) -> None:
@@ -401,8 +387,6 @@ def supervise(folder: str, first_port: int, owned: bool) -> None:
         standby_limit(name)  # a wrong setting is reported now, and not at the first update
     asyncio.run(run_supervisor(Path(folder), first_port, owned))
 
-# %% ../../nbs/serving/11_supervisor.ipynb #c85675ac
 def supervisor_command(folder: Path, first_port: int, owned: bool) -> list[str]:
     "Return the command line of a supervisor process, with the arguments of `supervise`."
-    code = "import json, sys; from intel_nb.serving.supervisor import supervise; supervise(*json.loads(sys.argv[1]))"
-    return [sys.executable, "-c", code, json.dumps([str(folder), first_port, owned])]
+    return python_command("intel_nb.serving.supervisor:supervise", str(folder), first_port, owned)

@@ -10,8 +10,9 @@ import logging
 import random
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,14 @@ class Metrics:
         self.requests.labels(str(status)).inc()
         self.seconds.observe(seconds)
 
-    def watch(self, name: str, text: str, value: Callable[[], float | None]) -> None:
-        "Add a gauge that calls `value` when it is read; None is shown as NaN."
-        def number() -> float:
-            current = value()
-            return float("nan") if current is None else current
+    def watch(self, prefix: str, texts: Mapping[str, str], read: Callable[[], Mapping[str, float | None]]) -> None:
+        "Add a gauge for each name in `texts`. It shows what `read` returns under that name; NaN for None or nothing."
+        def number(name: str) -> float:
+            value = read().get(name)
+            return float("nan") if value is None else value
 
-        Gauge(name, text, registry=self.registry).set_function(number)
+        for name, text in texts.items():
+            Gauge(prefix + name, text, registry=self.registry).set_function(partial(number, name))
 
     def exposition(self) -> bytes:
         "Return all metrics as Prometheus reads them."

@@ -16,20 +16,25 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..storage import InputError
 
 if TYPE_CHECKING:
     from intel_nb.serving.app import Application
     from intel_nb.serving.dataplane import Service
-    from intel_nb.serving.protocol import HttpServer
 
 # %% auto #0
-__all__ = ['Assignment', 'die_with_parent', 'return_freed_memory', 'load_app', 'wait_to_serve', 'work', 'serve',
-           'read_last_order', 'leave']
+__all__ = ['python_command', 'Assignment', 'die_with_parent', 'return_freed_memory', 'load_app', 'wait_to_serve', 'work', 'serve',
+           'read_last_order']
 
 # %% ../../nbs/serving/10_worker.ipynb #c740dc31
+def python_command(function: str, *arguments: Any) -> list[str]:
+    "Return the command line of a Python process that calls `function`, as in `module:name`, with `arguments`."
+    module, _, name = function.partition(":")
+    code = f"import json, sys; from {module} import {name}; {name}(*json.loads(sys.argv[1]))"
+    return [sys.executable, "-c", code, json.dumps(arguments)]
+
 @dataclass(frozen=True)
 class Assignment:
     "What a worker serves, and the numbers of the sockets that it inherits."
@@ -45,8 +50,7 @@ class Assignment:
 
     def command(self) -> list[str]:
         "Return the command line of a worker with this assignment."
-        code = "import sys; from intel_nb.serving.worker import work; work(sys.argv[1])"
-        return [sys.executable, "-c", code, json.dumps(asdict(self))]
+        return python_command("intel_nb.serving.worker:work", asdict(self))
 
 # %% ../../nbs/serving/10_worker.ipynb #d1d28323
 def die_with_parent(parent: int) -> None:
@@ -94,13 +98,13 @@ def wait_to_serve(control: socket.socket) -> bool:
     return False
 
 # %% ../../nbs/serving/10_worker.ipynb #e79803a3
-def work(assignment: str) -> None:
-    "Be the worker process: load and serve until told to leave; `assignment` is an `Assignment` in JSON."
+def work(assignment: dict[str, Any]) -> None:
+    "Be the worker process: load and serve until told to leave; `assignment` has the fields of an `Assignment`."
     import uvloop
 
     from intel_nb.serving.telemetry import log_requests_to
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    mine = Assignment(**json.loads(assignment))
+    mine = Assignment(**assignment)
     die_with_parent(mine.parent)
     os.nice(int(os.environ.get("INTEL_NB_NICE") or 0))
     return_freed_memory()
@@ -129,22 +133,16 @@ async def serve(app: Application, control: socket.socket, listener: socket.socke
     if order.done() and not order.result():
         os._exit(1)  # the supervisor is dead, and its successor needs the port
     if not serving.done():
-        await leave(server, app.service, give)
+        await server.hand_over(give)  # accepts no more
+        app.service.leaving = True
+        await app.service.release()
         writer.write(b"left\n")
         server.should_exit = True
     await serving
     return order.done() and order.result() == b"stand by\n"
 
-# %% ../../nbs/serving/10_worker.ipynb #ae588c5f
 async def read_last_order(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, service: Service) -> bytes:
     "Answer the order `count` until another order comes, and return that; empty if the supervisor is dead."
     while (order := await reader.readline()) == b"count\n":
         writer.write(b"%d\n" % service.metrics.answered)
     return order
-
-# %% ../../nbs/serving/10_worker.ipynb #87b54b79
-async def leave(server: HttpServer, service: Service, channel: socket.socket) -> None:
-    "Accept no more, hand over the connections, answer the requests in hand, and write the detector's state."
-    await server.hand_over(channel)
-    service.leaving = True
-    await service.release()
