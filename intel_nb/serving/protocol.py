@@ -129,14 +129,13 @@ class HttpServer(uvicorn.Server):
 
     async def take_over(self, channel: socket.socket) -> None:
         "Serve the connections that wait in `channel`."
-        connection = partial(Connection, self.config, self.server_state, self.lifespan.state)
         channel.setblocking(False)
         with suppress(BlockingIOError):  # no more are waiting
             while True:
                 _, numbers, *_ = socket.recv_fds(channel, 1, 1)
                 for number in numbers:
                     os.set_inheritable(number, False)
-                    await asyncio.get_running_loop().connect_accepted_socket(connection, socket.socket(fileno=number))
+                    await self._add(socket.socket(fileno=number))
 
     async def hand_over(self, channel: socket.socket, patience: float = 1) -> None:
         "Accept no more; send each idle connection into `channel`, and wait up to `patience` seconds for the others."
@@ -144,10 +143,27 @@ class HttpServer(uvicorn.Server):
             listening.close()
         channel.setblocking(False)
         self.server_state.channel = channel
-        connections = cast(set[Connection], self.server_state.connections)
+        await asyncio.sleep(0)  # what was accepted last is among the connections after this
+        for connection in list(self.server_state.connections):
+            cast(Connection, connection).move()
+        await self._wait_for_clients(patience)
+
+    async def drain(self, listener: socket.socket, patience: float = 1) -> None:
+        "Accept those who wait at `listener`, close it for good, and wait up to `patience` seconds for the clients."
+        for listening in self.servers:
+            listening.close()
+        listener.setblocking(False)
+        with suppress(BlockingIOError):
+            while True:
+                await self._add(listener.accept()[0])
+        listener.close()
+        await self._wait_for_clients(patience)
+
+    async def _add(self, client: socket.socket) -> None:
+        connection = partial(Connection, self.config, self.server_state, self.lifespan.state)
+        await asyncio.get_running_loop().connect_accepted_socket(connection, client)
+
+    async def _wait_for_clients(self, patience: float) -> None:
         deadline = time.monotonic() + patience
-        await asyncio.sleep(0)  # what was accepted last is among them after this
-        for connection in list(connections):
-            connection.move()
-        while connections and time.monotonic() < deadline:
+        while self.server_state.connections and time.monotonic() < deadline:
             await asyncio.sleep(0.005)

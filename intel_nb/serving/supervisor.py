@@ -12,9 +12,10 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -183,7 +184,9 @@ async def start_worker(served: ServedVersion, folder: Path, sockets: list[socket
     numbers = listener, worker_end.fileno(), inlet, outlet
     command = Assignment(served.package, served.version, str(folder / "state"), *numbers, os.getpid(),
                          ENGINES[served.engine]).command()
-    process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, pass_fds=numbers)
+    alone = 0 if served.engine == "process" else None  # Ctrl-C in a terminal is for the supervisor; Ray does it itself
+    process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, pass_fds=numbers,
+                                                   process_group=alone)
     worker_end.close()
     worker = WorkerProcess(process, *await asyncio.open_connection(sock=control), folder / "supervisor.log", served)
     try:
@@ -230,7 +233,8 @@ class StageWorkers:
         new = await self._load(served)
         now = self.worker.served if self.worker else served
         try:
-            await self._retire(keep and now.version != served.version and now.engine == "process")
+            is_kept = keep and now.version != served.version and now.engine == "process"
+            await self._retire("stand by" if is_kept else "leave")
             await new.send("serve", "serving", START_SECONDS)
         except BaseException:
             await new.end()
@@ -250,7 +254,7 @@ class StageWorkers:
     async def close(self) -> None:
         "Have the workers leave, and wait up to 5 seconds for their last clients."
         self._sockets[0].close()
-        await self._retire()
+        await self._retire("stop")
         self._end_standby()
         if self._ending:
             await asyncio.wait(self._ending, timeout=5)
@@ -271,8 +275,8 @@ class StageWorkers:
             self._end(standby)
         return await start_worker(served, self.folder, self._sockets)
 
-    async def _retire(self, keep: bool = False) -> None:
-        "Have the present worker leave or stand by; it may still serve its last clients after this returns."
+    async def _retire(self, order: str) -> None:
+        "Have the present worker leave, stand by or stop; it may still serve its last clients after this returns."
         old, self.worker = self.worker, None
         if old is None:
             return
@@ -280,12 +284,12 @@ class StageWorkers:
             await old.end()
             return
         try:
-            await old.send("stand by" if keep else "leave", "left", LEAVE_SECONDS)
+            await old.send(order, "left", LEAVE_SECONDS)
         except WorkerFailed as e:
             logging.getLogger(__name__).warning("the old worker did not leave (%s) and is killed", e)
             await old.end()
             return
-        if not keep:
+        if order != "stand by":
             self._end(old)
         else:
             self._end_standby()
@@ -319,6 +323,7 @@ async def apply_request(stage: StageWorkers) -> None:
         history = extend_history(stage.record.history, request.version, request.back)
         stage.note(**served._asdict(), answered=request.id, error="", status="running", history=history,
                    since=utc_now())
+        logging.getLogger(__name__).info("version %s serves at %s", request.version, stage.record.url)
 
 # %% ../../nbs/serving/11_supervisor.ipynb #735f815c
 async def restart_worker(stage: StageWorkers, pauses: tuple[float, ...] = (0, 0.5, 1, 2, 4)) -> None:
@@ -362,7 +367,7 @@ def open_stage(folder: Path, first_port: int) -> StageWorkers:
     return StageWorkers(folder, open_listener(remembered, first_port, reserved_ports(folder), patience))
 
 # %% ../../nbs/serving/11_supervisor.ipynb #62500bfb
-async def run_supervisor(folder: Path, first_port: int, owned: bool) -> None:
+async def run_supervisor(folder: Path, open_stage: Callable[[], StageWorkers], owned: bool = False) -> None:
     "Supervise the stage in `folder` until a signal, or with `owned` the end of standard input, ends this process."
     loop, requested = asyncio.get_running_loop(), asyncio.Event()
     task = cast(asyncio.Task[None], asyncio.current_task())
@@ -372,7 +377,7 @@ async def run_supervisor(folder: Path, first_port: int, owned: bool) -> None:
     if owned:
         loop.add_reader(sys.stdin.fileno(), lambda: loop.remove_reader(sys.stdin.fileno()) and task.cancel())
     with locked(folder / "supervisor.lock", patience=5):
-        stage = open_stage(folder, first_port)
+        stage = open_stage()
         try:
             with suppress(asyncio.CancelledError):
                 await serve_requests(stage, requested)
@@ -385,7 +390,7 @@ def supervise(folder: str, first_port: int, owned: bool) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for name in STANDBY_DEFAULTS:
         standby_limit(name)  # a wrong setting is reported now, and not at the first update
-    asyncio.run(run_supervisor(Path(folder), first_port, owned))
+    asyncio.run(run_supervisor(Path(folder), partial(open_stage, Path(folder), first_port), owned))
 
 def supervisor_command(folder: Path, first_port: int, owned: bool) -> list[str]:
     "Return the command line of a supervisor process, with the arguments of `supervise`."

@@ -125,7 +125,7 @@ async def serve(app: Application, control: socket.socket, listener: socket.socke
     from intel_nb.serving.protocol import HttpServer
     reader, writer = await asyncio.open_connection(sock=control)
     server = HttpServer(app)
-    serving = await server.begin(listener)
+    serving = await server.begin(listener.dup())
     await server.take_over(take)
     writer.write(b"serving\n")
     order = asyncio.create_task(read_last_order(reader, writer, app.service))
@@ -133,7 +133,11 @@ async def serve(app: Application, control: socket.socket, listener: socket.socke
     if order.done() and not order.result():
         os._exit(1)  # the supervisor is dead, and its successor needs the port
     if not serving.done():
-        await server.hand_over(give)  # accepts no more
+        if order.done() and order.result() == b"stop\n":
+            app.service.leaving = True  # every answer closes its connection from now on
+            await server.drain(listener)
+        else:
+            await server.hand_over(give)
         app.service.leaving = True
         await app.service.release()
         writer.write(b"left\n")
