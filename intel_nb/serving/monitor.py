@@ -154,9 +154,7 @@ class Monitor:
         self._alarm = partial(raise_alarm, Path(folder) / "alarms", self.state, self.detector, package, version)
 
     def update(self, features: np.ndarray, classes: np.ndarray, tests: np.ndarray | None = None) -> list[Observation]:
-        """Observe N images in order: their drift features (N, D) and predicted `classes` (N,).
-
-        `tests` (N,) says which of them belong to a test; their alarms are not reported."""
+        "Observe N images in order: drift features (N, D), `classes` (N,). Alarms at `tests` (N,) are not reported."
         found: list[Observation] = []
         predicted = [int(k) for k in classes]
         is_test = [False] * len(predicted) if tests is None else tests
