@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 import zipfile
@@ -29,7 +28,8 @@ import numpy as np
 
 from intel_nb.images import ImageError, encode_jpeg, open_image
 from intel_nb.scenes import SAMPLE_CLASSES, sample_scene
-from intel_nb.storage import InputError, write_bytes, write_text
+from intel_nb.serving.worker import python_command
+from intel_nb.storage import InputError, python_path, write_bytes, write_text
 
 
 def check_positive(**numbers: float) -> None:
@@ -195,9 +195,9 @@ class Tally:
         return Load(len(self.times) / seconds, p50, p99, dict(self.statuses), cpu / seconds)
 
 
-def run_client(spec_json: str) -> None:
-    "Carry out a `LoadSpec` in JSON in this process: print a line when it begins, and its `Load` at the end."
-    spec, tally = LoadSpec(**json.loads(spec_json)), Tally()
+def run_client(fields: dict[str, Any]) -> None:
+    "Carry out the `LoadSpec` with these `fields` here: print a line when it begins, and its `Load` at the end."
+    spec, tally = LoadSpec(**fields), Tally()
     files = [p.read_bytes() for p in sorted(Path(spec.folder).iterdir())]
     try:
         from uvloop import new_event_loop
@@ -221,16 +221,13 @@ def run_client(spec_json: str) -> None:
 
 def start_client(spec: LoadSpec) -> subprocess.Popen:
     "Start a process that carries out `spec`; `read_result` waits for its figures."
-    return start_python("bench.load", "run_client", json.dumps(asdict(spec)), stdout=subprocess.PIPE)
+    return start_python("bench.load:run_client", asdict(spec), stdout=subprocess.PIPE)
 
 
-PATH = [str(Path(__file__).parents[1])]
-
-
-def start_python(module: str, function: str, argument: str, **streams: Any) -> subprocess.Popen:
-    "Start a process that calls `function` of `module` with `argument`; it finds this folder wherever it is started."
-    code = f"import sys; sys.path[:0] = {PATH!r}; from {module} import {function}; {function}(sys.argv[1])"
-    return subprocess.Popen([sys.executable, "-c", code, argument], text=True, **streams)
+def start_python(function: str, argument: Any, **streams: Any) -> subprocess.Popen:
+    "Start a process that calls `function` with `argument` (see `python_command`); it finds the folder of `bench`."
+    found = os.environ | {"PYTHONPATH": python_path(Path(__file__).parents[1])}
+    return subprocess.Popen(python_command(function, argument), text=True, env=found, **streams)
 
 
 def read_result(process: subprocess.Popen) -> Load:

@@ -119,9 +119,7 @@ def original_served(images: Sequence[bytes]) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="intel-nb-") as folder:
         for k, data in enumerate(islice(cycle(images), 50)):
             write_bytes(Path(folder) / f"{k:02}", data)
-        process = start_python(
-            "bench.original", "serve_original", folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+        process = start_python("bench.original:serve_original", folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         try:
             if not (port := process.stdout.readline().strip()):
                 raise RuntimeError("the original's handler did not start; its error is printed above")

@@ -25,7 +25,7 @@ from intel_nb.aws.client import (
     translate_errors,
 )
 from .package_group import Group, GroupSettings, PackageGroup, describe_group, set_group_tag
-from ..serving.endpoints import Endpoint, EndpointError, Refused, as_refusal, check_stage
+from ..serving.endpoints import Endpoint, EndpointError, Endpoints, Refused, as_refusal, check_stage
 from ..serving.supervisor import extend_history
 from ..storage import InputError, sha256_file
 
@@ -229,8 +229,8 @@ def serve_config(stage: str, endpoint: str, config: str, pause: Callable[[float]
         enable_scaling(endpoint, least, most)
 
 # %% ../../nbs/aws/04_hosting.ipynb #86e1d682
-class SageMakerEndpoints:
-    """The endpoints of the stages, named after the Model Package Group `name`; it has the methods of `Endpoints`.
+class SageMakerEndpoints(Endpoints):
+    """The endpoints of the stages, named after the Model Package Group `name`.
 
     `pause` waits so many seconds. `rolling` replaces instances one after another, without a second fleet."""
     def __init__(self, name: str, pause: Callable[[float], None] = time.sleep, rolling: bool = False):
@@ -272,10 +272,6 @@ class SageMakerEndpoints:
     @translate_errors()
     def history(self, stage: str) -> builtins.list[str]:
         return _history(self._group_with(stage), stage)
-
-    def previous(self, stage: str, allowed: Callable[[str], bool]) -> str | None:
-        *earlier, now = self.history(stage)
-        return next((v for v in reversed(earlier) if v != now and allowed(v)), None)
 
     @translate_errors()
     def forget(self, stage: str) -> None:

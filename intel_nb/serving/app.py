@@ -34,10 +34,10 @@ from .shadow import Copy
 from .telemetry import choose_request_id, log_request
 
 # %% auto #0
-__all__ = ['DRAIN_SECONDS', 'JSON_ROUTES', 'PAGE', 'CSP', 'DRIFT_TYPE', 'make_refusal_response', 'DrainingResponse', 'on_error',
-           'read_body', 'read_request', 'wait_while_connected', 'answer_invocation', 'make_json_route', 'get_metrics',
-           'make_content_policy', 'make_page_response', 'get_page', 'is_authorized', 'make_unauthorized_response',
-           'lifespan', 'Application', 'make_app']
+__all__ = ['DRAIN_SECONDS', 'METRICS_TYPE', 'ROUTES', 'PAGE', 'CSP', 'DRIFT_TYPE', 'make_refusal_response', 'DrainingResponse',
+           'on_error', 'read_body', 'read_request', 'wait_while_connected', 'answer_invocation', 'make_route',
+           'make_content_policy', 'make_page_response', 'is_authorized', 'make_unauthorized_response', 'lifespan',
+           'Application', 'make_app']
 
 # %% ../../nbs/serving/09_app.ipynb #2e7fcdee
 def make_refusal_response(refusal: Refusal, response: type[JSONResponse] = JSONResponse) -> JSONResponse:
@@ -147,26 +147,22 @@ async def answer_invocation(service: Service, scope: Scope, receive: Receive, se
         service.mirror.offer(Copy(inference.content_type, inference.body, answer, seconds))
 
 # %% ../../nbs/serving/09_app.ipynb #2f680db1
-JSON_ROUTES: dict[str, Callable[[Service], Any]] = {
-    "/ping": lambda service: {"status": "ready", "model": service.model},
-    "/drift": lambda service: service.monitor.status(),
-    "/history": lambda service: {"readings": service.monitor.history()},
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # as Prometheus reads them
+
+ROUTES: dict[str, Callable[[Service], Response]] = {
+    "/ping": lambda service: JSONResponse({"status": "ready", "model": service.when_ready().model}),
+    "/drift": lambda service: JSONResponse(service.when_ready().monitor.status()),
+    "/history": lambda service: JSONResponse({"readings": service.when_ready().monitor.history()}),
+    "/metrics": lambda service: Response(service.metrics.exposition(), media_type=METRICS_TYPE),
+    "/": lambda service: make_page_response(),
 }
 
-def make_json_route(read: Callable[[Service], Any]) -> Callable:
-    "Return a route that answers with what `read` returns for the service, once the service is ready."
+def make_route(answer: Callable[[Service], Response]) -> Callable:
+    "Return a route that gives the service's `answer`."
     async def route(request: Request) -> Response:
-        service: Service = request.app.service
-        service.check_ready()
-        return JSONResponse(read(service))
+        return answer(request.app.service)
 
     return route
-
-# %% ../../nbs/serving/09_app.ipynb #0ada853e
-async def get_metrics(request: Request) -> Response:
-    "Answer with the metrics, as Prometheus reads them."
-    kind = "text/plain; version=0.0.4; charset=utf-8"
-    return Response(request.app.service.metrics.exposition(), media_type=kind)
 
 # %% ../../nbs/serving/09_app.ipynb #cfa5f87e
 PAGE = files("intel_nb.serving").joinpath("page.html").read_text("utf-8")
@@ -187,10 +183,6 @@ def make_page_response(status: int = 200) -> Response:
     "Return the page for people."
     return HTMLResponse(PAGE, status, {"content-security-policy": CSP, "x-content-type-options": "nosniff",
                                        "referrer-policy": "no-referrer"})
-
-async def get_page(request: Request) -> Response:
-    "Answer with the page."
-    return make_page_response()
 
 # %% ../../nbs/serving/09_app.ipynb #f1663157
 def is_authorized(token: str, path: str, headers: dict[bytes, bytes]) -> bool:
@@ -227,10 +219,8 @@ class Application(FastAPI):
         super().__init__(title="intel-nb", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None,
                          exception_handlers=dict.fromkeys((Refusal, HTTPException), on_error))
         self.service = service
-        for path, read in JSON_ROUTES.items():
-            self.add_api_route(path, make_json_route(read))
-        self.add_api_route("/metrics", get_metrics)
-        self.add_api_route("/", get_page)
+        for path, answer in ROUTES.items():
+            self.add_api_route(path, make_route(answer))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

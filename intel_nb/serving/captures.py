@@ -191,9 +191,7 @@ class BackgroundThread:
 FLUSH_SECONDS = 0.5  # without a new image, after which the tasks are written
 
 class CaptureThread(BackgroundThread):
-    """A thread that fills captures. Its jobs are alarms, and after each alarm the images of its capture.
-
-    `open_capture` returns the capture for an alarm, or None if there is no room."""
+    "A thread whose jobs are alarms and their images; `open_capture` returns an alarm's capture, or None without room."
     def __init__(self, open_capture: Callable[[dict[str, Any]], CaptureFolder | None]):
         super().__init__(self._carry_out, self._flush, FLUSH_SECONDS, HELD_BYTES)
         self._open_capture = open_capture

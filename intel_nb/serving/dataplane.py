@@ -74,7 +74,6 @@ class Outputs(NamedTuple):
     probabilities: np.ndarray  # float32 (N, C)
     drift: np.ndarray          # float32 (N, D)
 
-# %% ../../nbs/serving/08_dataplane.ipynb #7fa5542b
 class ModelWorker:
     "A session of a package's model that answers batches of requests, with at most `batch` images in one pass."
     def __init__(self, package: Package, batch: int):
@@ -104,7 +103,6 @@ class ModelWorker:
         except Refusal as e:
             return e
 
-# %% ../../nbs/serving/08_dataplane.ipynb #e123a5d5
 def _finite(outputs: Outputs) -> Outputs | Refusal:
     "Return `outputs`, or a `Refusal` if a number in them is not finite: a detector that sees a NaN never recovers."
     good = np.isfinite(outputs.probabilities).all() and np.isfinite(outputs.drift).all()
@@ -145,21 +143,16 @@ class ByteBudget:
 
 # %% ../../nbs/serving/08_dataplane.ipynb #448e1c09
 class DriftMonitor(Protocol):
-    "What a service needs of a monitor. Threads call `update`; the event loop calls the other methods."
+    "What a service needs of a monitor, as `Monitor` has it. Threads call `update`; the event loop the other methods."
     def update(self, features: np.ndarray, classes: np.ndarray, tests: np.ndarray | None = None) -> list[Observation]:
-        "Observe images in order; see `Monitor.update`."
-    def status(self) -> dict[str, Any]:
-        "Return the counts and the latest reading."
-    def history(self) -> list[list[Any]]:
-        "Return the latest readings, oldest first."
-    def release(self) -> None:
-        "Write the state for the last time."
+        ...
+    def status(self) -> dict[str, Any]: ...
+    def history(self) -> list[list[Any]]: ...
+    def release(self) -> None: ...
 
 # %% ../../nbs/serving/08_dataplane.ipynb #464173e9
-def make_recorder(package: Package, state_dir: str | Path, version: str, settings: Settings) -> Recorder | None:
-    "Return the recorder of the images of alarms; None if the settings keep none."
-    if not settings.capture:
-        return None
+def make_recorder(package: Package, state_dir: str | Path, version: str, settings: Settings) -> Recorder:
+    "Return the recorder of the images of alarms, in `capture_dir` or below `state_dir`."
     folder = Path(settings.capture_dir or Path(state_dir) / "captures" / "endpoint").absolute()
     about = {"model": package.name, "version": version, "labels": list(package.labels)}
     return Recorder(folder, about, settings.capture, settings.captures, settings.capture_days)
@@ -169,9 +162,7 @@ DRIFT_GAUGES = {"observations": "Images seen by the drift detector.", "alarms": 
                 "statistic": "The detector's statistic.", "threshold": "What the statistic must exceed."}
 
 class Service:
-    """A package that answers requests as `version`, with files in `state_dir`.
-
-    `open_monitor` opens the detector if it is not a `Monitor` in this process."""
+    "A package that answers requests as `version`, with files in `state_dir`; `open_monitor` opens another detector."
     def __init__(self, package: Package, state_dir: str | Path, version: str, settings: Settings,
                  open_monitor: Callable[[], DriftMonitor] | None = None):
         self.package, self.settings = package, settings
@@ -198,16 +189,16 @@ class Service:
         self.metrics.watch("intel_nb_drift_", DRIFT_GAUGES, self.monitor.status)
         self.ready = True
 
-    def check_ready(self) -> None:
-        "Raise `Refusal` while the model is being loaded."
+    def when_ready(self) -> Service:
+        "Return this service; raise `Refusal` while the model is being loaded."
         if not self.ready:
             raise Refusal("not_ready", "the model is being loaded")
+        return self
 
     def submit(self, request: InferenceRequest) -> asyncio.Future[bytes]:
         "Return the future answer, a JSON document; raise `Refusal` when there is no room."
-        self.check_ready()
         try:
-            return self.batcher.submit(request)
+            return self.when_ready().batcher.submit(request)
         except Overloaded:
             message = f"{self.settings.queue} requests are in hand; come back in a moment"
             raise Refusal("overloaded", message) from None
@@ -216,8 +207,7 @@ class Service:
         "Answer what is in hand, then write the detector's state and the images of an alarm for the last time."
         await self.batcher.idle.wait()
         await asyncio.to_thread(self.monitor.release)
-        if self.recorder:
-            await asyncio.to_thread(self.recorder.close)
+        await asyncio.to_thread(self.recorder.close)
         await asyncio.to_thread(self.mirror.close)
 
     def _finish(self, pairs: list[tuple[InferenceRequest, Outputs]]) -> list[bytes]:
@@ -230,7 +220,7 @@ class Service:
 
     def _answer(self, request: InferenceRequest, outputs: Outputs, observations: list[Observation]) -> bytes:
         predictions = label_predictions(outputs.probabilities, self.package.labels)
-        if self.recorder and not request.is_test:
+        if not request.is_test:
             self.recorder.note(request.content_type, request.body, predictions, [o.alarm for o in observations])
         readings = [o.reading for o in observations]
         return json.dumps({"predictions": predictions, "drift": readings, "model": self.model}).encode()

@@ -67,7 +67,6 @@ class Endpoints(Protocol):
         *earlier, now = self.history(stage)
         return next((v for v in reversed(earlier) if v != now and allowed(v)), None)
 
-# %% ../../nbs/serving/12_endpoints.ipynb #f882c9ed
 def open_endpoints(uri: str | Path) -> Endpoints:
     "Return the endpoints in the folder `uri`, or SageMaker's for `sagemaker://`; raise `InputError` for another URI."
     if str(uri).startswith("sagemaker://"):
@@ -96,9 +95,8 @@ def as_refusal(status: int, body: bytes) -> Exception:
 # %% ../../nbs/serving/12_endpoints.ipynb #e30a184c
 def request_json(url: str, body: bytes | None = None, content_type: str | None = None, timeout: float = 60,
                  more: Mapping[str, str] = {}) -> Any:
-    """Return the JSON answer to a GET of `url`, or to a POST of `body`.
+    """Return the JSON answer to a GET of `url`, or to a POST of `body`, with `more` headers and `INTEL_NB_TOKEN`.
 
-    Send `more` headers, and the token in `INTEL_NB_TOKEN`.
     Raise `Refused` for a mistake of the caller, otherwise `EndpointError`."""
     from http.client import HTTPException
     from urllib.error import HTTPError
@@ -127,7 +125,6 @@ def drift_status(url: str, timeout: float = 10) -> dict[str, Any]:
         return cloud_module().endpoint_drift_status(url, timeout)
     return request_json(f"{url}/drift", timeout=timeout)
 
-# %% ../../nbs/serving/12_endpoints.ipynb #3e73a24d
 def is_answering(url: str) -> bool:
     "Return whether the endpoint at `url` is ready."
     if url.startswith("sagemaker://"):
@@ -150,7 +147,6 @@ def check_stage(stage: str) -> str:
         raise InputError(f"{stage!r} is no name for a stage: letters, digits, - and _ only, as in staging")
     return stage
 
-# %% ../../nbs/serving/12_endpoints.ipynb #b94bb2b8
 def check_engine(engine: str) -> None:
     "Raise `InputError` unless endpoints can run on `engine` here."
     if engine not in ENGINES:
@@ -167,7 +163,6 @@ def stage_folder(folder: Path, stage: str) -> Path:
         raise InputError(f"there is no endpoint {stage}; {there}")
     return folder / stage
 
-# %% ../../nbs/serving/12_endpoints.ipynb #271e75ec
 def captures_folder(stage: Path) -> Path:
     "Return the folder for the captures of the stage with the folder `stage`, which lies beside that of all endpoints."
     return stage.parent.parent / "captures" / stage.name

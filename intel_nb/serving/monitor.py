@@ -58,11 +58,8 @@ def _check_counts(state: MonitorState, classes: int) -> None:
     for time in filter(None, (state.last_alarm, state.last_report)):
         datetime.fromisoformat(time)
 
-# %% ../../nbs/serving/03_monitor.ipynb #574b6083
 def load_state(path: Path, package: Package) -> tuple[MonitorState, OnlineMMD]:
-    """Return the counts and the detector in `path`.
-
-    After another package only the counts go on; a damaged file is the same as none, but for a warning in the log."""
+    "Return the counts and the detector in `path`. After another package only the counts go on; damage is as no file."
     detector = package.detector()
     try:
         saved = read_json(path) if path.exists() else {}
@@ -134,14 +131,13 @@ def raise_alarm(folder: Path, state: MonitorState, detector: OnlineMMD, package:
     detector.reset()
     return alarm
 
-# %% ../../nbs/serving/03_monitor.ipynb #1011f8e3
+# %% ../../nbs/serving/03_monitor.ipynb #91eec527
+HISTORY = 300  # observations that are remembered for the page
+
 class Observation(NamedTuple):
     "The detector's `reading` of one image, and the alarm that the image raised (see `raise_alarm`), if it raised one."
     reading: dict[str, Any]
     alarm: dict[str, Any] | None = None
-
-# %% ../../nbs/serving/03_monitor.ipynb #91eec527
-HISTORY = 300  # observations that are remembered for the page
 
 class Monitor:
     """The detector of the endpoint that serves `package` as `version`, with its state in `folder`.
@@ -158,9 +154,7 @@ class Monitor:
         self._alarm = partial(raise_alarm, Path(folder) / "alarms", self.state, self.detector, package, version)
 
     def update(self, features: np.ndarray, classes: np.ndarray, tests: np.ndarray | None = None) -> list[Observation]:
-        """Observe N images in order: their drift features (N, D) and predicted `classes` (N,).
-
-        `tests` (N,) says which of them belong to a test; their alarms are not reported."""
+        "Observe N images in order: drift features (N, D), `classes` (N,). Alarms at `tests` (N,) are not reported."
         found: list[Observation] = []
         predicted = [int(k) for k in classes]
         is_test = [False] * len(predicted) if tests is None else tests

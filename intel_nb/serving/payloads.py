@@ -33,7 +33,6 @@ STATUS = {
     "not_ready": 503, "overloaded": 503, "failed": 503,
 }
 
-# %% ../../nbs/serving/01_payloads.ipynb #516a4c80
 class Refusal(Exception):
     "A request that gets no prediction, with its `code` (a key of `STATUS`), its `status` and a sentence."
     def __init__(self, code: str, message: str):
@@ -53,7 +52,6 @@ def _images_refused(where: str = "") -> Iterator[None]:
     except ImageError as e:
         raise Refusal("too_large" if e.code == "too_large" else "undecodable", where + str(e)) from None
 
-# %% ../../nbs/serving/01_payloads.ipynb #7aee7b46
 def read_image(body: bytes, side: int) -> np.ndarray:
     "Return an encoded image as uint8 (1, side, side, 3); raise `Refusal`."
     with _images_refused():
@@ -67,7 +65,6 @@ def _check_count(count: int) -> None:
     if count > MAX_INSTANCES:
         raise Refusal("too_many", f"{count} images; at most {MAX_INSTANCES} are accepted in one request")
 
-# %% ../../nbs/serving/01_payloads.ipynb #0614cd9f
 def _from_base64(text: str, where: str) -> bytes:
     "Return the bytes of the base64 `text`; raise a `Refusal` that begins with `where`."
     try:
@@ -89,7 +86,6 @@ def _open_all(texts: list[str]) -> list[Image.Image]:
             raise Refusal("too_large", f"{where}{pixels:,} pixels up to here; at most {MAX_PIXELS:,} in one request")
     return opened
 
-# %% ../../nbs/serving/01_payloads.ipynb #d7816d95
 def _instances(value: Any, side: int) -> np.ndarray:
     "Return a list of N base64 strings as uint8 (N, side, side, 3); raise a `Refusal` that says which image is wrong."
     if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
@@ -156,7 +152,6 @@ def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         raise ValueError("a field comes twice")
     return fields
 
-# %% ../../nbs/serving/01_payloads.ipynb #27ceb409
 JSON_FIELDS: dict[str, Callable[[Any, int], np.ndarray]] = {
     "inputs": lambda value, side: _resized(_pixels(value)[None], side),
     "instances": _instances,
@@ -212,7 +207,6 @@ def read_media_type(content_type: str) -> str:
         raise Refusal("unsupported_media_type", f"content type {kind[:60]!r}; {', '.join(CONTENT_TYPES)} are accepted")
     return kind
 
-# %% ../../nbs/serving/01_payloads.ipynb #13f53511
 def parse(content_type: str, body: bytes, side: int) -> np.ndarray:
     "Return a request body as uint8 (N, side, side, 3); raise `Refusal` and nothing else, which would fail the batch."
     read = CONTENT_TYPES[read_media_type(content_type)]

@@ -24,11 +24,17 @@ if TYPE_CHECKING:  # a program that only reads a tally does not need these
     from intel_nb.serving.telemetry import Metrics
 
 # %% auto #0
-__all__ = ['LATEST', 'ANSWER_SECONDS', 'LOOK_SECONDS', 'MOST_COPIES', 'MOST_COPY_BYTES', 'SHADOW_GAUGES', 'Tally',
-           'latency_quantiles', 'shadow_in_words', 'write_shadow', 'read_shadow', 'remove_shadow', 'write_tally',
-           'read_tally', 'current_tally', 'Copy', 'predicted_classes', 'ShadowClient', 'Mirror']
+__all__ = ['LATEST', 'ANSWER_SECONDS', 'LOOK_SECONDS', 'MOST_COPIES', 'MOST_COPY_BYTES', 'SHADOW_GAUGES', 'latency_quantiles',
+           'Tally', 'shadow_in_words', 'write_shadow', 'read_shadow', 'remove_shadow', 'write_tally', 'read_tally',
+           'current_tally', 'Copy', 'predicted_classes', 'ShadowClient', 'Mirror']
 
 # %% ../../nbs/serving/06_shadow.ipynb #8b417a43
+def latency_quantiles(seconds: Sequence[float]) -> dict[str, float]:
+    "Return the `median` and the 95th percentile `p95` of `seconds`, in milliseconds."
+    ordered = sorted(seconds)
+    at = lambda share: round(1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))], 2)
+    return {"median": at(.5), "p95": at(.95)}
+
 LATEST = 1000  # requests whose times are kept
 
 @dataclass
@@ -50,22 +56,11 @@ class Tally:
         self.seconds.append(seconds)
 
     def summary(self) -> dict[str, Any]:
-        "Return the counts, the `agreement`, and the quantiles `ms` and `shadow_ms` if a request was answered."
+        "Return the counts, the share `agreement`, and the quantiles `ms` and `shadow_ms` if a request was answered."
         counts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "seconds"}
         times = zip(("ms", "shadow_ms"), zip(*list(self.seconds)))  # a list first: another thread may append
-        return counts | {"agreement": self.agreement} | {name: latency_quantiles(values) for name, values in times}
-
-    @property
-    def agreement(self) -> float | None:
-        "Return the share of images with the same class from both; None before the first image."
-        return round(self.agreed / self.images, 6) if self.images else None
-
-# %% ../../nbs/serving/06_shadow.ipynb #b17ea211
-def latency_quantiles(seconds: Sequence[float]) -> dict[str, float]:
-    "Return the `median` and the 95th percentile `p95` of `seconds`, in milliseconds."
-    ordered = sorted(seconds)
-    at = lambda share: round(1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))], 2)
-    return {"median": at(.5), "p95": at(.95)}
+        agreement = round(self.agreed / self.images, 6) if self.images else None
+        return counts | {"agreement": agreement} | {name: latency_quantiles(values) for name, values in times}
 
 # %% ../../nbs/serving/06_shadow.ipynb #b40a21a5
 def shadow_in_words(summary: dict[str, Any]) -> str:
@@ -121,7 +116,6 @@ class Copy(NamedTuple):
     answer: bytes
     seconds: float
 
-# %% ../../nbs/serving/06_shadow.ipynb #4325bc08
 def predicted_classes(answer: bytes) -> list[str]:
     "Return the class of each prediction in an endpoint's `answer`; raise `ValueError` if it is not such an answer."
     try:
@@ -152,26 +146,22 @@ class ShadowClient:
             logging.getLogger(__name__).debug("the shadow failed: %s", e)
 
     def close(self) -> None:
-        "Close the connection."
+        "Close the connection; the next copy opens it again."
         if self._connection:
             self._connection.close()
-        self._connection = None
 
     def _post(self, copy: Copy, url: str) -> bytes:
-        connection = self._connect(url)
-        connection.request("POST", "/invocations", copy.body, {"Content-Type": copy.kind, **self._authorization})
-        reply = connection.getresponse()
-        answer = reply.read()
-        if reply.status != 200:
-            raise ValueError(f"the shadow answered {reply.status}")
-        return answer
-
-    def _connect(self, url: str) -> HTTPConnection:
         from http.client import HTTPConnection
         if self._connection is None or url != self._url:
             self.close()
             self._url, self._connection = url, HTTPConnection(url.removeprefix("http://"), timeout=ANSWER_SECONDS)
-        return self._connection
+        headers = {"Content-Type": copy.kind, **self._authorization}
+        self._connection.request("POST", "/invocations", copy.body, headers)
+        reply = self._connection.getresponse()
+        answer = reply.read()
+        if reply.status != 200:
+            raise ValueError(f"the shadow answered {reply.status}")
+        return answer
 
 # %% ../../nbs/serving/06_shadow.ipynb #cd5c1ed7
 LOOK_SECONDS = 1.0                            # between two looks at shadow.json, and two writes of the tally

@@ -56,7 +56,6 @@ class StageRecord:
     error: str = ""          # why that request failed; empty if it did not
     warm: str = ""           # the version whose worker stands by
 
-# %% ../../nbs/serving/11_supervisor.ipynb #84a430c5
 def read_record(folder: Path) -> StageRecord:
     "Return the record in a stage's folder; an empty one if there is none."
     if not (folder / "endpoint.json").exists():
@@ -92,10 +91,9 @@ def reserved_ports(folder: Path) -> set[int]:
 
 # %% ../../nbs/serving/11_supervisor.ipynb #53c25f32
 def open_listener(remembered: int | None, first: int, reserved: set[int], patience: float = 0) -> socket.socket:
-    """Return a listening socket on 127.0.0.1, at port `remembered` or the first free one from `first` up.
+    """Return a listening socket on 127.0.0.1, at `remembered` or a free port from `first` up; raise `InputError`.
 
-    Wait up to `patience` seconds for `remembered`, because the process that held it may be about to end.
-    Raise `InputError` if no port is free."""
+    Wait up to `patience` seconds for `remembered`, because the process that held it may be about to end."""
     deadline = time.monotonic() + patience
     while remembered:
         with suppress(OSError):
@@ -384,7 +382,6 @@ async def run_supervisor(folder: Path, open_stage: Callable[[], StageWorkers], o
         finally:
             await stage.close()
 
-# %% ../../nbs/serving/11_supervisor.ipynb #32c5d076
 def supervise(folder: str, first_port: int, owned: bool) -> None:
     "Be the supervisor process of the stage in `folder`; raise `InputError` for a wrong setting."
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

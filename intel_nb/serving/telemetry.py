@@ -101,7 +101,6 @@ class _RequestsFile(RotatingFileHandler):
         while not self._ended.wait(FLUSH_SECONDS):
             super().flush()
 
-# %% ../../nbs/serving/04_telemetry.ipynb #fe6ef0b4
 def log_requests_to(path: str | Path, size: int = 2**24, backups: int = 3) -> logging.Handler:
     "Write the lines to the file `path` alone. At `size` bytes it becomes `path`.1; keep `backups` of these."
     handler = _RequestsFile(path, size, backups)

@@ -64,9 +64,7 @@ def die_with_parent(parent: int) -> None:
 
 # %% ../../nbs/serving/10_worker.ipynb #9f80c428
 def return_freed_memory() -> None:
-    """Have glibc return large blocks to the system when they are freed.
-
-    Otherwise it learns from the first ones to keep them: 100 to 340 MB here."""
+    "Have glibc return large blocks when they are freed. It would learn from the first ones to keep 100 to 340 MB."
     if sys.platform == "linux":
         import ctypes
         m_mmap_threshold = -3
@@ -89,7 +87,6 @@ def load_app(assignment: Assignment, control: socket.socket) -> Application:
                                              exc_info=not isinstance(e, InputError))
         raise SystemExit(1) from None
 
-# %% ../../nbs/serving/10_worker.ipynb #5a0592de
 def wait_to_serve(control: socket.socket) -> bool:
     "Say `ready` and wait for the order to serve; return False if the supervisor is gone or gave up on this worker."
     with suppress(ConnectionError):
