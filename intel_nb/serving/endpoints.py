@@ -24,8 +24,8 @@ import intel_nb
 from ..locks import locked
 from .captures import TEST
 from .shadow import LOOK_SECONDS, current_tally, read_shadow, read_tally, remove_shadow, write_shadow
-from .supervisor import ENGINES, StageRequest, is_alive, last_line, read_record, supervisor_command
-from ..storage import InputError, cloud_module, write_json
+from .supervisor import ENGINES, StageRequest, is_alive, read_record, supervisor_command
+from ..storage import InputError, cloud_module, last_line, write_json
 
 # %% auto #0
 __all__ = ['SHADOW_ENV', 'Endpoint', 'EndpointError', 'Endpoints', 'open_endpoints', 'Refused', 'as_refusal', 'request_json',
