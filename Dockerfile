@@ -12,6 +12,7 @@ COPY locks/build.txt locks/cuda.txt locks/
 RUN python3 -m venv /tools && /tools/bin/pip install --quiet --require-hashes -r locks/build.txt
 
 FROM tools AS wheel
+ARG PIP_INDEX_URL PIP_FIND_LINKS
 COPY pyproject.toml README.md LICENSE ./
 COPY intel_nb intel_nb
 RUN /tools/bin/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir /wheels .
@@ -22,6 +23,7 @@ RUN python3 -m venv --without-pip /opt/intel-nb
 ENV PIP_PYTHON=/opt/intel-nb/bin/python
 
 FROM environment AS serve-environment
+ARG PIP_INDEX_URL PIP_FIND_LINKS
 COPY locks/serve.txt locks/
 RUN /tools/bin/pip install --quiet --require-hashes --only-binary :all: -r locks/serve.txt
 COPY --from=wheel /wheels /wheels
@@ -29,10 +31,13 @@ RUN /tools/bin/pip install --quiet --no-deps /wheels/*.whl
 COPY --chmod=755 docker/serve /opt/intel-nb/bin/
 
 FROM environment AS steps-environment
-# torch's CPU build, where it is to be had; else the public wheel, which brings CUDA
+ARG PIP_INDEX_URL PIP_FIND_LINKS
+# TORCH=cuda takes torch's public wheel with CUDA, which makes the image six gigabytes larger
+ARG TORCH=cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 COPY locks/steps.txt locks/cpu.txt locks/
-RUN /tools/bin/pip install --quiet --require-hashes --no-deps --retries 0 --extra-index-url "$TORCH_INDEX" -r locks/cpu.txt || true
+RUN test "$TORCH" = cuda || /tools/bin/pip install --quiet --require-hashes --no-deps --retries 0 \
+    --extra-index-url "$TORCH_INDEX" -r locks/cpu.txt
 RUN /tools/bin/pip install --quiet --require-hashes --only-binary :all: -r locks/steps.txt -c locks/cuda.txt
 COPY --from=wheel /wheels /wheels
 RUN /tools/bin/pip install --quiet --no-deps /wheels/*.whl

@@ -60,11 +60,13 @@ def resolve(uv: str, source: Path, extras: list[str], known: Pins) -> Pins:
 
 def cpu_builds(version: str) -> set[str]:
     "Return the hashes of torch's CPU builds of `version`: those of PyTorch's index and those on this machine's disk."
-    wheels = [p for place in os.environ.get("PIP_FIND_LINKS", "").split() for p in Path(place).glob("torch-*+cpu-*.whl")]
-    found = {f"sha256:{hashlib.sha256(p.read_bytes()).hexdigest()}" for p in wheels if p.name.startswith(f"torch-{version}+")}
+    places = os.environ.get("PIP_FIND_LINKS", "").split()
+    wheels = [wheel for place in places for wheel in Path(place).glob(f"torch-{version}+cpu-*.whl")]
+    found = {f"sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}" for wheel in wheels}
     try:
         with urlopen(TORCH_CPU, timeout=30) as page:
-            listed = re.findall(rf"/torch-{re.escape(version)}(?:\+|%2B)cpu-[^#\"]*#sha256=(\w{{64}})", page.read().decode())
+            links = rf"/torch-{re.escape(version)}(?:\+|%2B)cpu-[^#\"]*#sha256=(\w{{64}})"
+            listed = re.findall(links, page.read().decode())
     except OSError as e:
         print(f"{TORCH_CPU}: {e}; its hashes are kept as they were", file=sys.stderr)
         listed = []

@@ -119,10 +119,7 @@ def print_json(document: Any) -> None:
 # %% ../nbs/20_cli.ipynb #fcb2b4a0
 def print_rows(rows: Iterable[dict[str, Any]], as_json: bool, empty: str) -> None:
     "Print `rows` as a JSON list, or as a table (the text `empty` if there are none)."
-    if as_json:
-        print_json(list(rows))
-    else:
-        print_line(format_table(rows, empty))
+    print_json(list(rows)) if as_json else print_line(format_table(rows, empty))
 
 # %% ../nbs/20_cli.ipynb #c1880262
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
@@ -141,13 +138,9 @@ class PlainProgress:
         self.write = write
 
     def __call__(self, event: RunEvent) -> None:
-        if event.kind == "started":
-            self.write(f"{event.step:<9} started")
-        elif event.kind == "ended":
+        if event.kind != "cell":
             seconds = f" in {event.seconds:.1f} s" if event.seconds else ""
-            self.write(f"{event.step:<9} {event.text}{seconds}")
-        elif event.kind == "note":
-            self.write(f"{event.step:<9} {event.text}".strip())
+            self.write(f"{event.step:<9} {event.text or event.kind}{seconds}".strip())
 
     def close(self) -> None: pass
 
@@ -511,10 +504,6 @@ def prune_command(
         print_line(f"{size:,.1f} MB " + ("removed" if yes else "can go; intel-nb prune --yes removes it"))
 
 # %% ../nbs/20_cli.ipynb #e739dd59
-def _cloud() -> Any:
-    "Import the module of the aws commands, which only they need."
-    return cloud_module("commands")
-
 NameOption = Annotated[str, typer.Option("--name", help="The name of the deployment.")]
 PipelineOption = Annotated[list[str] | None, typer.Option(
     "--parameter", metavar="NAME=VALUE", help="Set a parameter of the pipeline.")]
@@ -531,40 +520,34 @@ def confirm_unless(yes: bool) -> Callable[[str], bool]:
 def aws_template_command(option: StackOption = None, name: NameOption = "intel-nb",
                          output: Annotated[str, typer.Option(help="A file to write it to.")] = "") -> None:
     "Print the template of the stack. Needs no account."
-    raise typer.Exit(_cloud().show_template(option or [], name, output))
+    raise typer.Exit(cloud_module("commands").show_template(option or [], name, output))
 
 # %% ../nbs/20_cli.ipynb #72c8d269
 @aws_app.command("definition")
 def aws_definition_command(parameter: PipelineOption = None) -> None:
     "Print the definition of the pipeline, checked. Needs no account."
-    raise typer.Exit(_cloud().show_definition(parameter or []))
+    raise typer.Exit(cloud_module("commands").show_definition(parameter or []))
 
 # %% ../nbs/20_cli.ipynb #cb5533d7
 @aws_app.command("rehearse")
-def aws_rehearse_command(
-    data: Annotated[str, typer.Option(
+def aws_rehearse_command(data: Annotated[str, typer.Option(
         help="Zip, folder or s3:// URI of labelled images. Without it: drawn sample scenes.")] = "",
-    parameter: PipelineOption = None,
-    as_json: JsonOption = False,
-) -> None:
+                         parameter: PipelineOption = None, as_json: JsonOption = False) -> None:
     "Carry out the pipeline's definition on this machine. Needs no account."
-    raise typer.Exit(_cloud().run_rehearsal(data, parameter or [], as_json))
+    raise typer.Exit(cloud_module("commands").run_rehearsal(data, parameter or [], as_json))
 
 # %% ../nbs/20_cli.ipynb #56803385
 @aws_app.command("cost")
-def aws_cost_command(
-    option: Annotated[list[str] | None, typer.Option(
-        metavar="NAME=VALUE", help="How much is used, as in runs=4.")] = None,
-    as_json: JsonOption = False,
-) -> None:
+def aws_cost_command(option: Annotated[list[str] | None, typer.Option(
+        metavar="NAME=VALUE", help="How much is used, as in runs=4.")] = None, as_json: JsonOption = False) -> None:
     "Show what a run and a month cost. Needs no account."
-    raise typer.Exit(_cloud().show_costs(option or [], as_json))
+    raise typer.Exit(cloud_module("commands").show_costs(option or [], as_json))
 
 # %% ../nbs/20_cli.ipynb #39dae1db
 @aws_app.command("deploy")
 def aws_deploy_command(option: StackOption = None, name: NameOption = "intel-nb", yes: YesOption = False) -> None:
     "Make the stack in the account, or change it."
-    raise typer.Exit(_cloud().run_deployment(option or [], name, confirm_unless(yes)))
+    raise typer.Exit(cloud_module("commands").run_deployment(option or [], name, confirm_unless(yes)))
 
 # %% ../nbs/20_cli.ipynb #f00ffab3
 @aws_app.command("start")
@@ -572,22 +555,18 @@ def aws_start_command(name: NameOption = "intel-nb", parameter: PipelineOption =
                       watch: Annotated[bool, typer.Option(help="Follow it to its end.")] = True,
                       as_json: JsonOption = False) -> None:
     "Start the pipeline, and follow it."
-    raise typer.Exit(_cloud().run_pipeline(parameter or [], name, watch, as_json))
+    raise typer.Exit(cloud_module("commands").run_pipeline(parameter or [], name, watch, as_json))
 
 # %% ../nbs/20_cli.ipynb #5369cc3b
 @aws_app.command("status")
 def aws_status_command(name: NameOption = "intel-nb", as_json: JsonOption = False) -> None:
     "Show the last execution with its steps, the endpoints and the alarms."
-    raise typer.Exit(_cloud().show_status(name, as_json))
+    raise typer.Exit(cloud_module("commands").show_status(name, as_json))
 
 # %% ../nbs/20_cli.ipynb #5137b221
 @aws_app.command("destroy")
-def aws_destroy_command(
-    name: NameOption = "intel-nb",
-    option: StackOption = None,
-    yes: YesOption = False,
-    keep: Annotated[list[str] | None, typer.Option(
-        metavar="BUCKET", help="A bucket that stays: data, annotations, …")] = None,
-) -> None:
+def aws_destroy_command(name: NameOption = "intel-nb", option: StackOption = None, yes: YesOption = False,
+                        keep: Annotated[list[str] | None, typer.Option(
+                            metavar="BUCKET", help="A bucket that stays: data, annotations, …")] = None) -> None:
     "Delete the stack, and everything that costs money."
-    raise typer.Exit(_cloud().run_removal(option or [], name, keep or [], confirm_unless(yes)))
+    raise typer.Exit(cloud_module("commands").run_removal(option or [], name, keep or [], confirm_unless(yes)))

@@ -12,7 +12,7 @@ import os
 import tempfile
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from .dataset import SPLITS, Row, write_split
 from .images import MAX_BYTES, ImageError, check_image
-from .labels.lookup import LabelOutcome, LocatedLabel, read_annotations
+from .labels.lookup import LabelOutcome, read_annotations
 from .labels.members import READ_ERRORS, Member, Rejected, is_hidden, list_members
 from .labels.records import as_one_line
 from .labels.resolve import count_outcomes, resolve_labels
@@ -30,14 +30,13 @@ from .model import cores
 from .storage import InputError, tree_digest, write_json, write_text
 
 # %% auto #0
-__all__ = ['split_and_class', 'Span', 'ScratchFile', 'Candidate', 'inspect_image', 'check_member', 'check_members', 'deduplicate',
-           'split_hash', 'assign_splits', 'resolve_annotations', 'add_to_splits', 'build_dataset']
+__all__ = ['split_and_class', 'Span', 'ScratchFile', 'Candidate', 'labels_of', 'inspect_image', 'check_member', 'check_members',
+           'deduplicate', 'split_hash', 'assign_splits', 'resolve_annotations', 'add_to_splits', 'build_dataset']
 
 # %% ../nbs/00_data.ipynb #88a01e5e
 _PARTS = {"seg_train": "train", "train": "train", "seg_test": "test", "test": "test", "seg_pred": "unlabelled",
           "pred": "unlabelled"}
 
-# %% ../nbs/00_data.ipynb #0deed4e0
 def split_and_class(path: str) -> tuple[str, str]:
     "Return the part (`train`, `test`, `unlabelled`, or `hidden` for tools' own files) and the class that `path` means."
     *folders, _ = PurePosixPath(path).parts
@@ -90,6 +89,10 @@ class Candidate:
     content: Span  # its bytes in the scratch file
     source: str = "archive"
 
+def labels_of(candidates: Iterable[Candidate]) -> list[str]:
+    "Return the classes of `candidates`, sorted."
+    return sorted({c.label for c in candidates})
+
 # %% ../nbs/00_data.ipynb #b499e920
 def inspect_image(member: Member, scratch: ScratchFile, part: str = "train", label: str = "") -> Candidate | Rejected:
     "Read and decode one image and keep its bytes in `scratch`; return the reason if that fails."
@@ -121,16 +124,12 @@ def check_member(member: Member, scratch: ScratchFile) -> Candidate | Rejected:
 def check_members(found: list[Member], scratch: ScratchFile, progress: Callable[[int], None] = lambda done: None
                   ) -> tuple[list[Candidate], list[Rejected]]:
     "Check all files on all cores; return the images that decode, and the files that are left out."
-    candidates: list[Candidate] = []
-    rejected: list[Rejected] = []
+    results = []
     with ThreadPoolExecutor(cores()) as pool:
-        for done, result in enumerate(pool.map(partial(check_member, scratch=scratch), found), 1):
-            if isinstance(result, Candidate):
-                candidates.append(result)
-            else:
-                rejected.append(result)
-            progress(done)
-    return candidates, rejected
+        for result in pool.map(partial(check_member, scratch=scratch), found):
+            results.append(result)
+            progress(len(results))
+    return [r for r in results if isinstance(r, Candidate)], [r for r in results if isinstance(r, Rejected)]
 
 # %% ../nbs/00_data.ipynb #3746d5cc
 def deduplicate(candidates: Iterable[Candidate]) -> tuple[list[Candidate], list[Rejected]]:
@@ -150,10 +149,9 @@ def deduplicate(candidates: Iterable[Candidate]) -> tuple[list[Candidate], list[
         rejected += left
     return kept, rejected
 
-# %% ../nbs/00_data.ipynb #facbd218
 def _require_one_label(copies: list[Candidate]) -> tuple[list[Candidate], list[Rejected]]:
     "Return the first of `copies` if all have the same label, or none of them, and the others with their reasons."
-    labels = sorted({c.label for c in copies})
+    labels = labels_of(copies)
     if len(labels) > 1:
         detail = f"the same image as {' and '.join(labels)}"
         return [], [Rejected(c.member.path, "contradictory", detail) for c in copies]
@@ -167,6 +165,11 @@ def split_hash(sha256: str, seed: int) -> float:
     return int(hashlib.sha256(f"{seed}:{sha256}".encode()).hexdigest()[:13], 16) / 16**13
 
 # %% ../nbs/00_data.ipynb #e70dff53
+def _bounds(val_fraction: float, test_fraction: float, with_test: bool) -> dict[str, float]:
+    "Return for each split but train the number that the hashes of its images lie below."
+    below_both = {"test": test_fraction, "validation": test_fraction + val_fraction}
+    return below_both if with_test else {"validation": val_fraction}
+
 def _split_class(training: list[Candidate], bounds: dict[str, float], seed: int) -> dict[str, list[Candidate]]:
     "Divide the images of one class: put those with a hash below a bound, at least one, into its split."
     rest = sorted(training, key=lambda c: split_hash(c.sha256, seed))
@@ -179,7 +182,7 @@ def _split_class(training: list[Candidate], bounds: dict[str, float], seed: int)
 # %% ../nbs/00_data.ipynb #5be3efd8
 def _check_sizes(kept: list[Candidate], splits: dict[str, list[Candidate]]) -> None:
     "Raise `InputError` for a class that is too small to be learned or measured."
-    labels = sorted({c.label for c in kept})
+    labels = labels_of(kept)
     if len(labels) < 2:
         raise InputError(f"only one class was found ({labels[0]}); put the images of each class into their own folder"
                          if labels else "no image was found; the archive should hold a folder of images for each class")
@@ -198,20 +201,13 @@ def assign_splits(kept: list[Candidate], val_fraction: float, test_fraction: flo
             raise InputError(f"{name} is {value}; it must be above 0 and at most 0.5")
     splits: dict[str, list[Candidate]] = {split: [] for split in SPLITS}
     splits["test"] += [c for c in kept if c.part == "test"]
-    bounds = {"validation": val_fraction}
-    if not splits["test"]:
-        bounds = {"test": test_fraction, "validation": test_fraction + val_fraction}
-    for label in sorted({c.label for c in kept}):
+    bounds = _bounds(val_fraction, test_fraction, with_test=not splits["test"])
+    for label in labels_of(kept):
         training = [c for c in kept if c.label == label and c.part == "train"]
         for split, images in _split_class(training, bounds, seed).items():
             splits[split] += images
     _check_sizes(kept, splits)
     return {split: sorted(images, key=lambda c: c.sha256) for split, images in splits.items()}
-
-# %% ../nbs/00_data.ipynb #7a312fa4
-def _quarantine_line(line: LocatedLabel, image: Rejected) -> LabelOutcome:
-    "Return the outcome of a line whose image cannot be used."
-    return LabelOutcome(line.position, "quarantined", image.reason, as_one_line(f"{image.path}: {image.detail}", 300))
 
 # %% ../nbs/00_data.ipynb #86981c6c
 def resolve_annotations(sources: Iterable[str | Path], kept: list[Candidate], folder: str | Path,
@@ -225,9 +221,10 @@ def resolve_annotations(sources: Iterable[str | Path], kept: list[Candidate], fo
         images = dict(zip(files, pool.map(partial(inspect_image, scratch=scratch), files)))
     pairs = [(line, images[line.member]) for line in lines]
     good = [(line, image.sha256) for line, image in pairs if isinstance(image, Candidate)]
-    bad = [_quarantine_line(line, image) for line, image in pairs if isinstance(image, Rejected)]
+    bad = [LabelOutcome(line.position, "quarantined", image.reason, as_one_line(f"{image.path}: {image.detail}", 300))
+           for line, image in pairs if isinstance(image, Rejected)]
     dataset = {c.sha256: (c.label, c.member.path) for c in kept}
-    new_images, resolved = resolve_labels(good, dataset, sorted({c.label for c in kept}))
+    new_images, resolved = resolve_labels(good, dataset, labels_of(kept))
     by_sha256 = {image.sha256: image for image in images.values() if isinstance(image, Candidate)}
     added = [replace(by_sha256[sha256], label=new.label, source=new.source) for sha256, new in new_images.items()]
     return added, outcomes + bad + resolved
@@ -245,16 +242,10 @@ def add_to_splits(splits: dict[str, list[Candidate]], added: Iterable[Candidate]
 # %% ../nbs/00_data.ipynb #57713a5d
 def _select_classes(candidates: list[Candidate], classes: list[str]) -> list[Candidate]:
     "Return the candidates of `classes`, or all if it is empty; raise `InputError` for a class that is not there."
-    known = sorted({c.label for c in candidates})
+    known = labels_of(candidates)
     if unknown := [name for name in classes if name not in known]:
         raise InputError(f"there is no class {unknown[0]!r}; the archive has {', '.join(known) or 'none'}")
     return [c for c in candidates if not classes or c.label in classes]
-
-# %% ../nbs/00_data.ipynb #72908f09
-def _iter_rows(candidates: list[Candidate], names: list[str], scratch: ScratchFile) -> Iterator[Row]:
-    "Yield the rows of a split; `names` are all classes, sorted."
-    for c in candidates:
-        yield Row(scratch.read(c.content), names.index(c.label), c.sha256, c.width, c.height, c.source)
 
 # %% ../nbs/00_data.ipynb #bb4e2297
 def _to_csv(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
@@ -263,7 +254,6 @@ def _to_csv(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     csv.writer(out, lineterminator="\n").writerows([header, *rows])
     return out.getvalue().encode(errors="backslashreplace").decode()
 
-# %% ../nbs/00_data.ipynb #f49e8b3b
 def _write_lists(out: Path, splits: dict[str, list[Candidate]], rejected: list[Rejected],
                  outcomes: list[LabelOutcome]) -> None:
     "Write `quarantine.csv` (what was left out, and why) and `index.csv` (the file of each row)."
@@ -297,12 +287,13 @@ def build_dataset(source: str | Path, out: str | Path, classes: Iterable[str] = 
         found, rejected = check_members(list_members(source), content, progress)
         kept, left = deduplicate(_select_classes(found, list(classes)))
         added, outcomes = resolve_annotations(annotations, kept, scratch or out / ".scratch", content)
-        bounds = {"test": test_fraction, "validation": test_fraction + val_fraction}
-        bounds = bounds if test_annotations else {"validation": val_fraction}
+        bounds = _bounds(val_fraction, test_fraction, with_test=test_annotations)
         splits = add_to_splits(assign_splits(kept, val_fraction, test_fraction, seed), added, bounds, seed)
-        names = sorted({c.label for c in kept})
+        names = labels_of(kept)
         for split, candidates in splits.items():
-            write_split(out / "dataset", split, _iter_rows(candidates, names, content), len(candidates), names)
+            rows = (Row(content.read(c.content), names.index(c.label), c.sha256, c.width, c.height, c.source)
+                    for c in candidates)
+            write_split(out / "dataset", split, rows, len(candidates), names)
     _write_lists(out, splits, rejected + left, outcomes)
     counts = _count_images(names, splits, rejected + left) | count_outcomes(outcomes)
     report = counts | {"fingerprint": tree_digest(out / "dataset")}

@@ -29,7 +29,6 @@ __all__ = ['SPLITS', 'ROWS_PER_SHARD', 'Row', 'row_name', 'shard_schema', 'write
 # %% ../nbs/14_dataset.ipynb #9d8a63b6
 SPLITS = ("train", "validation", "test")
 
-# %% ../nbs/14_dataset.ipynb #6beb5bd1
 class Row(NamedTuple):
     "One labelled image."
     data: bytes  # encoded
@@ -63,7 +62,6 @@ def _table(rows: list[Row], classes: list[str]) -> pa.Table:
     columns = {name: [getattr(r, name) for r in rows] for name in Row._fields[1:]}
     return pa.Table.from_pydict({"image": images, **columns}, schema=shard_schema(classes))
 
-# %% ../nbs/14_dataset.ipynb #a001ce8e
 def write_split(folder: str | Path, split: str, rows: Iterable[Row], count: int, classes: list[str]) -> list[Path]:
     "Write the `count` rows of `split` as shards `<split>-00000-of-0000N.parquet` in `folder`. Return their paths."
     rows, shards = iter(rows), max(1, -(-count // ROWS_PER_SHARD))
@@ -130,9 +128,7 @@ def read_split(dataset: str | Path, split: str) -> Split:
 
 # %% ../nbs/14_dataset.ipynb #96061067
 def newest_capture(sources: Sequence[str], least: int = 1) -> tuple[str, list[int]]:
-    """Return the newest source `capture:<time>` that has at least `least` rows, and the indices of its rows.
-
-    Return an empty name and no rows when there is no such source."""
+    "Return the newest source `capture:<time>` that has `least` rows or more, and its rows' indices; empty if none has."
     counts = Counter(source for source in sources if source.startswith("capture:"))
     newest = max((source for source, n in counts.items() if n >= least), default="")
     return newest, [row for row, source in enumerate(sources) if newest and source == newest]
@@ -144,7 +140,6 @@ def _sample_rows(label: int, count: int, seed: list[int]) -> Iterator[Row]:
         data = sample_jpeg(label, [*seed, label, i])
         yield Row(data, label, hashlib.sha256(data).hexdigest(), *open_image(data).size, "drawn")
 
-# %% ../nbs/14_dataset.ipynb #6523302a
 def sample_dataset(folder: str | Path, per_class: int = 40, seed: int = 0) -> Path:
     """Write a dataset of drawn scenes to `folder` and return it.
 

@@ -9,7 +9,7 @@ import io
 import math
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ def usable_windows(windows: tuple[int, ...], pool_size: int) -> tuple[int, ...]:
     return tuple(w for w in windows if 2 * w <= pool_size) or (min(windows),)
 
 # %% ../nbs/15_detector.ipynb #00381e6f
+_FAR = np.float32(1e15)  # a feature beyond this is no less alike, and its square is still a finite float32
+
 def _matrix(rows: np.ndarray, name: str) -> np.ndarray:
     "`rows` as float32 (n, D), or `ValueError`."
     with np.errstate(over="ignore"):
@@ -51,9 +53,6 @@ def _matrix(rows: np.ndarray, name: str) -> np.ndarray:
     if not np.isfinite(rows).all():
         raise ValueError(f"{name}: some numbers are NaN or infinite")
     return rows.clip(-_FAR, _FAR)
-
-# %% ../nbs/15_detector.ipynb #9d0070e3
-_FAR = np.float32(1e15)  # a feature beyond this is no less alike, and its square is still a finite float32
 
 # %% ../nbs/15_detector.ipynb #846fb036
 def fit_whitening(features: np.ndarray, n_components: int | None = None, ridge: float = 1e-4
@@ -111,15 +110,11 @@ def _additions(closeness: np.ndarray, neighbours: np.ndarray, largest: int) -> n
     them where fewer than W - 1 are given. Then those of `closeness` (B,), the mean of k to the reference."""
     n, added = len(neighbours), np.empty((2, largest, len(closeness)), neighbours.dtype)
     added[0, 0], added[1] = 0, closeness
-    if n:
-        added[0, 1:n + 1] = _running_sums(neighbours)
+    if n:  # for many streams a matrix product is ten times as fast as running sums
+        many = neighbours.shape[1] >= 128
+        added[0, 1:n + 1] = np.tri(n, dtype=neighbours.dtype) @ neighbours if many else neighbours.cumsum(axis=0)
     added[0, n + 1:] = added[0, n]
     return added
-
-# %% ../nbs/15_detector.ipynb #ad0ef325
-def _running_sums(values: np.ndarray) -> np.ndarray:
-    "Sums of the first 1, 2, ... n rows of `values` (n, B); for many streams a matrix product is ten times as fast."
-    return values.cumsum(axis=0) if values.shape[1] < 128 else np.tri(len(values), dtype=values.dtype) @ values
 
 # %% ../nbs/15_detector.ipynb #fc188002
 def _moments(kernel: np.ndarray, closeness: np.ndarray, reference_mean: float, largest: int
@@ -226,7 +221,6 @@ def _tail_shape(statistics: np.ndarray) -> float:
     weighted = (excess * np.linspace(1, 0, count)).mean(axis=1).sum() / max(excess.mean(axis=1).sum(), 1e-12)
     return float(np.clip(2 - 1 / max(1 - 2 * weighted, 1e-12), -1, .5))
 
-# %% ../nbs/15_detector.ipynb #63a9962a
 def _upper_quantile(values: np.ndarray, beyond: float, shape: float) -> float:
     "What the share `beyond` of `values` exceeds; where these are few, by the law of that `shape` for the upper 2 %."
     start, found = np.quantile(values, [1 - TAIL, 1 - beyond])
@@ -287,7 +281,6 @@ def calibrate(reference: np.ndarray, ert: float, windows: tuple[int, ...], n_boo
 # %% ../nbs/15_detector.ipynb #5de25462
 Reading = dict[str, float | int | bool | None]  # time, statistic, threshold, is_drift
 
-# %% ../nbs/15_detector.ipynb #32606d40
 def _prepared(reference: np.ndarray, pool: np.ndarray | None, windows: tuple[int, ...], ert: float, n_bootstraps: int,
               seed: int) -> tuple[np.ndarray, np.ndarray]:
     "Reference and pool as float32 matrices, or `ValueError` when a detector cannot be made of them."
@@ -413,8 +406,9 @@ class OnlineMMD:
         return self.calibration.standardised(self._sums[..., None], np.array([self.time]))[:, 0]
 
     def state(self) -> bytes:
-        "Return what it has seen, without the calibration, for `restore` of a detector with the same calibration."
-        return _state_bytes(self.time, self._latest, self._sums)
+        "Return what it has seen, little endian, for `restore` of a detector with the same calibration."
+        values = (self.time, "<i8"), (self._sums, "<f8"), (self._latest, "<f4")
+        return b"".join(np.asarray(value, kind).tobytes() for value, kind in values)
 
     def restore(self, state: bytes) -> None:
         "Go on exactly where `state` was taken; raise `InputError` if it does not fit this detector."
@@ -422,8 +416,11 @@ class OnlineMMD:
         self.time, self._sums, self._latest = time, sums, rows
 
     def save(self, path: str | Path) -> None:
-        "Write calibration and state to one `.npz`, atomically."
-        write_bytes(path, _packed(self))
+        "Write calibration and state to one `.npz`, atomically: for the same detector always the same bytes."
+        values = vars(self.calibration) | {"time": self.time, "rows": self._latest, "sums": self._sums}
+        arrays = {name: np.asarray(values[name], kind) for name, (kind, _) in (_CALIBRATION | _STATE).items()}
+        np.savez(out := io.BytesIO(), **arrays)
+        write_bytes(path, out.getvalue())
 
     @classmethod
     def load(cls, path: str | Path) -> OnlineMMD:
@@ -464,14 +461,6 @@ _CALIBRATION = {"reference": (np.float32, 2), "ert": (np.float64, 0), "windows":
                 "n_bootstraps": (np.int64, 0)}  # name -> type and number of dimensions
 _STATE = {"time": (np.int64, 0), "rows": (np.float32, 2), "sums": (np.float64, 2)}
 _MAX_FILE = 2**30  # bytes, unpacked
-
-# %% ../nbs/15_detector.ipynb #cabc6670
-def _packed(detector: OnlineMMD) -> bytes:
-    "The `.npz`: the same detector always gives the same bytes."
-    out, state = io.BytesIO(), {"time": detector.time, "rows": detector._latest, "sums": detector._sums}
-    values = {f.name: getattr(detector.calibration, f.name) for f in fields(Calibration)} | state
-    np.savez(out, **{name: np.asarray(values[name], kind) for name, (kind, _) in (_CALIBRATION | _STATE).items()})
-    return out.getvalue()
 
 # %% ../nbs/15_detector.ipynb #af807d01
 def _read_arrays(path: str | Path) -> dict[str, np.ndarray]:
@@ -526,14 +515,9 @@ def _unpacked(cls: type[OnlineMMD], path: str | Path) -> OnlineMMD:
     detector.time, detector._sums, detector._latest = arrays["time"].item(), arrays["sums"], arrays["rows"]
     return detector
 
-# %% ../nbs/15_detector.ipynb #e47ee6ec
-def _state_bytes(time: int, rows: np.ndarray, sums: np.ndarray) -> bytes:
-    "A state of fixed layout, little endian."
-    return b"".join(np.asarray(v, kind).tobytes() for v, kind in ((time, "<i8"), (sums, "<f8"), (rows, "<f4")))
-
 # %% ../nbs/15_detector.ipynb #0c3dda84
 def _read_state(state: bytes, known: Calibration) -> tuple[int, np.ndarray, np.ndarray]:
-    "Time, rows and sums of `_state_bytes`, from wherever they come; raises `InputError`."
+    "Return time, rows and sums of a state, from wherever it comes. Raise `InputError`."
     width, cut = known.reference.shape[1], 8 + 16 * (known.largest + 1)
     if len(state) != cut + 4 * known.largest * width:
         raise InputError(f"a state of {len(state)} bytes is none of this drift detector")

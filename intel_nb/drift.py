@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from PIL import Image, ImageFilter
 
 from .dataset import Split, read_split
 from .detector import OnlineMMD, gaussian_kernel, usable_windows, window_mmd2
-from .images import decode, encode_jpeg, media_type, open_image, to_rgb
+from .images import decode, encode, encode_jpeg, media_type, open_image, to_rgb
 from .model import Package, run_batches
 from .serving.endpoints import invoke
 from .storage import InputError
@@ -33,7 +34,6 @@ __all__ = ['Corruption', 'CORRUPTIONS', 'OUT_OF_DISTRIBUTION', 'Case', 'OTHER', 
 # %% ../nbs/04_drift.ipynb #7a7dc470
 Corruption = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
 
-# %% ../nbs/04_drift.ipynb #7b1dd678
 def _bytes(values: np.ndarray) -> np.ndarray:
     "Round and clip to uint8."
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)
@@ -103,14 +103,7 @@ def corrupted(data: bytes, name: str, severity: float, seed: int) -> bytes:
     corruption, amounts = CORRUPTIONS[name]
     image, _ = to_rgb(open_image(data))
     rng, amount = np.random.default_rng([seed, round(100 * severity)]), float(np.interp(severity, range(4), amounts))
-    return _encode(corruption(np.asarray(image), amount, rng))
-
-# %% ../nbs/04_drift.ipynb #5dc9c043
-def _encode(pixels: np.ndarray) -> bytes:
-    "Encode as BMP: without loss like PNG, and twenty times as fast to write."
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "BMP")
-    return out.getvalue()
+    return encode(corruption(np.asarray(image), amount, rng), "BMP")  # written twenty times as fast as PNG
 
 # %% ../nbs/04_drift.ipynb #14934abc
 def page(rng: np.random.Generator) -> np.ndarray:
@@ -176,7 +169,7 @@ def images_of(case: Case, images: Sequence[bytes], shifted: np.ndarray, over: in
     name, how = case
     if name == OTHER:
         drawings = (OUT_OF_DISTRIBUTION[how](np.random.default_rng(int(i))) for i in shifted[:20])  # 20 are enough
-        return [TestImage(_encode(drawing)) for drawing in drawings]
+        return [TestImage(encode(drawing, "BMP")) for drawing in drawings]
     if how == "slow":
         return [TestImage(images[i], name, 2 * (k + 1) / over, int(i)) for k, i in enumerate(np.resize(shifted, over))]
     return [TestImage(images[i], name, how, int(i)) for i in shifted]
@@ -264,51 +257,50 @@ def text_table(rows: list[dict], names: Sequence[str]) -> str:
 # %% ../nbs/04_drift.ipynb #55e5223b
 SHADES, RED = ("#c9d8e6", "#9db8d2", "#5f86ab"), "#b3402a"
 
+@contextmanager
+def _figure(path: Path, **legend: Any) -> Iterator[Any]:
+    "Yield the axes of a small figure. Add its legend, and write it to `path` as PNG."
+    from matplotlib.figure import Figure
+    axes = (figure := Figure((6, 2.6), layout="constrained")).subplots()
+    yield axes
+    axes.legend(frameon=False, **legend)
+    figure.savefig(path, dpi=72)
+
 # %% ../nbs/04_drift.ipynb #d4ded1d2
 def plot_run_time(found: RunTime, ert: float, path: Path) -> Path:
     "Draw a histogram of run times against the geometric law of mean `ert`, as PNG."
-    from matplotlib.figure import Figure
-    axes = (figure := Figure((6, 2.6), layout="constrained")).subplots()
-    edges = np.linspace(0, found.length, 41)
-    alarms = found.times[found.times > 0]
-    axes.hist(alarms, edges.tolist(), color=SHADES[1], label=f"{len(found.times):,} streams without drift")
+    edges, alarms = np.linspace(0, found.length, 41), found.times[found.times > 0]
     law = len(found.times) * -np.diff((1 - 1 / ert) ** edges)
-    axes.plot((edges[1:] + edges[:-1]) / 2, law, color=RED, label=f"geometric, mean {ert:g}")
-    axes.set(xlabel="observations until the alarm", ylabel="streams")
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=72)
+    with _figure(path) as axes:
+        axes.hist(alarms, edges.tolist(), color=SHADES[1], label=f"{len(found.times):,} streams without drift")
+        axes.plot((edges[1:] + edges[:-1]) / 2, law, color=RED, label=f"geometric, mean {ert:g}")
+        axes.set(xlabel="observations until the alarm", ylabel="streams")
     return path
 
 # %% ../nbs/04_drift.ipynb #dfb3314e
 def plot_delays(table: list[dict], path: Path) -> Path:
     "Draw bars of the mean delays, a group for each corruption, as PNG."
-    from matplotlib.figure import Figure
-    axes = (figure := Figure((6, 2.6), layout="constrained")).subplots()
     severities = sorted({row["severity"] for row in table})
-    for k, severity in enumerate(severities):
-        means, colour = [row["mean"] or 0 for row in table if row["severity"] == severity], SHADES[severity - 1]
-        at = np.arange(len(means)) + k * .8 / len(severities)
-        axes.bar(at, means, .75 / len(severities), label=f"severity {severity}", color=colour)
-    axes.set_xticks(np.arange(len(CORRUPTIONS)) + .4 * (1 - 1 / len(severities)), list(CORRUPTIONS))
-    axes.set_ylabel("observations to the alarm")
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=72)
+    with _figure(path) as axes:
+        for k, severity in enumerate(severities):
+            means = [row["mean"] or 0 for row in table if row["severity"] == severity]
+            at, width = np.arange(len(means)) + k * .8 / len(severities), .75 / len(severities)
+            axes.bar(at, means, width, label=f"severity {severity}", color=SHADES[severity - 1])
+        axes.set_xticks(np.arange(len(CORRUPTIONS)) + .4 * (1 - 1 / len(severities)), list(CORRUPTIONS))
+        axes.set_ylabel("observations to the alarm")
     return path
 
 # %% ../nbs/04_drift.ipynb #a4fee455
 def plot_traffic(seen: list[dict], change: int, path: Path) -> Path:
     "Draw statistic and threshold of each answer in `seen`, with a line after the first `change` answers, as PNG."
-    from matplotlib.figure import Figure
-    axes = (figure := Figure((6, 2.6), layout="constrained")).subplots()
-    at = np.arange(1, len(seen) + 1)
-    axes.plot(at, [s["statistic"] for s in seen], color=SHADES[2], label="statistic")
-    axes.plot(at, [s["threshold"] for s in seen], color=RED, label="threshold")
-    axes.axvline(change + .5, color="grey", linestyle=":", label="change")
-    alarms = [(i, s["statistic"]) for i, s in zip(at, seen) if s["is_drift"]]
-    axes.plot([i for i, _ in alarms], [y for _, y in alarms], "o", color=RED, label="alarm")
-    axes.set(xlabel="request")
-    axes.legend(frameon=False, loc="upper left")
-    figure.savefig(path, dpi=72)
+    at, alarms = np.arange(1, len(seen) + 1), [k for k, s in enumerate(seen) if s["is_drift"]]
+    statistics = np.array([s["statistic"] for s in seen])
+    with _figure(path, loc="upper left") as axes:
+        axes.plot(at, statistics, color=SHADES[2], label="statistic")
+        axes.plot(at, [s["threshold"] for s in seen], color=RED, label="threshold")
+        axes.axvline(change + .5, color="grey", linestyle=":", label="change")
+        axes.plot(at[alarms], statistics[alarms], "o", color=RED, label="alarm")
+        axes.set(xlabel="request")
     return path
 
 # %% ../nbs/04_drift.ipynb #12001dfb
@@ -347,7 +339,6 @@ def alibi_detector(reference: np.ndarray, ert: float, window: int, n_bootstraps:
 # %% ../nbs/04_drift.ipynb #83e484cb
 def library_difference(detector: OnlineMMD, rows: np.ndarray, window: int = 8) -> float:
     "Return the largest difference between our MMD² and alibi-detect's over `rows`, with one window and kernel."
-    from dataclasses import replace
     theirs = alibi_detector(detector.calibration.reference[:200], 100, window, 200)._detector
     inner = detector.calibration.reference[:200][theirs.ref_inds.numpy()]
     ours = OnlineMMD(inner, 100, (window,), 200, pool=detector.calibration.reference[200:400])
@@ -388,7 +379,6 @@ def original_setting(images: Sequence[bytes], severity: int, streams: int, limit
         table.append({"corruption": name, "severity": severity, **delays.summary()})
     return {"run_time": quiet.summary(), "delays": table, "mean_delay": mean_delay(table, severity)}
 
-# %% ../nbs/04_drift.ipynb #252c8d22
 def _raw(images: Sequence[bytes]) -> np.ndarray:
     "Turn encoded images into the original's features: float32 (n, 224 · 224 · 3) between 0 and 1."
     return np.stack([decode(data, 224) for data in images]).reshape(len(images), -1).astype(np.float32) / 255

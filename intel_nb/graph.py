@@ -21,7 +21,6 @@ _POOLED = """<ir_version: 9, opset_import: ["" : 18]> pooled (uint8[N,H,W,3] ima
     embedding = Flatten (b_pooled)
 }"""
 
-# %% ../nbs/17_graph.ipynb #f4fb249e
 def pooled_backbone() -> onnx.ModelProto:
     "Return a backbone without weights: from uint8 (N, H, W, 3) to the mean of each 8×8 block, flattened."
     model = parser.parse_model(_POOLED)
@@ -93,7 +92,6 @@ _DRIFT = """drift (float[N,E] embedding, float[N,8] statistics) => (float[N,D] d
     drift = Concat <axis = 1> (d_components, d_image)
 }"""
 
-# %% ../nbs/17_graph.ipynb #2844d204
 Affine = tuple[np.ndarray, np.ndarray]  # matrix (I, O) and offset (O,)
 
 def served_graph(features: onnx.ModelProto, head: Affine, embedding: Affine, statistics: Affine) -> onnx.ModelProto:

@@ -9,15 +9,15 @@ import io
 import re
 import struct
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_BYTES', 'MAX_PIXELS', 'MAX_SIDE', 'MAX_PARTS', 'image_format', 'media_type', 'file_suffix',
-           'ImageError', 'check_size', 'open_image', 'to_rgb', 'resize', 'decode_opened', 'decode', 'encode_png',
-           'encode_jpeg', 'CheckedImage', 'check_image']
+           'ImageError', 'check_size', 'open_image', 'to_rgb', 'resize', 'decode_opened', 'decode', 'encode',
+           'encode_png', 'encode_jpeg', 'CheckedImage', 'check_image']
 
 # %% ../nbs/12_images.ipynb #5f8c6a47
 FORMATS = {"JPEG": b"\xff\xd8\xff", "PNG": b"\x89PNG\r\n\x1a\n", "WEBP": b"RIFF", "BMP": b"BM"}  # name -> first bytes
@@ -180,7 +180,6 @@ def _rgb(image: Image.Image) -> Image.Image:
     except _PILLOW_ERRORS as e:
         raise ImageError("undecodable", f"the pixels cannot be decoded ({e})") from e
 
-# %% ../nbs/12_images.ipynb #7e9aeee4
 def _eight_bits(image: Image.Image) -> Image.Image:
     "Convert 16-bit grey to RGB by its high byte. Pillow's own conversion would clip nearly all of it to white."
     high = np.asarray(image) >> 8
@@ -217,18 +216,19 @@ def decode(data: bytes, side: int) -> np.ndarray:
     return decode_opened(open_image(data), side)
 
 # %% ../nbs/12_images.ipynb #37dc812d
-def encode_png(pixels: np.ndarray) -> bytes:
-    "Encode uint8 (H, W, 3) as PNG, without loss."
+def encode(pixels: np.ndarray, kind: str, **options: Any) -> bytes:
+    "Encode uint8 (H, W, 3) in the format `kind`, one of `FORMATS`. `options` are Pillow's."
     out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
+    Image.fromarray(pixels).save(out, kind, **options)
     return out.getvalue()
 
-# %% ../nbs/12_images.ipynb #0b43bc72
+def encode_png(pixels: np.ndarray) -> bytes:
+    "Encode uint8 (H, W, 3) as PNG, without loss."
+    return encode(pixels, "PNG")
+
 def encode_jpeg(pixels: np.ndarray, quality: int = 95) -> bytes:
     "Encode uint8 (H, W, 3) as JPEG."
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "JPEG", quality=quality)
-    return out.getvalue()
+    return encode(pixels, "JPEG", quality=quality)
 
 # %% ../nbs/12_images.ipynb #85ea2fc1
 class CheckedImage(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -43,11 +43,15 @@ def _acquire(path: Path, deadline: float | None) -> IO[str] | None:
 
 # %% ../nbs/11_locks.ipynb #d1e0a79a
 @contextmanager
-def locked(path: str | Path, patience: float | None = None) -> Iterator[None]:
+def locked(path: str | Path, patience: float | None = None, on_wait: Callable[[], None] | None = None
+           ) -> Iterator[None]:
     """Hold an exclusive lock on the file `path` during the block; make the file before it and remove it after.
 
-    Wait at most `patience` seconds for the lock (None: as long as it takes), then raise `BlockingIOError`."""
+    Wait at most `patience` seconds for the lock (None: as long as it takes), then raise `BlockingIOError`. Call
+    `on_wait` first if another process holds it."""
     path = Path(path)
+    if on_wait and is_locked(path):
+        on_wait()
     deadline = None if patience is None else time.monotonic() + patience
     while (handle := _acquire(path, deadline)) is None:
         pass

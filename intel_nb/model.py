@@ -115,13 +115,13 @@ def _read_key(path: str | Path, private: bool) -> Any:
 
 # %% ../nbs/18_model.ipynb #c89a7fd8
 def sign_manifest(folder: str | Path, key: str | Path) -> Path:
-    "Sign the manifest of the package in `folder` with the private key in the file `key`, and return the signature's path."
+    "Sign the manifest in `folder` with the private key in the file `key`, and return the signature's path."
     signature = _read_key(key, private=True).sign((Path(folder) / "manifest.json").read_bytes())
     return write_bytes(Path(folder) / SIGNATURE, signature)
 
 # %% ../nbs/18_model.ipynb #e92d8906
 def check_signature(folder: str | Path, key: str | Path) -> None:
-    "Raise `InputError` unless the manifest in `folder` is signed with the private key of the public one in the file `key`."
+    "Raise `InputError` unless the manifest in `folder` is signed by the owner of the public key in the file `key`."
     public, path = _read_key(key, private=False), Path(folder) / SIGNATURE
     if not _is_file(Path(folder), SIGNATURE):
         raise InputError(f"{folder} is not signed, and INTEL_NB_VERIFY_KEY asks for it: intel-nb sign {folder} --key …")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .locks import locked
-from .storage import InputError, cloud_module, read_json, utc_now, write_json, written_aside
+from .storage import InputError, cloud_module, read_json, utc_now, utc_text, write_json, written_aside
 
 # %% auto #0
 __all__ = ['STATUSES', 'MODEL', 'ModelVersion', 'check_status', 'find_version', 'metrics_of', 'data_fingerprint', 'Registry',
@@ -158,12 +158,11 @@ def read_versions(database: Path) -> list[ModelVersion]:
     with closing(sqlite3.connect(database, timeout=30)) as db:
         return [_version_of_row(*row) for row in db.execute(_VERSIONS, {"model": MODEL})]
 
-# %% ../nbs/19_registry.ipynb #6bf2e5e8
 def _version_of_row(number: int, created: int, tracking_run: str | None, tags: str, aliases: str) -> ModelVersion:
     "Make a `ModelVersion` from a row of `_VERSIONS`: `created` in ms since 1970, `tags` and `aliases` in JSON."
     known = json.loads(tags)
     texts = {name: known.get(name, "") for name in ("reason", "run_id", "fingerprint", "data", "staging_test")}
-    when = datetime.fromtimestamp(created / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    when = utc_text(datetime.fromtimestamp(created / 1000, UTC))
     return ModelVersion(
         version=str(number), status=known.get("approval", "PendingManualApproval"), created=when,
         accuracy=float(known.get("accuracy", "nan")), aliases=sorted(json.loads(aliases)),

@@ -22,7 +22,6 @@ __all__ = ['SAMPLE_CLASSES', 'sample_scene', 'sample_jpeg', 'sample_archive']
 # %% ../nbs/13_scenes.ipynb #73676c53
 _SIDE = 150  # pixels, as most of the public archive
 
-# %% ../nbs/13_scenes.ipynb #bf0b7c66
 def _colour(rng: np.random.Generator, *base: int, spread: int = 22) -> tuple[int, int, int]:
     "Return a colour near `base`: each channel is moved by at most `spread`."
     red, green, blue = (min(255, max(0, b + d)) for b, d in zip(base, rng.integers(-spread, spread + 1, 3).tolist()))
@@ -65,7 +64,6 @@ def _ridge(rng: np.random.Generator, low: int, high: int, points: int) -> list[t
     xs, ys = np.linspace(-5, _SIDE + 5, points).astype(int), rng.integers(low, high, points)
     return [*zip(xs.tolist(), ys.tolist()), (_SIDE + 5, _SIDE), (-5, _SIDE)]
 
-# %% ../nbs/13_scenes.ipynb #ea9b2478
 def _glacier(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
     "Draw a grey ridge, ice before it, and blue cracks in the ice."
     draw.polygon(_ridge(rng, 25, 65, int(rng.integers(5, 9))), fill=_colour(rng, 125, 125, 130, spread=25))

@@ -83,7 +83,6 @@ BAD_REQUESTS: dict[str, tuple[str, bytes, int]] = {  # mistake: content type, bo
     "malformed pixels": ("application/json", json.dumps({"inputs": [[0, 1], [2, 3]]}).encode(), 422),
 }
 
-# %% ../nbs/05_test_staging.ipynb #0bbaeff8
 def send_wrong_requests(url: str) -> dict[str, tuple[int, int]]:
     "Send each request of `BAD_REQUESTS`; return the status that it must get and the one that it got (200 if answered)."
     def status(kind: str, body: bytes) -> int:

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,9 +20,9 @@ from typing import Any
 import intel_nb
 
 # %% auto #0
-__all__ = ['InputError', 'remove', 'written_aside', 'write_bytes', 'write_text', 'write_json', 'read_json', 'sha256_file',
-           'files_of', 'tree_digest', 'is_remote', 'cloud_module', 'fetch', 'put', 'link', 'utc_now', 'output_folder',
-           'check_all_or_none', 'python_path', 'whole_number']
+__all__ = ['InputError', 'remove', 'written_aside', 'write_bytes', 'write_text', 'write_json', 'read_json', 'last_line',
+           'sha256_file', 'files_of', 'tree_digest', 'is_remote', 'cloud_module', 'fetch', 'each_source', 'put', 'link',
+           'utc_text', 'utc_now', 'output_folder', 'check_all_or_none', 'python_path', 'whole_number']
 
 # %% ../nbs/10_storage.ipynb #57c23216
 class InputError(ValueError):
@@ -77,6 +77,12 @@ def read_json(path: str | Path) -> Any:
     except ValueError as e:
         raise InputError(f"{path} is not JSON ({e}); was it edited by hand or cut short?") from None
 
+# %% ../nbs/10_storage.ipynb #bb88a796
+def last_line(log: Path) -> str:
+    "Return the last line of `log` that is not blank; empty if there is none."
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
 # %% ../nbs/10_storage.ipynb #a51153c9
 def sha256_file(path: str | Path) -> str:
     "Return the SHA-256 of the file's bytes in hexadecimal."
@@ -127,6 +133,13 @@ def fetch(uri: str | Path, folder: str | Path) -> Path:
         raise InputError(f"{uri} does not exist; check the path (it is looked up from {Path.cwd().name}/)")
     return Path(uri)
 
+# %% ../nbs/10_storage.ipynb #3e221e77
+def each_source(value: Any, change: Callable[[str], str]) -> Any:
+    "Return `change` of an input, or of each in a list of inputs. An empty one stays as it is."
+    if isinstance(value, list):
+        return [each_source(one, change) for one in value]
+    return change(value) if value else value
+
 # %% ../nbs/10_storage.ipynb #51bd11b9
 def put(path: str | Path, uri: str | Path) -> str:
     """Copy a file or a folder to `uri`, a path or an s3:// URI, and return `uri`. Hidden files are left out.
@@ -153,9 +166,13 @@ def link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 # %% ../nbs/10_storage.ipynb #df2fb5aa
+def utc_text(time: datetime) -> str:
+    "Return `time`, which has a time zone, in UTC, like `2026-01-31T12:00:00Z`."
+    return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
 def utc_now() -> str:
-    "Return the current time in UTC, like `2026-01-31T12:00:00Z`."
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    "Return the current time as `utc_text`."
+    return utc_text(datetime.now(UTC))
 
 # %% ../nbs/10_storage.ipynb #87db9832
 def output_folder(out_dir: str | Path = "") -> Path:

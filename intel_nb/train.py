@@ -19,13 +19,7 @@ from .dataset import Split
 from .images import decode
 from .model import Package, run_batches, write_package
 from .storage import InputError, written_aside
-from intel_nb.training.calibration import (
-    WHITENING_SIZE,
-    DriftCalibration,
-    calibrate_detector,
-    calibrate_on_newest,
-    choose_detector_rows,
-)
+from .training import calibration
 from .training.heads import compute_features, fit_head, fit_head_on, measure_accuracy
 
 if TYPE_CHECKING:
@@ -35,7 +29,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['PROFILES', 'CALIBRATION_IMAGES', 'MAX_DROP', 'apply_profile', 'build_graphs', 'choose_precision', 'Trained',
            'train_frozen', 'train_end_to_end', 'log_rows', 'check_graph', 'measure_batch_tolerance', 'make_card',
-           'describe_drift_data', 'make_hparams', 'make_package']
+           'describe_drift_data', 'make_package']
 
 # %% ../nbs/01_train.ipynb #be03cf6e
 PROFILES = {
@@ -58,9 +52,7 @@ PROFILES = {
 
 # %% ../nbs/01_train.ipynb #c2ff10b8
 def apply_profile(profile: str, **values: Any) -> dict[str, Any]:
-    """Return all governed parameters: from `values` where they are not None, and otherwise from `profile`.
-
-    Raise `InputError` for an unknown profile or a value that is out of range."""
+    "Return all governed parameters: those of `values` that are not None, and else the profile's. Raise `InputError`."
     profiles = [name for name in PROFILES["model_name"] if name != "type"]
     if profile not in profiles:
         raise InputError(f"there is no profile {profile!r}; use {', '.join(profiles)}")
@@ -75,7 +67,6 @@ def apply_profile(profile: str, **values: Any) -> dict[str, Any]:
 # %% ../nbs/01_train.ipynb #3184092b
 CALIBRATION_IMAGES = 64  # of validation, from which int8 gets its ranges
 
-# %% ../nbs/01_train.ipynb #c9aa0179
 def build_graphs(backbone: onnx.ModelProto, precision: str, validation: Split, side: int) -> dict[str, onnx.ModelProto]:
     """Return the feature graphs of a float32 `backbone` by precision: `float32`, and `int8` if `precision` is that.
 
@@ -91,7 +82,6 @@ def build_graphs(backbone: onnx.ModelProto, precision: str, validation: Split, s
 # %% ../nbs/01_train.ipynb #9d787e93
 MAX_DROP = 0.002
 
-# %% ../nbs/01_train.ipynb #07ab4b14
 def choose_precision(accuracies: dict[str, float]) -> str:
     "Return `int8` if it is among `accuracies` and loses at most `MAX_DROP`, and otherwise `float32`."
     exact = accuracies["float32"]
@@ -110,7 +100,7 @@ class Trained:
     graphs: dict[str, onnx.ModelProto] = field(repr=False)
     precision: str  # of the graph that will be served
     accuracies: dict[str, float]
-    drift: DriftCalibration
+    drift: calibration.DriftCalibration
 
 # %% ../nbs/01_train.ipynb #bf3738fc
 def train_frozen(train: Split, validation: Split, settings: dict[str, Any], seed: int,
@@ -123,7 +113,7 @@ def train_frozen(train: Split, validation: Split, settings: dict[str, Any], seed
     features = compute_features(graphs[precision], train.images + validation.images, side, "embeddings")
     embedding, sources = features["embedding"], train.source + validation.source
     with ThreadPoolExecutor(1) as pool:  # neither of the two uses more than one core for long
-        drift = pool.submit(calibrate_on_newest, features, cut, sources, settings, seed)
+        drift = pool.submit(calibration.calibrate_on_newest, features, cut, sources, settings, seed)
         head = fit_head(embedding[:cut], train.labels, embedding[cut:], validation.labels, len(train.classes))
     log(head.tried)
     set_head(model, head.weight, head.bias)
@@ -161,15 +151,15 @@ def train_end_to_end(train: Split, validation: Split, settings: dict[str, Any], 
     "Train all layers, and calibrate the detector on images that the network was not trained on."
     from intel_nb.training.backbone import export_backbone, get_head
     side = settings["image_size"]
-    capture, held_out, checked = choose_detector_rows(train, validation, settings["reference_size"])
+    capture, held_out, checked = calibration.choose_detector_rows(train, validation, settings["reference_size"])
     fresh, rest = train.take(held_out), train.take(np.setdiff1d(np.arange(len(train)), held_out))
     model = _train_layers(rest, validation, settings, seed, checkpoint_dir, log_dir)
     graphs = build_graphs(export_backbone(model, side), settings["precision"], validation, side)
     accuracies = {kind: measure_accuracy(graph, get_head(model), validation, side) for kind, graph in graphs.items()}
     graph = graphs[precision := choose_precision(accuracies)]
     features = compute_features(graph, fresh.images + validation.take(checked).images, side, "fresh images")
-    whitening = compute_features(graph, rest.images[:WHITENING_SIZE], side, "whitening")
-    drift = calibrate_detector(features, settings, seed, whitening, capture)
+    whitening = compute_features(graph, rest.images[:calibration.WHITENING_SIZE], side, "whitening")
+    drift = calibration.calibrate_detector(features, settings, seed, whitening, capture)
     return Trained(model, graphs, precision, accuracies, drift)
 
 # %% ../nbs/01_train.ipynb #aaa61b03
@@ -229,11 +219,6 @@ def describe_drift_data(card: dict[str, Any], settings: dict[str, Any]) -> str:
             f"observations (measured on the pool: {card['pool_run_time']}). The frames of a camera resemble one "
             "another, so on such streams alarms come far more often.")
 
-# %% ../nbs/01_train.ipynb #6ef97e16
-def make_hparams(settings: dict[str, Any], n_classes: int) -> dict[str, Any]:
-    "Return the content of `hparams.yaml`: all `settings`, and the original project's keys `lr` and `num_classes`."
-    return {"lr": settings["learning_rate"], "num_classes": n_classes} | settings
-
 # %% ../nbs/01_train.ipynb #249cae92
 def make_package(folder: str | Path, trained: Trained, labels: Sequence[str], settings: dict[str, Any],
                  examples: np.ndarray, data: str) -> Package:
@@ -250,6 +235,7 @@ def make_package(folder: str | Path, trained: Trained, labels: Sequence[str], se
     card = make_card(trained, settings) | {"batch_tolerance": measure_batch_tolerance(graph, examples),
                                            "apart_from_torch": difference}
     tensors = {name: value.numpy() for name, value in trained.model.state_dict().items()}
-    hparams = make_hparams(settings | {"precision": trained.precision}, len(labels))
+    # `lr` and `num_classes` are what the original project calls them.
+    hparams = {"lr": settings["learning_rate"], "num_classes": len(labels), **settings, "precision": trained.precision}
     return write_package(folder, graph, tensors, labels, hparams, trained.drift.detector, card, data,
                          describe_drift_data(card, settings))

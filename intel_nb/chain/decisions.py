@@ -5,19 +5,18 @@
 # %% ../../nbs/chain/08_decisions.ipynb #eae2e93e
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from .history import version_entries
 from .plan import MOVE, PLAN, RunRequest, Workspace
-from .run import DONE, RunEvent, request_of, run_chain
+from .run import DONE, RunEvent, Tell, request_of, run_chain
 from .runs import Run, list_runs, lock_run, write_run
 from .store import Entry
 from ..serving.endpoints import Endpoint
 from ..storage import InputError, utc_now
 
 # %% auto #0
-__all__ = ['Tell', 'NotAllowed', 'find_endpoint', 'finished_entries', 'approve', 'deploy_request', 'promote', 'earlier_version',
+__all__ = ['NotAllowed', 'find_endpoint', 'finished_entries', 'approve', 'deploy_request', 'promote', 'earlier_version',
            'rollback', 'reject_waiting_runs', 'reject', 'start_shadow', 'start_stage']
 
 # %% ../../nbs/chain/08_decisions.ipynb #79f6a52c
@@ -44,12 +43,7 @@ def finished_entries(workspace: Workspace, run: Run) -> dict[str, Entry]:
     return entries
 
 # %% ../../nbs/chain/08_decisions.ipynb #95f65776
-Tell = Callable[[RunEvent], None]
-
-def _ignore(event: RunEvent) -> None:
-    "Show nothing of a run's events."
-
-def approve(workspace: Workspace, version: str, reason: str = "", tell: Tell = _ignore) -> list[Run]:
+def approve(workspace: Workspace, version: str, reason: str = "", tell: Tell = lambda event: None) -> list[Run]:
     """Approve `version`, and bring it to a tested staging endpoint. Return the runs that did so.
 
     Raise `NotAllowed` for a rejected version, and `InputError` if no run waits and the store cannot continue one."""
@@ -76,7 +70,7 @@ def deploy_request(workspace: Workspace, trigger: str, stage: str, version: str,
     return RunRequest({"deploy": {"version": version, "stage": stage, "engine": engine, "back": back}}, trigger)
 
 # %% ../../nbs/chain/08_decisions.ipynb #6a9de06b
-def promote(workspace: Workspace, version: str, tell: Tell = _ignore) -> Run:
+def promote(workspace: Workspace, version: str, tell: Tell = lambda event: None) -> Run:
     "Deploy `version` to production. Raise `NotAllowed` unless it is approved and has passed its staging test."
     found = workspace.registry().get(version)
     if found.status != "Approved":
@@ -97,7 +91,7 @@ def earlier_version(workspace: Workspace, stage: str) -> str | None:
     return workspace.endpoints().previous(stage, allowed.__contains__)
 
 # %% ../../nbs/chain/08_decisions.ipynb #169c85cb
-def rollback(workspace: Workspace, stage: str, tell: Tell = _ignore) -> Run:
+def rollback(workspace: Workspace, stage: str, tell: Tell = lambda event: None) -> Run:
     "Return `stage` to its last earlier version that is not rejected. Raise `NotAllowed` if there is none."
     endpoint, version = find_endpoint(workspace, stage), earlier_version(workspace, stage)
     if version is None:
@@ -114,7 +108,7 @@ def reject_waiting_runs(workspace: Workspace, version: str) -> None:
                 write_run(workspace.executed, replace(run, status="rejected", finished=utc_now()))
 
 # %% ../../nbs/chain/08_decisions.ipynb #6bd80294
-def reject(workspace: Workspace, version: str, reason: str = "", tell: Tell = _ignore) -> list[Run]:
+def reject(workspace: Workspace, version: str, reason: str = "", tell: Tell = lambda event: None) -> list[Run]:
     "Reject `version`, and withdraw it from the stages where it serves. Return the runs that rolled these back."
     registry = workspace.registry()
     registry.get(version)
@@ -157,9 +151,7 @@ def _stop_shadows(workspace: Workspace, version: str) -> None:
 
 # %% ../../nbs/chain/08_decisions.ipynb #2b339f04
 def start_stage(workspace: Workspace, stage: str, engine: str | None = None) -> Endpoint:
-    """Start `stage` unless it runs, on `engine` if one is given. Return its endpoint.
-
-    Raise `NotAllowed` if its version is rejected."""
+    "Start `stage`, on `engine` if given, unless it runs. Return its endpoint. Raise `NotAllowed` for what is rejected."
     endpoint = find_endpoint(workspace, stage)
     versions = {v.version: v for v in workspace.registry().versions()}
     if endpoint.version in versions and versions[endpoint.version].status == "Rejected":

@@ -5,7 +5,6 @@
 # %% ../../nbs/chain/03_execution.ipynb #92d9d88a
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -16,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .parameters import read_cells
+from .parameters import cells_of
 from .store import is_working
 from ..storage import InputError, read_json, write_json
 
@@ -102,16 +101,15 @@ def import_papermill() -> Any:
 
 # %% ../../nbs/chain/03_execution.ipynb #a979f426
 def copy_for_run(notebook: Path, copy: Path) -> Path:
-    "Write those cells of `notebook` that a run needs to `copy`. Raise `InputError` if it is not a notebook."
-    cells = read_cells(notebook)
-    raw = json.loads(notebook.read_text())
+    "Write those cells of `notebook` that a run needs to `copy`."
+    raw = read_json(notebook)
+    cells = cells_of(raw)
     if any(cell.section == "Run" for cell in cells):
         raw["cells"] = [_folded(r) if is_working(cell) and cell.section != "Run" else r
                         for k, (r, cell) in enumerate(zip(raw["cells"], cells))
                         if k == 0 or is_working(cell) or (cell.kind == "markdown" and cell.section == "Run")]
     return write_json(copy, raw)
 
-# %% ../../nbs/chain/03_execution.ipynb #3ac015ed
 def _folded(cell: dict[str, Any]) -> dict[str, Any]:
     "Return the cell with its source folded, unless it holds the parameters."
     metadata = cell["metadata"]

@@ -23,8 +23,8 @@ from ..storage import InputError, files_of, read_json, remove
 
 # %% auto #0
 __all__ = ['StepKey', 'named_cause', 'data_summary', 'data_in_words', 'run_outcome', 'run_summary', 'run_summaries', 'run_row',
-           'shadow_tallies', 'run_summary_html', 'version_entries', 'entry_origin', 'run_options', 'rerun_command',
-           'trace_version', 'trace_in_words', 'needed_by_runs', 'needed_by_versions', 'unneeded_entries', 'total_bytes',
+           'shadow_tallies', 'run_summary_html', 'version_entries', 'entry_origin', 'run_options', 'trace_version',
+           'trace_in_words', 'needed_by_runs', 'needed_by_versions', 'unneeded_entries', 'total_bytes',
            'remove_entries']
 
 # %% ../../nbs/chain/06_history.ipynb #350224e3
@@ -143,11 +143,6 @@ def run_options(parameters: dict[str, dict[str, Any]]) -> list[str]:
                 words += ["--param", f"{step}.{name}={value if isinstance(value, str) else json.dumps(value)}"]
     return words
 
-# %% ../../nbs/chain/06_history.ipynb #9176ae88
-def rerun_command(parameters: dict[str, dict[str, Any]]) -> str:
-    "Return the command line that asks for a run of these `parameters` (step: parameter: value)."
-    return shlex.join(["intel-nb", "run", *run_options(parameters)])
-
 # %% ../../nbs/chain/06_history.ipynb #b84a1a8a
 def trace_version(workspace: Workspace, version: str) -> dict[str, Any]:
     """Return all that is known of the origin of `version`. Raise `InputError` for an unknown version.
@@ -161,7 +156,8 @@ def trace_version(workspace: Workspace, version: str) -> dict[str, Any]:
     maker = next((run for run in runs if run.run_id == found.run_id), None)
     made_by = run_summary(workspace, maker, runs, {version: found}) if maker else {}
     request = workspace.executed / found.run_id / "request.json"
-    command = rerun_command(read_json(request)["parameters"]) if found.run_id and request.is_file() else ""
+    parameters = read_json(request)["parameters"] if found.run_id and request.is_file() else None
+    command = "" if parameters is None else shlex.join(["intel-nb", "run", *run_options(parameters)])
     gate = workspace.registry().evaluation(version).get("gate", {}).get("reason", "")
     return {"version": version, "status": found.status, "reason": found.reason, "gate": gate, "aliases": found.aliases,
             "created": found.created, "accuracy": found.accuracy, "package": found.fingerprint, "dataset": found.data,
@@ -180,7 +176,6 @@ def trace_in_words(trace: dict[str, Any]) -> str:
     missing = "\nthe store has lost the steps; the package is kept in the registry"
     return "\n".join([*(f"{name:<9} {text}" for name, text in facts.items()), *(steps or [missing])])
 
-# %% ../../nbs/chain/06_history.ipynb #82ea6bdd
 def _step_in_words(name: str, origin: dict[str, Any]) -> str:
     "Describe the `entry_origin` of a step."
     parameters = " ".join(f"{k}={v}" for k, v in origin["parameters"].items() if v is not None)

@@ -171,8 +171,7 @@ def captured_paths(data: bytes) -> set[str]:
 
 # %% ../../nbs/chain/09_inbox.ipynb #1093d87c
 def add_captured_images(folder: Path, sources: Iterable[Path]) -> int:
-    """Put the captured images that the label files below `folder` name beside those files, if they are below one of
-    `sources`. Return how many."""
+    "Put captured images below `sources` beside the label files below `folder` that name them. Return how many."
     labels = [folder / name for name in files_of(folder) if Path(name).suffix.lower() in FORMS]
     wanted = [path.parent / name for path in labels if path.stat().st_size <= LABEL_BYTES
               for name in captured_paths(path.read_bytes())]

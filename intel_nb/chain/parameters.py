@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..storage import InputError
+from ..storage import InputError, read_json
 
 # %% auto #0
-__all__ = ['TYPES', 'Cell', 'read_cells', 'Parameter', 'read_literals', 'read_profiles', 'read_parameters', 'is_allowed',
-           'closest', 'check_values', 'check_profile', 'read_value', 'read_setting']
+__all__ = ['TYPES', 'Cell', 'cells_of', 'read_cells', 'Parameter', 'read_literals', 'read_profiles', 'read_parameters',
+           'is_allowed', 'closest', 'check_known', 'check_values', 'read_value']
 
 # %% ../../nbs/chain/01_parameters.ipynb #37f4d39a
 @dataclass(frozen=True)
@@ -32,21 +32,23 @@ class Cell:
     section: str  # the nearest heading of second level: its own, or one above it
 
 # %% ../../nbs/chain/01_parameters.ipynb #443970ca
-def read_cells(notebook: str | Path) -> list[Cell]:
-    "Return the cells of `notebook`. Raise `InputError` if the file is missing or is not a notebook."
+def cells_of(notebook: dict[str, Any]) -> list[Cell]:
+    "Return the cells of a notebook that was read as JSON."
     cells, section = [], ""
-    try:
-        raw = json.loads(Path(notebook).read_text())["cells"]
-    except FileNotFoundError:
-        raise InputError(f"{notebook} does not exist") from None
-    except (ValueError, KeyError, TypeError) as e:
-        raise InputError(f"{notebook} is not a notebook ({e})") from None
-    for cell in raw:
+    for cell in notebook["cells"]:
         source = "".join(cell["source"])
         heading = re.match(r"## +(.+)", source) if cell["cell_type"] == "markdown" else None
         section = heading[1].strip() if heading else section
         cells.append(Cell(cell["cell_type"], source, tuple(cell["metadata"].get("tags", ())), section))
     return cells
+
+# %% ../../nbs/chain/01_parameters.ipynb #26a15ca4
+def read_cells(notebook: str | Path) -> list[Cell]:
+    "Return the cells of the file `notebook`. Raise `InputError` if it is missing or is not a notebook."
+    try:
+        return cells_of(read_json(notebook))
+    except (KeyError, TypeError) as e:
+        raise InputError(f"{notebook} is not a notebook ({e})") from None
 
 # %% ../../nbs/chain/01_parameters.ipynb #26aac197
 @dataclass(frozen=True)
@@ -94,7 +96,6 @@ def read_parameters(notebook: str | Path) -> dict[str, Parameter]:
     return {key: _parameter(key, default, table.get(key, {}))
             for key, default in read_literals(tagged[0].source, name).items()}
 
-# %% ../../nbs/chain/01_parameters.ipynb #8f597f3d
 def _parameter(name: str, default: Any, row: dict[str, Any]) -> Parameter:
     "Return a parameter with the type of its default, or that of its `row` in the profiles if the default is None."
     kind = row.get("type", "any") if default is None else type(default).__name__
@@ -121,12 +122,18 @@ def closest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(known)}"
 
+# %% ../../nbs/chain/01_parameters.ipynb #1a7d6f3a
+def check_known(kind: str, name: str, known: Iterable[str]) -> str:
+    "Return `name` if it is `known`. Raise `InputError` otherwise, which says that there is no such `kind`."
+    if name not in (known := list(known)):
+        raise InputError(f"there is no {kind} {name}{closest(name, known)}")
+    return name
+
 # %% ../../nbs/chain/01_parameters.ipynb #355a8df0
 def _article(kind: str) -> str:
     "Return the name of a type with its article."
     return {"int": "an int", "any": "a value"}.get(kind, f"a {kind}")
 
-# %% ../../nbs/chain/01_parameters.ipynb #4ff4c53e
 def check_values(step: str, values: Mapping[str, Any], declared: Mapping[str, Parameter]) -> dict[str, Any]:
     "Return the `values` for `step` in their declared types. Raise `InputError` for an unknown name or a wrong type."
     for name, value in values.items():
@@ -137,14 +144,6 @@ def check_values(step: str, values: Mapping[str, Any], declared: Mapping[str, Pa
     return {name: float(value) if declared[name].type == "float" and value is not None else value
             for name, value in values.items()}
 
-# %% ../../nbs/chain/01_parameters.ipynb #dc1d52c7
-def check_profile(profile: str, declared: Mapping[str, Parameter]) -> str:
-    "Return `profile` if the table of profiles has it. Raise `InputError` otherwise."
-    known = sorted({name for p in declared.values() for name in p.profiles})
-    if profile not in known:
-        raise InputError(f"there is no profile {profile}{closest(profile, known)}")
-    return profile
-
 # %% ../../nbs/chain/01_parameters.ipynb #5e0b3862
 def read_value(text: str, parameter: Parameter) -> Any:
     "Return `text` as a value of the parameter's type, or unchanged for `check_values` to refuse."
@@ -154,11 +153,3 @@ def read_value(text: str, parameter: Parameter) -> Any:
         with suppress(ValueError, SyntaxError):
             return read(text)
     return [part.strip() for part in text.split(",") if part.strip()] if parameter.type == "list" else text
-
-# %% ../../nbs/chain/01_parameters.ipynb #414d8c53
-def read_setting(text: str) -> tuple[str, str, str]:
-    "Return step, name and value of a text `step.name=value`. Raise `InputError` for another form."
-    found = re.fullmatch(r"(\w+)\.(\w+)=(.*)", text, re.S)
-    if not found:
-        raise InputError(f"--param {text}: write step.name=value, such as train.seed=1")
-    return found[1], found[2], found[3]

@@ -6,33 +6,25 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import intel_nb
-from intel_nb.chain.parameters import (
-    Parameter,
-    check_profile,
-    check_values,
-    closest,
-    read_parameters,
-    read_setting,
-    read_value,
-)
+from .parameters import Parameter, check_known, check_values, read_parameters, read_value
 from .runs import Run
 from .store import CHECKPOINTS, OUTPUTS, Store
-from ..registry import note_stage, note_test
-from ..storage import InputError
+from ..registry import Registry, note_stage, note_test, open_registry
+from ..storage import InputError, each_source
 
 if TYPE_CHECKING:
-    from intel_nb.registry import Registry
     from intel_nb.serving.endpoints import LocalEndpoints
 
 # %% auto #0
 __all__ = ['FOLDERS', 'DATASET', 'MODEL', 'PLAN', 'MOVE', 'Declared', 'STAGE_PARAMETERS', 'Workspace', 'notebooks_folder',
-           'open_workspace', 'Effect', 'Registration', 'Deployment', 'StagingTest', 'Step', 'RunRequest', 'check_step',
+           'open_workspace', 'Effect', 'Registration', 'Deployment', 'StagingTest', 'Step', 'RunRequest',
            'read_settings', 'declared_parameters', 'settable_parameters', 'check_request', 'make_absolute']
 
 # %% ../../nbs/chain/05_plan.ipynb #49f7f10e
@@ -53,7 +45,6 @@ class Workspace:
 
     def registry(self) -> Registry:
         "Open the registry of versions."
-        from intel_nb.registry import open_registry
         return open_registry(self.places["registry"])
 
     def endpoints(self) -> LocalEndpoints:
@@ -144,8 +135,7 @@ class StagingTest(Effect):
             note_test(workspace.registry(), run.model_version, result["passed"])
 
     def note_failure(self, workspace: Workspace, run: Run) -> None:
-        if run.model_version:
-            note_test(workspace.registry(), run.model_version, False)
+        self.note_success(workspace, run, {"passed": False})
 
 # %% ../../nbs/chain/05_plan.ipynb #42693c7e
 @dataclass(frozen=True)
@@ -200,32 +190,23 @@ class RunRequest:
     last: str = ""  # stop after this step; empty: go to the end
     cause: str = ""  # the event behind the run; empty: a person's command
 
-# %% ../../nbs/chain/05_plan.ipynb #73deede9
-def check_step(name: str, known: Iterable[str]) -> str:
-    "Return `name` if it is one of the `known` steps. Raise `InputError` otherwise."
-    if name not in (known := list(known)):
-        raise InputError(f"there is no step {name}{closest(name, known)}")
-    return name
-
 # %% ../../nbs/chain/05_plan.ipynb #b1e6728b
 Declared = Mapping[str, Mapping[str, Parameter]]  # step: parameter: how its notebook declares it
 
 def read_settings(settings: Iterable[str], declared: Declared) -> dict[str, dict[str, Any]]:
-    """Return the parameters that texts of the form `step.name=value` set, by step. A later setting wins.
-
-    Raise `InputError` for another form or an unknown step."""
+    "Return the parameters that texts `step.name=value` set, by step; a later one wins. Raise `InputError` for others."
     found: dict[str, dict[str, Any]] = {}
     for setting in settings:
-        step, name, text = read_setting(setting)
-        known = declared[check_step(step, declared)]
+        if not (match := re.fullmatch(r"(\w+)\.(\w+)=(.*)", setting, re.S)):
+            raise InputError(f"--param {setting}: write step.name=value, such as train.seed=1")
+        step, name, text = match.groups()
+        known = declared[check_known("step", step, declared)]
         found.setdefault(step, {})[name] = read_value(text, known[name]) if name in known else text
     return found
 
 # %% ../../nbs/chain/05_plan.ipynb #c8634a67
 def declared_parameters(plan: Iterable[Step], notebooks: Path) -> dict[str, dict[str, Parameter]]:
-    """Return the parameters of each step of `plan`, by step and name, as its notebook declares them.
-
-    Raise `InputError` if there are no notebooks."""
+    "Return the parameters of each step of `plan`, by step and name. Raise `InputError` if there are no notebooks."
     plan = list(plan)
     if not (notebooks / plan[0].notebook).is_file():
         raise InputError(f"the step notebooks are not in {notebooks}; set INTEL_NB_NOTEBOOKS to the nbs of a checkout")
@@ -246,22 +227,22 @@ def check_request(request: RunRequest, declared: Declared, plan: Iterable[Step])
     checked = {}
     steps = {step.name: step for step in plan}
     for name, values in request.parameters.items():
-        known = declared[check_step(name, steps)]
+        known = declared[check_known("step", name, steps)]
         for parameter in set(values) & set(known) - set(settable_parameters(steps[name], known)):
             raise InputError(f"{name}.{parameter} is filled in by the chain and cannot be set")
         checked[name] = check_values(name, values, known)
-        checked[name] |= {k: make_absolute(v) for k, v in checked[name].items() if k in steps[name].sources}
+        for source in set(values) & set(steps[name].sources):
+            checked[name][source] = each_source(values[source], make_absolute)
         if "profile" in checked[name]:
-            check_profile(checked[name]["profile"], known)
+            profiles = sorted({profile for p in known.values() for profile in p.profiles})
+            check_known("profile", checked[name]["profile"], profiles)
         if "engine" in checked[name]:
             check_engine(checked[name]["engine"])
     for name in filter(None, (request.first, request.last)):
-        check_step(name, steps)
+        check_known("step", name, steps)
     return replace(request, parameters=checked)
 
 # %% ../../nbs/chain/05_plan.ipynb #ad569db1
-def make_absolute(source: Any) -> Any:
-    "Return an input from outside, or a list of them, with paths made absolute and URIs as they are."
-    if isinstance(source, list):
-        return [make_absolute(one) for one in source]
-    return source if not source or "://" in source else str(Path(source).absolute())
+def make_absolute(source: str) -> str:
+    "Return a path made absolute, and a URI as it is."
+    return source if "://" in source else str(Path(source).absolute())

@@ -8,33 +8,25 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .execution import NotebookFailed, end_kernel, execute, import_papermill
 from .history import named_cause, run_summary_html
-from intel_nb.chain.plan import (
-    FOLDERS,
-    PLAN,
-    Declared,
-    RunRequest,
-    Step,
-    Workspace,
-    check_request,
-    declared_parameters,
-)
+from .plan import FOLDERS, PLAN, Declared, RunRequest, Step, Workspace, check_request, declared_parameters
 from .runs import Run, StepRecord, lock_run, new_run_id, read_run, with_step, write_report, write_run
 from .store import CHECKPOINTS, OUTPUTS, Entry, empty_outputs, git_revision, key_of, publish, recipe_of
-from ..locks import is_locked, locked
-from ..storage import InputError, fetch, read_json, remove, tree_digest, utc_now, write_json
+from ..locks import locked
+from ..storage import InputError, each_source, fetch, read_json, remove, tree_digest, utc_now, write_json
 
 # %% auto #0
-__all__ = ['DONE', 'RunEvent', 'RunContext', 'fetch_sources', 'resolved_parameters', 'supplied_parameters', 'notebook_parameters',
+__all__ = ['Tell', 'DONE', 'RunEvent', 'RunContext', 'resolved_parameters', 'supplied_parameters', 'notebook_parameters',
            'input_contents', 'step_recipe', 'is_current', 'find_reusable', 'take_entry', 'publish_outputs',
-           'record_failure', 'execute_step', 'lock_with_notice', 'run_step', 'note_effect', 'check_approval',
-           'follow_plan', 'request_of', 'open_run', 'close_run', 'has_lasting_effects', 'run_chain']
+           'record_failure', 'execute_step', 'run_step', 'note_effect', 'check_approval', 'follow_plan', 'request_of',
+           'open_run', 'close_run', 'has_lasting_effects', 'run_chain']
 
 # %% ../../nbs/chain/07_run.ipynb #175f2326
 @dataclass(frozen=True)
@@ -48,6 +40,8 @@ class RunEvent:
     seconds: float = 0.0
 
 # %% ../../nbs/chain/07_run.ipynb #e3c7201e
+Tell = Callable[[RunEvent], None]
+
 @dataclass
 class RunContext:
     "The state of a run while a process works on it."
@@ -56,7 +50,7 @@ class RunContext:
     request: RunRequest
     declared: Declared  # the parameters that each step's notebook declares
     run: Run
-    tell: Callable[[RunEvent], None]
+    tell: Tell
     known: Mapping[str, Entry] = field(default_factory=dict)  # step: the entry to take, whatever its key
     entries: dict[str, Entry] = field(default_factory=dict)  # step: its entry, once the step is done
     resolved: dict[str, dict[str, Any]] = field(default_factory=dict)  # step: its parameters, resolved once
@@ -73,17 +67,12 @@ class RunContext:
         taken = (str(entry.folder), entry.result) if entry else (None, None)
         self.save(steps=with_step(self.run, StepRecord(step.name, step.notebook, status, seconds, key, *taken)).steps)
 
+    def note(self, step: Step, text: str) -> None: self.tell(RunEvent("note", step.name, text))
+
     def status_of(self, step: Step, key: str) -> str:
         "Return the status that the run has recorded for `step` under `key`, or an empty text."
         record = self.run.step(step.name)
         return record.status if record and record.key == key else ""
-
-# %% ../../nbs/chain/07_run.ipynb #247c377e
-def fetch_sources(source: Any, folder: Path) -> Any:
-    "Return an input from outside, or a list of them, as local paths, fetched to `folder`. Raise `InputError`."
-    if isinstance(source, list):
-        return [fetch_sources(one, folder) for one in source]
-    return str(fetch(source, folder)) if source else source
 
 # %% ../../nbs/chain/07_run.ipynb #9502a3e4
 def resolved_parameters(context: RunContext, step: Step) -> dict[str, Any]:
@@ -91,9 +80,9 @@ def resolved_parameters(context: RunContext, step: Step) -> dict[str, Any]:
     if step.name not in context.resolved:
         defaults = {name: p.default for name, p in context.declared[step.name].items()}
         parameters = defaults | context.request.parameters.get(step.name, {})
-        fetched = context.workspace.store.root / ".fetched"
-        local = {name: fetch_sources(parameters[name], fetched) for name in step.sources if name in parameters}
-        context.resolved[step.name] = parameters | local
+        local = lambda source: str(fetch(source, context.workspace.store.root / ".fetched"))
+        parameters |= {name: each_source(parameters[name], local) for name in step.sources if name in parameters}
+        context.resolved[step.name] = parameters
     return context.resolved[step.name]
 
 # %% ../../nbs/chain/07_run.ipynb #0d4fa422
@@ -115,15 +104,9 @@ def notebook_parameters(context: RunContext, step: Step, work: Path) -> dict[str
 def input_contents(context: RunContext, step: Step) -> dict[str, Any]:
     "Return the digest of each input file of `step`, and each value from an earlier step, by parameter."
     parameters = resolved_parameters(context, step)
-    contents: dict[str, Any] = {}
-    for name in step.sources:
-        source: Any = parameters.get(name)
-        is_list = isinstance(source, list)
-        contents[name] = [tree_digest(path) for path in source] if is_list else source and tree_digest(source)
-    for name, (earlier, output) in step.files.items():
-        contents[name] = context.entries[earlier].digests[output]
-    for name, (earlier, output) in step.values.items():
-        contents[name] = context.entries[earlier].result[output]
+    contents = {name: each_source(parameters.get(name), tree_digest) for name in step.sources}
+    contents |= {name: context.entries[earlier].digests[output] for name, (earlier, output) in step.files.items()}
+    contents |= {name: context.entries[earlier].result[output] for name, (earlier, output) in step.values.items()}
     return contents | step.effect.key_inputs(context.workspace, parameters | contents)
 
 # %% ../../nbs/chain/07_run.ipynb #37190acf
@@ -217,13 +200,6 @@ def execute_step(context: RunContext, step: Step, recipe: dict[str, Any]) -> Ent
     context.tell(RunEvent("ended", step.name, "succeeded", seconds=entry.seconds))
     return entry
 
-# %% ../../nbs/chain/07_run.ipynb #b2669528
-def lock_with_notice(context: RunContext, step: Step, path: Path, notice: str) -> AbstractContextManager[None]:
-    "Return the lock `path` as a context manager. Tell `notice` if somebody holds the lock."
-    if is_locked(path):
-        context.tell(RunEvent("note", step.name, notice))
-    return locked(path)
-
 # %% ../../nbs/chain/07_run.ipynb #4a9d3397
 def run_step(context: RunContext, step: Step) -> Entry:
     "Take `step` from the store, or execute it. Return its entry. No two runs execute a step at the same time."
@@ -232,7 +208,7 @@ def run_step(context: RunContext, step: Step) -> Entry:
     recipe = step_recipe(context, step)
     key = key_of(recipe)
     lock = context.workspace.store.lock(step.name, key)
-    with lock_with_notice(context, step, lock, "waiting for another run that does this step"):
+    with locked(lock, on_wait=partial(context.note, step, "waiting for another run that does this step")):
         entry = find_reusable(context, step, key)
         return take_entry(context, step, entry) if entry else execute_step(context, step, recipe)
 
@@ -267,7 +243,7 @@ def follow_plan(context: RunContext) -> str:
             if step.effect.stage_parameter:
                 stage = resolved_parameters(context, step)[step.effect.stage_parameter]
                 lock = context.workspace.store.root / ".work" / f"stage-{stage}.lock"
-                until_the_end.enter_context(lock_with_notice(context, step, lock, "waiting for the stage"))
+                until_the_end.enter_context(locked(lock, on_wait=partial(context.note, step, "waiting for the stage")))
             context.entries[step.name] = run_step(context, step)
             note_effect(context, step, context.entries[step.name])
             if step.name == context.request.last:
@@ -318,7 +294,7 @@ def _remove_empty_folders(workspace: Workspace) -> None:
 
 # %% ../../nbs/chain/07_run.ipynb #f06c9ef7
 def run_chain(workspace: Workspace, request: RunRequest, plan: tuple[Step, ...] = PLAN,
-              tell: Callable[[RunEvent], None] = lambda event: None, known: Mapping[str, Entry] = {}) -> Run:
+              tell: Tell = lambda event: None, known: Mapping[str, Entry] = {}) -> Run:
     """Carry out `request`, in a new run or in the run of its `run_id`. Take the entries in `known` as they are.
 
     Raise `NotebookFailed` if a notebook fails, and `InputError` for a wrong input. After an `InputError` a new run

@@ -96,7 +96,6 @@ def read_run(executed: Path, run_id: str) -> Run:
     run = Run(**record | {"steps": [StepRecord(**step) for step in record["steps"]]})
     return run if run.status != "running" or is_locked(path.with_name(".lock")) else _as_failed(run, path.parent)
 
-# %% ../../nbs/chain/04_runs.ipynb #715f27e9
 def _as_failed(run: Run, folder: Path) -> Run:
     "Return the run of a process that died as failed. The step that was running has a notebook, but no record yet."
     running = next((s for s in run.steps if s.status == "skipped" and (folder / s.notebook).exists()), None)
@@ -110,7 +109,6 @@ def list_runs(executed: Path) -> list[Run]:
     runs = [(read_run(executed, folder.name), _request_time(folder)) for folder in folders]
     return [run for run, _ in sorted(runs, key=lambda r: (r[0].started, r[1]), reverse=True)]
 
-# %% ../../nbs/chain/04_runs.ipynb #56f4c213
 def _request_time(folder: Path) -> int:
     "Return the time of a run's request in nanoseconds, because `started` is the same for runs of one second."
     request = folder / "request.json"
@@ -137,12 +135,6 @@ def _status(status: str) -> str:
     "Return a status in its colour, as HTML."
     return f'<span class="{status}">{status}</span>'
 
-# %% ../../nbs/chain/04_runs.ipynb #78b14955
-def _link(url: str | None) -> str:
-    "Return a link to `url`, or an empty text for None."
-    return f'<a href="{html.escape(url)}">{html.escape(url)}</a>' if url else ""
-
-# %% ../../nbs/chain/04_runs.ipynb #1b868bf7
 def _step_row(step: StepRecord) -> str:
     "Return the row of a step in the table, with a link to its executed notebook."
     ran = step.status != "skipped"
@@ -151,7 +143,6 @@ def _step_row(step: StepRecord) -> str:
     seconds = f"{step.seconds:.1f}" if ran else ""
     return f"<tr><td>{name}</td><td>{_status(step.status)}</td><td>{seconds}</td><td>{result}</td></tr>"
 
-# %% ../../nbs/chain/04_runs.ipynb #5f8c2066
 def _short(value: Any) -> str:
     "Return a value of a result as a short text."
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -178,9 +169,10 @@ tr{border-bottom:1px solid #ddd}img{max-width:100%}code{font-size:.9em}.succeede
 
 def render_report(run: Run, more: str = "") -> str:
     "Return the page of `run` as HTML. `more` is HTML that is put at its end."
+    url = html.escape(run.endpoint or "")
     facts = {"status": _status(run.status), "started by": html.escape(f"{run.trigger} ({run.cause})"),
              "started": run.started, "finished": run.finished or "", "version": html.escape(run.model_version or ""),
-             "endpoint": _link(run.endpoint)}
+             "endpoint": url and f'<a href="{url}">{url}</a>'}
     rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in facts.items() if value)
     steps = "".join(map(_step_row, run.steps))
     plots = "".join(map(_step_plots, run.steps))

@@ -23,9 +23,8 @@ from .parameters import Cell, read_cells
 from ..storage import read_json, remove, tree_digest, write_json
 
 # %% auto #0
-__all__ = ['OUTPUTS', 'CHECKPOINTS', 'is_exported', 'is_working', 'working_code', 'code_digest', 'imported_modules',
-           'module_digests', 'recipe_of', 'key_of', 'git_revision', 'Entry', 'read_entry', 'Store', 'empty_outputs',
-           'publish']
+__all__ = ['OUTPUTS', 'CHECKPOINTS', 'is_exported', 'is_working', 'code_digest', 'imported_modules', 'module_digests',
+           'recipe_of', 'key_of', 'git_revision', 'Entry', 'read_entry', 'Store', 'empty_outputs', 'publish']
 
 # %% ../../nbs/chain/02_store.ipynb #0b434b05
 def is_exported(cell: Cell) -> bool:
@@ -36,11 +35,6 @@ def is_exported(cell: Cell) -> bool:
 def is_working(cell: Cell) -> bool:
     "Tell whether a step needs the cell to do its work: it is exported, holds the parameters, or lies under `## Run`."
     return cell.kind == "code" and (is_exported(cell) or "parameters" in cell.tags or cell.section == "Run")
-
-# %% ../../nbs/chain/02_store.ipynb #739d522a
-def working_code(notebook: str | Path) -> list[str]:
-    "Return the sources of those cells of `notebook` that can change its outputs."
-    return [cell.source for cell in read_cells(notebook) if is_working(cell)]
 
 # %% ../../nbs/chain/02_store.ipynb #0afbc8bf
 def code_digest(source: str) -> str:
@@ -74,13 +68,11 @@ def _parsed(source: str) -> ast.Module:
         plain = re.sub(r"^(\s*)[%!].*$", r"\1pass", source, flags=re.M)
         return ast.parse(plain)
 
-# %% ../../nbs/chain/02_store.ipynb #d468f169
 def _parent_packages(name: str) -> set[str]:
     "Return the packages between intel_nb and the module `name`."
     parts = name.split(".")
     return {".".join(parts[:end]) for end in range(2, len(parts))}
 
-# %% ../../nbs/chain/02_store.ipynb #8d301798
 def _module_file(name: str) -> Path | None:
     "Return the file of one of intel_nb's modules, or None if there is no such module."
     base = Path(intel_nb.__file__).parent.joinpath(*name.split(".")[1:])
@@ -110,7 +102,7 @@ def module_digests(sources: Iterable[str]) -> dict[str, str]:
 # %% ../../nbs/chain/02_store.ipynb #6e5228dd
 def recipe_of(notebook: str | Path, parameters: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
     "Return all that a step's outputs depend on. `inputs` has digests of files and values from earlier steps."
-    sources = working_code(notebook)
+    sources = [cell.source for cell in read_cells(notebook) if is_working(cell)]
     return {"code": [code_digest(source) for source in sources], "modules": module_digests(sources),
             "parameters": parameters, "inputs": inputs}
 

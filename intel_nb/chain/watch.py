@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +27,7 @@ from .plan import RunRequest, Workspace
 from .run import request_of
 from .runs import list_runs, new_run_id, queue_run, read_run, write_run
 from ..locks import is_locked, locked
-from ..serving.supervisor import last_line
-from ..storage import InputError, python_path, read_json, remove, utc_now, write_json
+from ..storage import InputError, last_line, python_path, read_json, remove, utc_now, write_json
 
 # %% auto #0
 __all__ = ['ARCHIVE', 'LABELS', 'STARTS', 'UPLOADS', 'UNFINISHED', 'KEEP', 'COMMAND', 'Start', 'TriggerEvent', 'upload_events',
@@ -83,13 +83,13 @@ def name_events(events: Sequence[TriggerEvent], most: int = 3) -> str:
     return ", ".join(event.key for event in events[:most]) + (f" and {more} more" if more > 0 else "")
 
 # %% ../../nbs/chain/10_watch.ipynb #6d38dcc5
-def approval_events(workspace: Workspace, now: datetime, grace: float = 5) -> list[TriggerEvent]:
-    "Return the versions that were approved more than `grace` seconds before `now` and whose runs still wait."
-    waiting = {run.model_version for run in list_runs(workspace.executed) if run.status == "waiting"}
+def approval_events(workspace: Workspace, now: datetime, grace: float = 5) -> dict[TriggerEvent, str]:
+    "Return the versions that were approved more than `grace` seconds before `now`, each with a run that waits for it."
+    waiting = {run.model_version: run.run_id for run in list_runs(workspace.executed) if run.status == "waiting"}
     versions = workspace.registry().versions() if waiting else []
-    return [TriggerEvent("model-approved", v.version, decided) for v in versions
+    return {TriggerEvent("model-approved", v.version, decided): waiting[v.version] for v in versions
             if v.version in waiting and v.status == "Approved" and (decided := v.tags.get("decided"))
-            and now - datetime.fromisoformat(decided) > timedelta(seconds=grace)]
+            and now - datetime.fromisoformat(decided) > timedelta(seconds=grace)}
 
 # %% ../../nbs/chain/10_watch.ipynb #0b4204ff
 def alarm_events(endpoints: Path, reported: Mapping[str, str]) -> list[TriggerEvent]:
@@ -201,9 +201,7 @@ def remove_old_snapshots(queue: UploadQueue) -> None:
 
 # %% ../../nbs/chain/10_watch.ipynb #a9c066d0
 def base_data(workspace: Workspace) -> tuple[str, list[str]] | None:
-    """Return the archive (empty: the drawn scenes) and the annotations that the newest run on data was given by hand.
-
-    Return None if there is no such run."""
+    "Return archive (empty: drawn scenes) and annotations that the newest run on data was given by hand, or None."
     builds = (run for run in list_runs(workspace.executed) if run.step("data") and run.trigger != "approve")
     run = next(builds, None)
     if run is None:
@@ -309,9 +307,7 @@ def record_end(workspace: Workspace, ended: RunProcess) -> str:
 
 # %% ../../nbs/chain/10_watch.ipynb #5b310153
 def release_run(workspace: Workspace, working: RunProcess, patience: float = 30) -> None:
-    """End the process if this watcher started it, and leave its runs to the next watcher.
-
-    A process that has not ended after `patience` seconds is killed."""
+    "End the process if this watcher started it; kill it after `patience` seconds. Leave its runs to the next watcher."
     if not working.process:
         return
     end_process(working.process, patience)
@@ -392,17 +388,15 @@ class Watcher:
 
     def _follow_approval(self) -> None:
         "Start `approve` for a version that somebody approved, or whose `approve` was cut off."
-        executed = self.workspace.executed
-        waiting = {run.model_version: run.run_id for run in list_runs(executed) if run.status == "waiting"}
         events = approval_events(self.workspace, datetime.now(UTC))
-        new = [event for event in events if event not in self._followed and event.key in waiting]
+        new = [event for event in events if event not in self._followed]
         if new and not self._approval.exists():
             event = min(new)
             self._followed.add(event)  # once: if the command fails, a person has to look at it
-            write_json(self._approval, {"version": event.key, "run_id": waiting[event.key]})
+            write_json(self._approval, {"version": event.key, "run_id": events[event]})
         if self._approval.exists():
             approval = read_json(self._approval)
-            if (executed / approval["run_id"]).is_dir():
+            if (self.workspace.executed / approval["run_id"]).is_dir():
                 self._start(approval["run_id"], ["approve", approval["version"]], f"version {approval['version']}")
             else:
                 self._approval.unlink()
@@ -419,13 +413,12 @@ class Watcher:
 
     def _start(self, run_id: str, arguments: list[str], reason: str) -> None:
         run = RunProcess(run_id, self.workspace.executed / run_id, arguments)
-        if is_at_work := run.is_alive():
-            self.tell(f"{arguments[0]} {run_id} is still at work")
-        else:
+        news = "is still at work"
+        if not run.is_alive():
+            news = f"for {reason}"
             run.process = start_process(run.folder, arguments, self.command, self.workspace)
         self.working = run  # from now on whoever ends the watcher ends it too
-        if not is_at_work:
-            self.tell(f"{arguments[0]} {run_id} for {reason}")
+        self.tell(f"{arguments[0]} {run_id} {news}")
 
 # %% ../../nbs/chain/10_watch.ipynb #b3646488
 def inbox_changes(inbox: Path, poll: bool = False) -> Iterator[bool]:
@@ -469,10 +462,8 @@ def watch_inbox(inbox: str | Path, workspace: Workspace, template: RunRequest, *
 
     All runs get the parameters of `template`. `command` stands for `intel-nb`, and `tell` gets each line of news."""
     folder = check_inbox(inbox)
-    lock = watch_folder(workspace, folder) / ".lock"
-    if is_locked(lock):
-        tell(f"another watcher follows {inbox}; this one waits until it ends")
-    with locked(lock):
+    waits = partial(tell, f"another watcher follows {inbox}; this one waits until it ends")
+    with locked(watch_folder(workspace, folder) / ".lock", on_wait=waits):
         tell(f"following {inbox}: {' and '.join(UPLOADS)}")
         watcher = Watcher(UploadQueue(workspace, folder), template, times, command, tell)
         try:

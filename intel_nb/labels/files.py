@@ -41,7 +41,6 @@ def _parse_line(line: bytes) -> Any:
     except (ValueError, RecursionError) as e:
         return UnusableLabel("malformed", f"it is not JSON ({as_one_line(e)})")
 
-# %% ../../nbs/labels/06_files.ipynb #ae441c90
 def iter_json_entries(data: bytes) -> Iterator[tuple[int, Any]]:
     """Yield the number and the value of each entry; the value is an `UnusableLabel` for a line that is not JSON.
 

@@ -8,14 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from intel_nb.labels.records import (
-    LabelRecord,
-    Vote,
-    check_class_name,
-    check_confidence,
-    check_image_reference,
-    require_votes,
-)
+from .records import LabelRecord, Vote, check_class_name, check_confidence, make_record
 
 # %% auto #0
 __all__ = ['read_manifest_line']
@@ -50,4 +43,4 @@ def read_manifest_line(line: dict[str, Any], voter: str) -> LabelRecord:
     jobs = [name.removesuffix("-metadata") for name in line if name.endswith("-metadata")]
     votes = [vote for job in jobs
              for vote in _votes_of_job(line.get(job), line[f"{job}-metadata"], f"{voter} {job}-metadata")]
-    return LabelRecord(check_image_reference(line.get("source-ref", line.get("source"))), require_votes(votes))
+    return make_record(line.get("source-ref", line.get("source")), votes)

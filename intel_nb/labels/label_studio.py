@@ -9,15 +9,8 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-from intel_nb.labels.records import (
-    LabelRecord,
-    UnusableLabel,
-    Vote,
-    as_one_line,
-    check_class_name,
-    check_image_reference,
-    require_votes,
-)
+from .records import LabelRecord, UnusableLabel, Vote, as_one_line, check_class_name, make_record
+from ..storage import utc_text
 
 # %% auto #0
 __all__ = ['read_task']
@@ -28,7 +21,6 @@ def _name_voter(annotation: dict[str, Any], otherwise: str) -> str:
     parts = [annotation.get(name) for name in ("id", "completed_by", "created_at")]
     return as_one_line(f"Label Studio {parts}") if parts[0] is not None else otherwise
 
-# %% ../../nbs/labels/04_label_studio.ipynb #04b7b4b4
 def _list_choices(results: Any) -> list[Any]:
     "Return the choices among the `results` of an annotation, not yet checked."
     try:
@@ -37,7 +29,6 @@ def _list_choices(results: Any) -> list[Any]:
     except (TypeError, AttributeError, KeyError):
         raise UnusableLabel("malformed", "the result of an annotation cannot be read") from None
 
-# %% ../../nbs/labels/04_label_studio.ipynb #6dbb55dc
 def _read_votes(annotations: list[dict[str, Any]], voter: str) -> Iterator[Vote]:
     "Yield a vote for each choice; skip annotations that were cancelled."
     for number, annotation in enumerate(annotations):
@@ -53,14 +44,9 @@ def _read_source(meta: Any) -> str:
         if meta["source"] != "capture":
             return "annotations"
         time = datetime.fromisoformat(meta["captured"])
-        return f"capture:{time.replace(tzinfo=time.tzinfo or UTC).astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
+        return f"capture:{utc_text(time.replace(tzinfo=time.tzinfo or UTC))}"
     except (KeyError, TypeError, ValueError, OverflowError):
         return "annotations"
-
-# %% ../../nbs/labels/04_label_studio.ipynb #cd29d000
-def _read_image(data: dict[str, Any]) -> str:
-    texts = [value for value in data.values() if isinstance(value, str)]
-    return check_image_reference(data.get("image", texts[0] if len(texts) == 1 else None))
 
 # %% ../../nbs/labels/04_label_studio.ipynb #2128b996
 def read_task(task: dict[str, Any], voter: str) -> LabelRecord:
@@ -71,5 +57,6 @@ def read_task(task: dict[str, Any], voter: str) -> LabelRecord:
     is_list = isinstance(annotations, list) and all(isinstance(a, dict) for a in annotations)
     if not isinstance(data, dict) or not is_list:
         raise UnusableLabel("malformed", "it is not a task: a task has an object `data` and a list `annotations`")
-    image = _read_image(data)
-    return LabelRecord(image, require_votes(_read_votes(annotations, voter)), _read_source(task.get("meta")))
+    texts = [value for value in data.values() if isinstance(value, str)]
+    image = data.get("image", texts[0] if len(texts) == 1 else None)
+    return make_record(image, _read_votes(annotations, voter), _read_source(task.get("meta")))

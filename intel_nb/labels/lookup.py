@@ -34,7 +34,6 @@ def _decode_start(text: str) -> bytes:
     except ValueError:
         return b""
 
-# %% ../../nbs/labels/07_lookup.ipynb #c3ad4ff4
 def decode_embedded(reference: str) -> bytes | None:
     "Return the bytes of an image that stands in the label file, or None for a path; raise `UnusableLabel`."
     if reference[:5].lower() == "data:":
@@ -53,11 +52,8 @@ def decode_embedded(reference: str) -> bytes | None:
 # %% ../../nbs/labels/07_lookup.ipynb #5c0f75dd
 _UPLOAD = re.compile(r"/data/upload/(?:\d+/)?(?:[0-9a-f]{8}-)?([^/]+)$")
 
-# %% ../../nbs/labels/07_lookup.ipynb #b9dcddb8
 def parse_reference(reference: str) -> tuple[str, str]:
-    """Return the kind of a reference (`relative`, `file` or `s3`) and its path; raise `UnusableLabel` for other URIs.
-
-    An `s3` path begins with its bucket."""
+    "Return `relative`, `file` or `s3`, and the path (of `s3` with its bucket); raise `UnusableLabel` for other URIs."
     reference = reference.replace("\\", "/")
     scheme, _, rest = reference.partition("://")
     scheme = scheme.lower()
@@ -155,10 +151,6 @@ def _download(uri: str, folder: Path) -> bytes:
         raise OSError(f"{path.stat().st_size:,} bytes; at most {MAX_BYTES:,} are accepted")
     return path.read_bytes()
 
-# %% ../../nbs/labels/07_lookup.ipynb #cabdc50d
-def _remote_member(uri: str, folder: Path) -> Member:
-    return Member(uri, 0, partial(_download, uri, folder))
-
 # %% ../../nbs/labels/07_lookup.ipynb #7b1d02e8
 @dataclass(frozen=True)
 class LocatedLabel:
@@ -199,7 +191,6 @@ def _read_file(member: Member) -> bytes:
     except READ_ERRORS as e:
         raise UnusableLabel("unreadable", as_one_line(e)) from None
 
-# %% ../../nbs/labels/07_lookup.ipynb #4cce2fb0
 def locate_lines(label_file: str, batch: LabelBatch, open_remote: Callable[[str], Member]
                  ) -> Iterator[LocatedLabel | LabelOutcome]:
     "Yield each line of a label file with its image, or the outcome of a line that cannot be used."
@@ -226,7 +217,6 @@ def _ambiguous_members(lines: Iterable[LocatedLabel]) -> set[Member]:
             paths[line.member].add(line.matched_path)
     return {member for member, matched in paths.items() if not may_be_one_file(matched)}
 
-# %% ../../nbs/labels/07_lookup.ipynb #0e437638
 def read_batch(batch: LabelBatch, open_remote: Callable[[str], Member]
                ) -> tuple[list[LocatedLabel], list[LabelOutcome]]:
     "Return the lines of a batch whose image was found, and the outcomes of the others."
@@ -250,7 +240,7 @@ def read_annotations(sources: Iterable[str | Path], scratch: str | Path
 
     Each source is a zip, a folder or a label file. Images in buckets are downloaded to `scratch` when they are read.
     Raise `InputError` for a source that is unreadable."""
-    open_remote = cache(partial(_remote_member, folder=Path(scratch)))  # one URI is one member
+    open_remote = cache(lambda uri: Member(uri, 0, partial(_download, uri, Path(scratch))))  # one URI is one member
     located: list[LocatedLabel] = []
     outcomes: list[LabelOutcome] = []
     for source in sources:

@@ -37,29 +37,23 @@ class Rejected:
 # %% ../../nbs/labels/01_members.ipynb #f9c7d6f9
 READ_ERRORS = (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, OSError, EOFError)
 
-# %% ../../nbs/labels/01_members.ipynb #5c2f79e0
-def _to_posix(name: str) -> str:
-    return name.replace("\\", "/")
-
 # %% ../../nbs/labels/01_members.ipynb #6d564e86
-def _check_entry(info: zipfile.ZipInfo, path: Path) -> None:
-    "Raise `InputError` for an entry of the zip `path` that lies outside the zip or is a link."
-    name = _to_posix(info.filename)
+def _entry_path(info: zipfile.ZipInfo, path: Path) -> str:
+    "Return the path of an entry of the zip `path`; raise `InputError` if it lies outside the zip or is a link."
+    name = info.filename.replace("\\", "/")
     if name.startswith("/") or ".." in PurePosixPath(name).parts or ":" in name.split("/")[0]:
         raise InputError(f"{path} holds {info.filename!r}, a path that leads out of the zip; do not trust this zip")
     if stat.S_ISLNK(info.external_attr >> 16):
         raise InputError(f"{path} holds the link {info.filename!r}; replace it with the image itself")
+    return name
 
-# %% ../../nbs/labels/01_members.ipynb #611ef6ac
 def _zip_members(path: Path) -> list[Member]:
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError, ValueError) as e:
         raise InputError(f"{path} is no zip, or one that was cut short ({e}); copy it again") from None
-    for info in archive.infolist():
-        _check_entry(info, path)
-    files = [info for info in archive.infolist() if not info.is_dir()]
-    return [Member(_to_posix(info.filename), info.file_size, partial(archive.read, info)) for info in files]
+    entries = [(_entry_path(info, path), info) for info in archive.infolist()]
+    return [Member(name, info.file_size, partial(archive.read, info)) for name, info in entries if not info.is_dir()]
 
 # %% ../../nbs/labels/01_members.ipynb #e1001bd2
 def _folder_members(folder: Path) -> list[Member]:
@@ -69,7 +63,6 @@ def _folder_members(folder: Path) -> list[Member]:
 # %% ../../nbs/labels/01_members.ipynb #68aafc01
 MAX_MEMBERS, MAX_TOTAL = 1_000_000, 64 * 2**30  # files; bytes when uncompressed
 
-# %% ../../nbs/labels/01_members.ipynb #bb1b0d8a
 def list_members(source: str | Path, expected: str = "a folder of images for each class") -> list[Member]:
     """Return the files of the zip or folder `source`, sorted by path.
 

@@ -10,8 +10,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 # %% auto #0
-__all__ = ['Vote', 'LabelRecord', 'UnusableLabel', 'as_one_line', 'check_image_reference', 'check_class_name', 'check_confidence',
-           'require_votes']
+__all__ = ['Vote', 'LabelRecord', 'UnusableLabel', 'as_one_line', 'check_class_name', 'check_confidence', 'make_record']
 
 # %% ../../nbs/labels/02_records.ipynb #2d2ca114
 class Vote(NamedTuple):
@@ -40,13 +39,6 @@ def as_one_line(value: Any, limit: int = 120) -> str:
     text = " ".join(str(value).encode(errors="backslashreplace").decode().split())
     return text if len(text) <= limit else f"{text[:limit]}…"
 
-# %% ../../nbs/labels/02_records.ipynb #b5d26806
-def check_image_reference(value: Any) -> str:
-    "Return the path or URI of an image without the spaces around it; raise `UnusableLabel` if there is none."
-    if not (isinstance(value, str) and value.strip()):
-        raise UnusableLabel("malformed", "it names no image")
-    return value.strip()
-
 # %% ../../nbs/labels/02_records.ipynb #547ef318
 def check_class_name(value: Any) -> str:
     "Return the name of a class without the spaces around it; raise `UnusableLabel` if it is not a name."
@@ -69,8 +61,10 @@ def check_confidence(value: Any) -> float | None:
     return confidence
 
 # %% ../../nbs/labels/02_records.ipynb #29881381
-def require_votes(votes: Iterable[Vote]) -> tuple[Vote, ...]:
-    "Return `votes` as a tuple; raise `UnusableLabel` if there are none."
+def make_record(image: Any, votes: Iterable[Vote], source: str = "annotations") -> LabelRecord:
+    "Return what a line says; raise `UnusableLabel` if it names no `image` (a path or URI), or if there are no `votes`."
+    if not (isinstance(image, str) and image.strip()):
+        raise UnusableLabel("malformed", "it names no image")
     if not (votes := tuple(votes)):
         raise UnusableLabel("no_label", "nobody has labelled it")
-    return votes
+    return LabelRecord(image.strip(), votes, source)

@@ -91,7 +91,6 @@ def resolve_labels(lines: Sequence[tuple[LocatedLabel, str]], dataset: Mapping[s
 # %% ../../nbs/labels/08_resolve.ipynb #3cc2a4cc
 KINDS = ("added", "duplicate", "quarantined")
 
-# %% ../../nbs/labels/08_resolve.ipynb #be7f29b9
 def count_outcomes(outcomes: Sequence[LabelOutcome]) -> dict[str, Any]:
     "Return counts for the report: of all lines, of the reasons, and of each label file and form."
     total = Counter(o.kind for o in outcomes)

@@ -9,26 +9,16 @@ import csv
 from collections.abc import Iterator
 from typing import Any
 
-from intel_nb.labels.records import (
-    LabelRecord,
-    UnusableLabel,
-    Vote,
-    as_one_line,
-    check_class_name,
-    check_confidence,
-    check_image_reference,
-    require_votes,
-)
+from . import records
+from .records import LabelRecord, UnusableLabel, Vote, as_one_line
 
 # %% auto #0
-__all__ = ['IMAGE', 'LABEL', 'CONFIDENCE', 'LABEL_BYTES', 'MAX_LINES', 'read_row', 'iter_rows']
+__all__ = ['IMAGE', 'LABEL', 'LABEL_BYTES', 'MAX_LINES', 'read_row', 'iter_rows']
 
 # %% ../../nbs/labels/05_tables.ipynb #a13c5398
 IMAGE = ("image", "source-ref", "path", "file", "filename")
 LABEL = ("label", "class-name", "class", "choice", "category")
-CONFIDENCE = ("confidence",)
 
-# %% ../../nbs/labels/05_tables.ipynb #367ceade
 def _first_value(row: dict[str, Any], names: tuple[str, ...]) -> Any:
     return next((row[name] for name in names if name in row), None)
 
@@ -39,14 +29,13 @@ def read_row(row: dict[str, Any], voter: str) -> LabelRecord:
     chosen = label.get("choices") if isinstance(label, dict) else [label]
     if label in (None, "") or not isinstance(chosen, list):
         raise UnusableLabel("no_label", "nobody has labelled it")
-    image, confidence = check_image_reference(_first_value(row, IMAGE)), _first_value(row, CONFIDENCE)
-    votes = [Vote(check_class_name(name), check_confidence(confidence), voter) for name in chosen]
-    return LabelRecord(image, require_votes(votes))
+    votes = (Vote(records.check_class_name(name), records.check_confidence(row.get("confidence")), voter)
+             for name in chosen)
+    return records.make_record(_first_value(row, IMAGE), votes)
 
 # %% ../../nbs/labels/05_tables.ipynb #2c3f9c7c
 LABEL_BYTES, MAX_LINES = 2**26, 1_000_000  # limits for one label file
 
-# %% ../../nbs/labels/05_tables.ipynb #b2bccc91
 def _split_cells(line: bytes, delimiter: str) -> list[str]:
     "Return the cells of one line; raise `UnusableLabel` if it is not CSV."
     limit = csv.field_size_limit(LABEL_BYTES)
@@ -58,7 +47,6 @@ def _split_cells(line: bytes, delimiter: str) -> list[str]:
     finally:
         csv.field_size_limit(limit)
 
-# %% ../../nbs/labels/05_tables.ipynb #c039d886
 def _split_row(line: bytes, delimiter: str, header: list[str]) -> dict[str, str] | UnusableLabel:
     "Return the cells of one line by column, or what is wrong with the line."
     try:

@@ -23,8 +23,8 @@ from typing import Any, Protocol
 from ..locks import locked
 from .captures import TEST
 from .shadow import LOOK_SECONDS, current_tally, read_shadow, read_tally, remove_shadow, write_shadow
-from .supervisor import ENGINES, StageRequest, is_alive, last_line, read_record, supervisor_command
-from ..storage import InputError, cloud_module, python_path, write_json
+from .supervisor import ENGINES, StageRequest, is_alive, read_record, supervisor_command
+from ..storage import InputError, cloud_module, last_line, python_path, write_json
 
 # %% auto #0
 __all__ = ['SHADOW_ENV', 'Endpoint', 'EndpointError', 'Endpoints', 'open_endpoints', 'Refused', 'as_refusal', 'request_json',

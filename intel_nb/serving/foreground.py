@@ -34,8 +34,8 @@ def find_package(path: str | Path) -> Path:
 def state_folder(given: str | Path = "") -> Iterator[Path]:
     "Yield the folder `given`, made if need be, or a temporary one. Raise `InputError` if it is in use or not writable."
     if not given:
-        with tempfile.TemporaryDirectory(prefix="intel-nb-serve-") as folder:
-            yield Path(folder)
+        with tempfile.TemporaryDirectory(prefix="intel-nb-serve-") as temporary:
+            yield Path(temporary)
         return
     folder = Path(given).absolute()
     try:
@@ -63,7 +63,7 @@ def serve_package(model: str | Path, host: str = "127.0.0.1", port: int = 8080, 
     """Serve the package `model`, a folder or an archive, until SIGTERM or SIGINT; then finish what was begun.
 
     Answers name `version`, or else the first digits of the package's fingerprint. What is to last is kept in the folder
-    `state`. Raise `InputError` for a wrong package, port or folder, and `WorkerFailed` if the package cannot be served."""
+    `state`. Raise `InputError` for a wrong package, port or folder, `WorkerFailed` if the package cannot be served."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with state_folder(state) as folder:
         remove(folder / "model")

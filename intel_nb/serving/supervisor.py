@@ -21,11 +21,11 @@ from typing import Any, NamedTuple, cast
 
 from ..locks import is_locked, locked
 from .worker import Assignment, python_command
-from ..storage import InputError, read_json, utc_now, whole_number, write_json
+from ..storage import InputError, last_line, read_json, utc_now, whole_number, write_json
 
 # %% auto #0
 __all__ = ['ENGINES', 'START_SECONDS', 'LEAVE_SECONDS', 'STANDBY_SECONDS', 'STANDBY_DEFAULTS', 'StageRequest', 'StageRecord',
-           'read_record', 'extend_history', 'is_alive', 'last_line', 'reserved_ports', 'open_listener', 'ServedVersion',
+           'read_record', 'extend_history', 'is_alive', 'reserved_ports', 'open_listener', 'ServedVersion',
            'WorkerFailed', 'WorkerProcess', 'start_worker', 'standby_limit', 'StageWorkers', 'apply_request',
            'restart_worker', 'serve_requests', 'open_stage', 'run_supervisor', 'supervise', 'supervisor_command']
 
@@ -76,12 +76,6 @@ def extend_history(history: tuple[str, ...], version: str, back: bool) -> tuple[
 def is_alive(folder: Path) -> bool:
     "Return whether the stage's supervisor is alive."
     return is_locked(folder / "supervisor.lock")
-
-# %% ../../nbs/serving/11_supervisor.ipynb #e7f58c8a
-def last_line(log: Path) -> str:
-    "Return the last line of `log` that is not blank; empty if there is none."
-    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 # %% ../../nbs/serving/11_supervisor.ipynb #c0231f94
 def reserved_ports(folder: Path) -> set[int]:

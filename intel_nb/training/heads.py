@@ -38,7 +38,6 @@ def compute_features(graph: onnx.ModelProto, images: Sequence[bytes], side: int,
 # %% ../../nbs/training/03_heads.ipynb #40c1d3e1
 C_VALUES = (.001, .003, .01)  # from the strongest to the weakest regularisation
 
-# %% ../../nbs/training/03_heads.ipynb #5905a844
 @dataclass(frozen=True)
 class Head:
     "A linear head: weight (E, C), bias (C,), its accuracy on validation, and one row for each C that was tried."
