@@ -441,4 +441,4 @@ def a_stack_comes_and_goes(cloud):
     client("sagemaker").create_model_package(ModelPackageGroupName="scenes", ModelApprovalStatus="Rejected")
     assert deploy.destroy_stack(options, ask=lambda question: True, **quiet)
     assert deploy.find_stack("scenes") is None
-    assert deploy.list_buckets(options) == deploy.list_version_arns("scenes") == []
+    assert deploy.list_buckets(options) == deploy.list_packages("scenes") == []

@@ -375,17 +375,17 @@ def test_a_bucket_that_is_kept_stays(emulator):
 
 
 def test_a_removal_deletes_the_versions_of_the_registry_too(emulator):
-    from intel_nb.aws.deploy import list_assets, list_version_arns
+    from intel_nb.aws.deploy import list_assets, list_packages
     client("sagemaker").create_model_package_group(ModelPackageGroupName="intel-nb")
     client("sagemaker").create_model_package(ModelPackageGroupName="intel-nb", ModelApprovalStatus="Approved")
-    assert len(list_version_arns("intel-nb")) == 1
+    assert len(list_packages("intel-nb")) == 1
     assert [(one.kind, one.content) for one in list_assets(Options())
             if one.kind == "versions"] == [("versions", "1 in the registry")]
 
 
 def test_requests_that_the_emulator_lacks_have_the_form_that_the_service_takes():
     from intel_nb.aws.client import request_problems
-    from intel_nb.aws.deploy import stop_execution_request
+    from intel_nb.aws.executions import stop_execution_request
     arn = "arn:aws:sagemaker:us-east-1:123456789012:pipeline/intel-nb/execution/abcdefghijkl"
     assert request_problems("sagemaker", "stop_pipeline_execution", stop_execution_request(arn)) == []
     assert request_problems("sagemaker", "delete_model_package",

@@ -29,9 +29,9 @@ if TYPE_CHECKING:  # only the job needs numpy; a command that schedules the job 
     from intel_nb.serving.monitor import Monitor
 
 # %% auto #0
-__all__ = ['HOURS', 'METRIC_NAMESPACE', 'DRIFT_COMMAND', 'CapturedRequest', 'parse_capture_line', 'decode_request',
-           'feed_monitor', 'hour_prefixes', 'list_new_files', 'read_captured_requests', 'drift_metrics',
-           'feed_new_captures', 'run_drift_job', 'drift_job_request', 'drift_schedule_request']
+__all__ = ['HOURS', 'METRIC_NAMESPACE', 'DRIFT_ALARMS', 'DRIFT_STATISTIC', 'DRIFT_COMMAND', 'CapturedRequest',
+           'parse_capture_line', 'decode_request', 'feed_monitor', 'hour_prefixes', 'list_new_files',
+           'read_captured_requests', 'drift_metrics', 'feed_new_captures', 'run_drift_job']
 
 # %% ../../nbs/aws/05_capture.ipynb #e2885acf
 class CapturedRequest(NamedTuple):
@@ -99,13 +99,13 @@ def read_captured_requests(bucket: str, keys: Iterable[str]) -> Iterator[Capture
                 yield found
 
 # %% ../../nbs/aws/05_capture.ipynb #e610ce20
-METRIC_NAMESPACE = "intel-nb"
+METRIC_NAMESPACE, DRIFT_ALARMS, DRIFT_STATISTIC = "intel-nb", "DriftAlarms", "DriftStatistic"
 
 def drift_metrics(endpoint: str, status: dict[str, Any], counts: Counter[str]) -> list[dict[str, Any]]:
     "Return the metrics of an endpoint: new alarms, images, and the detector's statistic as a share of its threshold."
     share = status["statistic"] / status["threshold"] if status.get("threshold") else 0.0
-    metrics = [("DriftAlarms", counts["alarms"], "Count"), ("Images", counts["images"], "Count"),
-               ("DriftStatistic", max(0.0, share), "None")]
+    metrics = [(DRIFT_ALARMS, counts["alarms"], "Count"), ("Images", counts["images"], "Count"),
+               (DRIFT_STATISTIC, max(0.0, share), "None")]
     dimensions = [{"Name": "Endpoint", "Value": endpoint}]
     return [{"MetricName": name, "Value": float(value), "Unit": unit, "Dimensions": dimensions}
             for name, value, unit in metrics]
@@ -150,21 +150,3 @@ def run_drift_job(name: str, stage: str) -> None:
 
 # %% ../../nbs/aws/05_capture.ipynb #05318b2a
 DRIFT_COMMAND = "import sys; from intel_nb.aws.capture import run_drift_job; run_drift_job(*sys.argv[1:])"
-_EXECUTION_ID = "-<aws.scheduler.execution-id>"
-
-def drift_job_request(name: str, stage: str, image: str, role: str, instance: str = "ml.m5.large") -> dict[str, Any]:
-    "Return the request of CreateProcessingJob for one hour of the endpoint of `stage`."
-    resources = {"InstanceCount": 1, "InstanceType": instance, "VolumeSizeInGB": 30}
-    return {"ProcessingJobName": f"{endpoint_name(name, stage)}{_EXECUTION_ID}", "RoleArn": role,
-            "AppSpecification": {"ImageUri": image, "ContainerEntrypoint": ["python", "-c", DRIFT_COMMAND],
-                                 "ContainerArguments": [name, stage]},
-            "ProcessingResources": {"ClusterConfig": resources}, "StoppingCondition": {"MaxRuntimeInSeconds": 3000}}
-
-# %% ../../nbs/aws/05_capture.ipynb #b2c916ac
-def drift_schedule_request(job: dict[str, Any], role: str, expression: str = "rate(1 hour)") -> dict[str, Any]:
-    "Return the request of CreateSchedule that starts `job`, a `drift_job_request`, under the scheduler's `role`."
-    target = {"Arn": "arn:aws:scheduler:::aws-sdk:sagemaker:createProcessingJob", "RoleArn": role,
-              "Input": json.dumps(job),
-              "RetryPolicy": {"MaximumRetryAttempts": 2, "MaximumEventAgeInSeconds": 1800}}
-    return {"Name": f"{job['ProcessingJobName'].removesuffix(_EXECUTION_ID)}-drift", "ScheduleExpression": expression,
-            "Target": target, "FlexibleTimeWindow": {"Mode": "FLEXIBLE", "MaximumWindowInMinutes": 10}}

@@ -27,7 +27,7 @@ from ..storage import InputError
 __all__ = ['NO_CREDENTIALS', 'CREDENTIAL_CODES', 'DENIED_CODES', 'THROTTLING_CODES', 'NOT_FOUND_CODES', 'ignore_existing',
            'ignore_not_found', 'CONFIG', 'error_code', 'CloudError', 'as_cloud_error', 'translate_errors',
            'is_not_found', 'already_exists', 'not_found_as', 'ignoring', 'region_name', 'check_credentials', 'client',
-           'paginate', 'service_model', 'request_shape', 'request_problems']
+           'request_token', 'paginate', 'service_model', 'request_shape', 'request_problems']
 
 # %% ../../nbs/aws/01_client.ipynb #2f49e404
 def error_code(error: ClientError) -> str:
@@ -147,12 +147,12 @@ def region_name(region: str | None = None) -> str:
     return found
 
 # %% ../../nbs/aws/01_client.ipynb #8fc159a6
-def check_credentials() -> None:
-    "Raise `InputError` unless credentials and a region are set; no service is called."
+def check_credentials() -> str:
+    "Return the region; raise `InputError` unless credentials and a region are set. No service is called."
     with translate_errors():
         if _session(_aws_variables()).get_credentials() is None:
             raise InputError(NO_CREDENTIALS)
-    region_name()
+    return region_name()
 
 # %% ../../nbs/aws/01_client.ipynb #473c040e
 CONFIG = Config(retries={"mode": "standard"}, connect_timeout=10, read_timeout=70)  # an invocation may take 60 s
@@ -167,6 +167,11 @@ def client(service: str, region: str | None = None) -> Any:
 @lru_cache(maxsize=64)
 def _cached_client(service: str, region: str, variables: tuple[tuple[str, str], ...]) -> Any:
     return _session(variables).client(service, region_name=region, config=CONFIG)
+
+# %% ../../nbs/aws/01_client.ipynb #f0c2a1de
+def request_token() -> str:
+    "Return a new token: a request that is sent again with it, because its answer was lost, is done once."
+    return f"intel-nb-{os.urandom(16).hex()}"
 
 # %% ../../nbs/aws/01_client.ipynb #3cb7a22c
 def paginate(method: Any, key: str, **parameters: Any) -> Iterator[Any]:

@@ -11,11 +11,11 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
+from . import cost, deploy, pipeline, stack
 from .client import check_credentials, client, paginate, region_name, translate_errors
 from .definition import closest, parse_pairs
 from .executions import latest_execution, start_execution, watch_execution
 from .hosting import SageMakerEndpoints
-from .stack import Options, checked_options
 from ..storage import InputError, write_text
 
 # %% auto #0
@@ -25,7 +25,6 @@ __all__ = ['show_definition', 'run_rehearsal', 'from_pairs', 'stack_options', 's
 # %% ../../nbs/aws/18_commands.ipynb #b6e754e9
 def show_definition(settings: Iterable[str] = ()) -> int:
     "Print the pipeline's definition, with `NAME=VALUE` checked against its parameters; raise `InputError`."
-    from intel_nb.aws import pipeline
     print(json.dumps(pipeline.check_pipeline(pipeline.pipeline_definition(), parse_pairs(settings)), indent=2))
     return 0
 
@@ -63,17 +62,16 @@ def _convert(name: str, text: str, default: Any) -> Any:
         raise InputError(f"{name}={text!r} must be a number, as in {name}={default}") from None
 
 # %% ../../nbs/aws/18_commands.ipynb #6bc2c8cf
-def stack_options(texts: Iterable[str], name: str) -> Options:
+def stack_options(texts: Iterable[str], name: str) -> stack.Options:
     "Return the options of the stack `name`; without a region in `texts` it is the environment's. Raise `InputError`."
     region = []
     with suppress(InputError):
         region = [f"region={region_name()}"]
-    return checked_options(from_pairs(Options, [*region, *texts, f"name={name}"]))
+    return stack.checked_options(from_pairs(stack.Options, [*region, *texts, f"name={name}"]))
 
 # %% ../../nbs/aws/18_commands.ipynb #7ddaa8ed
 def show_template(settings: Iterable[str] = (), name: str = "intel-nb", output: str = "") -> int:
     "Print the stack's template as YAML, or write it to the file `output`; raise `InputError`."
-    from intel_nb.aws import stack
     text = stack.template_yaml(stack.template(stack_options(settings, name)))
     if output:
         write_text(output, text)
@@ -84,7 +82,6 @@ def show_template(settings: Iterable[str] = (), name: str = "intel-nb", output: 
 # %% ../../nbs/aws/18_commands.ipynb #2863ed9e
 def show_costs(settings: Iterable[str] = (), as_json: bool = False) -> int:
     "Print what a run and a month cost, line by line; `NAME=VALUE` sets the usage. Raise `InputError`."
-    from intel_nb.aws import cost
     usage = from_pairs(cost.Usage, settings)
     print(json.dumps(cost.bill_document(usage), indent=2) if as_json else "\n".join(cost.cost_report(usage)))
     return 0
@@ -93,7 +90,6 @@ def show_costs(settings: Iterable[str] = (), as_json: bool = False) -> int:
 def run_deployment(settings: Iterable[str] = (), name: str = "intel-nb",
                    ask: Callable[[str], bool] = lambda question: False) -> int:
     "Create or change the stack after `ask` agreed to what was printed; return 1 when it did not agree."
-    from intel_nb.aws import deploy
     check_credentials()
     return 0 if deploy.deploy_stack(stack_options(settings, name), ask) else 1
 
@@ -101,7 +97,6 @@ def run_deployment(settings: Iterable[str] = (), name: str = "intel-nb",
 def run_removal(settings: Iterable[str] = (), name: str = "intel-nb", keep: Iterable[str] = (),
                 ask: Callable[[str], bool] = lambda question: False) -> int:
     "Delete the stack and its data, except the buckets in `keep`, after `ask` agreed; return 1 when it did not agree."
-    from intel_nb.aws import deploy
     check_credentials()
     unknown = set(keep) - set(deploy.BUCKETS)
     if unknown:
@@ -140,13 +135,9 @@ def latest_alarms(name: str, count: int = 10) -> list[dict[str, str]]:
 @translate_errors()
 def deployment_status(name: str) -> dict[str, Any]:
     "Return the latest execution, the endpoints and the alarms of the deployment `name`, or why a part is missing."
-    return {"execution": _or_reason(lambda: _latest_execution(name)),
+    return {"execution": _or_reason(lambda: (found := latest_execution(name)) and asdict(found)),
             "endpoints": _or_reason(lambda: [asdict(endpoint) for endpoint in SageMakerEndpoints(name).list()]),
             "alarms": latest_alarms(name)}
-
-def _latest_execution(name: str) -> dict | None:
-    found = latest_execution(name)
-    return asdict(found) if found else None
 
 def _or_reason(find: Callable[[], Any]) -> Any:
     "Return what `find` returns, or the sentence that says why there is nothing."
@@ -158,8 +149,9 @@ def _or_reason(find: Callable[[], Any]) -> Any:
 # %% ../../nbs/aws/18_commands.ipynb #da662ce1
 def status_lines(found: dict[str, Any]) -> list[str]:
     "Return the status from `deployment_status` as lines of text for a person."
-    return [*_execution_lines(found["execution"]), *_part(found["endpoints"], "endpoint", "none yet", _endpoint_line),
-            *_part(found["alarms"], "alarm", "none", _alarm_line)]
+    endpoint, alarm = "{stage}  {status}, version {version} at {url}", "{alarm}  {state} since {since}"
+    return [*_execution_lines(found["execution"]), *_part(found["endpoints"], "endpoint", "none yet", endpoint),
+            *_part(found["alarms"], "alarm", "none", alarm)]
 
 def _execution_lines(found: dict[str, Any] | str | None) -> list[str]:
     if not isinstance(found, dict):
@@ -168,17 +160,11 @@ def _execution_lines(found: dict[str, Any] | str | None) -> list[str]:
     steps = [f"  {step['name']:<12} {step['status'].lower()}" for step in found["steps"]]
     return [f"execution  {found['status'].lower()} since {found['started']}{reason}", *steps]
 
-def _endpoint_line(endpoint: dict[str, Any]) -> str:
-    return f"{endpoint['stage']}  {endpoint['status']}, version {endpoint['version']} at {endpoint['url']}"
-
-def _alarm_line(alarm: dict[str, Any]) -> str:
-    return f"{alarm['alarm']}  {alarm['state']} since {alarm['since']}"
-
-def _part(found: list[dict] | str, title: str, none: str, line: Callable[[dict], str]) -> list[str]:
-    "Return a line for each of `found`, or one that says why there is none."
+def _part(found: list[dict] | str, title: str, none: str, line: str) -> list[str]:
+    "Return a line for each of `found`, in the form `line`, or one that says why there is none."
     if isinstance(found, str) or not found:
         return [f"{title:<9}  {found or none}"]
-    return [f"{title:<9}  {line(one)}" for one in found]
+    return [f"{title:<9}  {line.format(**one)}" for one in found]
 
 # %% ../../nbs/aws/18_commands.ipynb #2b04ad0c
 def show_status(name: str = "intel-nb", as_json: bool = False) -> int:

@@ -26,7 +26,7 @@ from ..chain.plan import notebooks_folder
 from ..storage import InputError, files_of, read_json, write_text
 
 # %% auto #0
-__all__ = ['JOB_FOLDERS', 'FOLDER_VARIABLES', 'EXTRAS', 'BASE', 'JobArguments', 'read_arguments', 'job_folders', 'mounted_inputs',
+__all__ = ['JOB_FOLDERS', 'FOLDER_VARIABLES', 'BASE', 'JobArguments', 'read_arguments', 'job_folders', 'mounted_inputs',
            'output_folders', 'missing_requirements', 'install_requirements', 'report_failure', 'run_job_notebook',
            'run_container_job']
 
@@ -106,8 +106,6 @@ def output_folders(folders: Mapping[str, Path], declared: Mapping[str, Parameter
     return found
 
 # %% ../../nbs/aws/09_container.ipynb #0cc7bc8b
-EXTRAS = ("steps", "aws")
-
 def _is_installed(name: str) -> bool:
     try:
         return bool(version(name))
@@ -119,7 +117,7 @@ def missing_requirements(code: Path) -> list[str]:
     "Return what the steps of the project in the folder `code` require and is not installed."
     import tomllib
     project = tomllib.loads((code / "pyproject.toml").read_text())["project"]
-    extras = [project["optional-dependencies"].get(extra, []) for extra in EXTRAS]
+    extras = [project["optional-dependencies"].get(extra, []) for extra in ("steps", "aws")]
     return [one for one in sum(extras, project["dependencies"]) if not _is_installed(re.split(r"[^\w.-]", one)[0])]
 
 # %% ../../nbs/aws/09_container.ipynb #992486f8

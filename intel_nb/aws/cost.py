@@ -152,12 +152,10 @@ class Bill:
 
     @property
     def per_run(self) -> float:
-        "The cost of a run in US dollars."
         return sum(item.usd for item in self.run)
 
     @property
     def per_month(self) -> float:
-        "The cost of a month in US dollars."
         return sum(item.usd for item in self.month)
 
 # %% ../../nbs/aws/13_cost.ipynb #5a4b3ec5

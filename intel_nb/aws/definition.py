@@ -15,17 +15,17 @@ from typing import Any
 
 from .client import request_problems, service_model
 from ..chain.parameters import closest
-from ..storage import InputError
+from ..storage import InputError, utc_now
 
 # %% auto #0
-__all__ = ['FUNCTIONS', 'PARAMETER_TYPES', 'BRANCHES', 'COMPARISONS', 'STEP_TYPES', 'STEP_KEYS', 'DEFINITION_KEYS',
-           'EXECUTION_EXAMPLE', 'STEP_ERRORS', 'JOB_ERRORS', 'RETRY_LIMITS', 'RULES', 'called_function', 'split_path',
-           'lookup_path', 'Scope', 'as_text', 'resolve_value', 'read_parameter', 'bind_parameters', 'parse_pairs',
-           'walk_steps', 'step_arguments', 'find_references', 'step_dependencies', 'sort_steps', 'UnknownValue',
-           'evaluate_condition', 'StepType', 'Problem', 'form_problems', 'output_names', 'example_of_shape',
-           'example_property', 'DefinitionIndex', 'build_index', 'example_value', 'example_entry', 'find_file_reads',
-           'reference_problems', 'order_problems', 'job_request_problems', 'output_problems', 'condition_problems',
-           'fail_problems', 'cache_problems', 'retry_problems', 'spot_problems', 'definition_problems']
+__all__ = ['FUNCTIONS', 'PARAMETER_TYPES', 'BRANCHES', 'COMPARISONS', 'STEP_TYPES', 'STEP_KEYS', 'DEFINITION_KEYS', 'STEP_ERRORS',
+           'JOB_ERRORS', 'RETRY_LIMITS', 'RULES', 'called_function', 'split_path', 'lookup_path', 'Scope',
+           'resolve_value', 'read_parameter', 'bind_parameters', 'parse_pairs', 'walk_steps', 'step_arguments',
+           'find_calls', 'step_dependencies', 'sort_steps', 'UnknownValue', 'evaluate_condition', 'StepType', 'Problem',
+           'form_problems', 'output_names', 'example_of_shape', 'example_property', 'execution_values',
+           'DefinitionIndex', 'build_index', 'reference_problems', 'order_problems', 'service_problems',
+           'job_request_problems', 'output_problems', 'condition_problems', 'fail_problems', 'cache_problems',
+           'retry_problems', 'spot_problems', 'definition_problems']
 
 # %% ../../nbs/aws/06_definition.ipynb #95662fe1
 FUNCTIONS = ("Get", "Std:Join", "Std:JsonGet")
@@ -65,11 +65,6 @@ class Scope:
     get: Callable[[str], Any]  # takes the path of a Get, such as Parameters.Profile
     read: Callable[[str, str], Any]  # takes a property file, as a Get names it, and the path of an entry in it
 
-# %% ../../nbs/aws/06_definition.ipynb #990f664f
-def as_text(value: Any) -> str:
-    "Return a value as it appears in a joined text: booleans in lower case."
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
 # %% ../../nbs/aws/06_definition.ipynb #7bb19aa2
 def resolve_value(value: Any, scope: Scope) -> Any:
     "Return `value` with the results of all calls in it."
@@ -77,7 +72,8 @@ def resolve_value(value: Any, scope: Scope) -> Any:
     if function == "Get":
         return scope.get(value["Get"])
     if function == "Std:Join":
-        texts = [as_text(resolve_value(one, scope)) for one in value[function]["Values"]]
+        parts = [resolve_value(one, scope) for one in value[function]["Values"]]
+        texts = [str(one).lower() if isinstance(one, bool) else str(one) for one in parts]
         return value[function].get("On", "").join(texts)
     if function == "Std:JsonGet":
         return scope.read(value[function]["PropertyFile"]["Get"], value[function]["Path"])
@@ -85,13 +81,10 @@ def resolve_value(value: Any, scope: Scope) -> Any:
         return {name: resolve_value(one, scope) for name, one in value.items()}
     return [resolve_value(one, scope) for one in value] if isinstance(value, list) else value
 
-# %% ../../nbs/aws/06_definition.ipynb #87d40303
-def _read_boolean(value: Any) -> bool:
-    return {"true": True, "false": False}[str(value).lower()]
-
 # %% ../../nbs/aws/06_definition.ipynb #6f080390
+_BOOLEANS = {"true": True, "false": False}
 PARAMETER_TYPES: dict[str, Callable[[Any], Any]] = {"String": str, "Integer": int, "Float": float,
-                                                    "Boolean": _read_boolean}
+                                                    "Boolean": lambda text: _BOOLEANS[str(text).lower()]}
 
 def read_parameter(parameter: dict, value: Any) -> Any:
     "Return `value` in the type of `parameter`; raise `InputError` when it does not fit."
@@ -154,15 +147,15 @@ def _walk_values(value: Any) -> Iterator[Any]:
             yield from _walk_values(one)
 
 # %% ../../nbs/aws/06_definition.ipynb #bf0ea533
-def find_references(value: Any) -> list[str]:
-    "Return the paths of all `Get`s in `value`."
-    return [one["Get"] for one in _walk_values(value) if called_function(one) == "Get"]
+def find_calls(value: Any, function: str) -> list[Any]:
+    "Return what all calls of `function` in `value` are given: the path of a Get, the parts of another."
+    return [one[function] for one in _walk_values(value) if called_function(one) == function]
 
 # %% ../../nbs/aws/06_definition.ipynb #c5649671
 def step_dependencies(step: dict) -> set[str]:
     "Return the names of the steps that `step` waits for."
     inner = [one for one, _ in walk_steps([step])]
-    paths = [path for one in inner for path in find_references(step_arguments(one))]
+    paths = [path for one in inner for path in find_calls(step_arguments(one), "Get")]
     referred = {path.split(".")[1] for path in paths if path.startswith("Steps.")}
     return referred.union(*(one.get("DependsOn", []) for one in inner)) - {one["Name"] for one in inner[1:]}
 
@@ -341,11 +334,11 @@ def example_property(step: dict, path: str) -> Any:
     return example_of_shape(shape)
 
 # %% ../../nbs/aws/06_definition.ipynb #fe114c57
-_ARN = "arn:aws:sagemaker:us-east-1:123456789012:pipeline/pipeline"
-EXECUTION_EXAMPLE = {
-    "PipelineName": "pipeline", "PipelineArn": _ARN, "PipelineExecutionId": "abcdefghijkl",
-    "StartDateTime": "2026-01-31T12:00:00Z", "CurrentDateTime": "2026-01-31T12:00:00Z",
-    "PipelineExecutionArn": f"{_ARN}/execution/abcdefghijkl"}
+def execution_values(id: str) -> dict[str, str]:
+    "Return the values of the references to `Execution`, for an execution `id` that begins now and nowhere."
+    arn, now = "arn:aws:sagemaker:us-east-1:123456789012:pipeline/rehearsal", utc_now()
+    return {"PipelineName": "rehearsal", "PipelineArn": arn, "PipelineExecutionId": id,
+            "PipelineExecutionArn": f"{arn}/execution/{id}", "StartDateTime": now, "CurrentDateTime": now}
 
 @dataclass(frozen=True)
 class DefinitionIndex:
@@ -355,9 +348,43 @@ class DefinitionIndex:
     branches: dict[str, tuple[str, ...]]
     files: Mapping[str, Any]  # an example of each property file, by file name
 
+    @property
     def scope(self) -> Scope:
-        "Return a scope of examples; a reference that leads nowhere raises `LookupError` with the reason."
-        return Scope(lambda path: example_value(path, self), lambda file, path: example_entry(file, path, self))
+        "The scope of examples; a reference that leads nowhere raises `LookupError` with the reason."
+        return Scope(self.get, self.read)
+
+    def get(self, path: str) -> Any:
+        "Return an example of what a `Get` of `path` returns; raise `LookupError` when it leads nowhere."
+        root, _, rest = path.partition(".")
+        if root == "Steps":
+            return example_property(*self._split_step(rest))
+        known = {"Parameters": self.parameters, "Execution": execution_values("abcdefghijkl")}.get(root)
+        if known is None:
+            raise LookupError(f"{path} begins with none of Parameters, Execution and Steps")
+        if rest not in known:
+            raise LookupError(f"{path} is not there{closest(rest, known)}")
+        return known[rest]
+
+    def read(self, file: str, path: str) -> Any:
+        "Return an example of an entry of the property file `file`, as a Get names it; raise `LookupError` without one."
+        step, rest = self._split_step(file.removeprefix("Steps."))
+        declared = {one["PropertyFileName"]: one for one in step.get("PropertyFiles", [])}
+        name = rest.removeprefix("PropertyFiles.")
+        if name not in declared:
+            hint = closest(name, declared) if declared else ""
+            raise LookupError(f"step {step['Name']} declares no property file {name}{hint}")
+        written = declared[name].get("FilePath", "")
+        try:
+            return lookup_path(self.files[written], path) if written in self.files else UnknownValue("x")
+        except LookupError:
+            raise LookupError(f"{written} of step {step['Name']} will hold no {path}") from None
+
+    def _split_step(self, rest: str) -> tuple[dict, str]:
+        "Return the step that a path after `Steps.` begins with, and the rest of the path; raise `LookupError`."
+        name, _, rest = rest.partition(".")
+        if name not in self.steps:
+            raise LookupError(f"there is no step {name}{closest(name, self.steps)}")
+        return self.steps[name], rest
 
 # %% ../../nbs/aws/06_definition.ipynb #bd6e15e6
 def build_index(definition: dict, values: Mapping[str, Any], files: Mapping[str, Any]) -> DefinitionIndex:
@@ -366,61 +393,19 @@ def build_index(definition: dict, values: Mapping[str, Any], files: Mapping[str,
     return DefinitionIndex(bind_parameters(definition, values), {step["Name"]: step for step, _ in found},
                            {step["Name"]: branch for step, branch in found}, files)
 
-# %% ../../nbs/aws/06_definition.ipynb #181c3a47
-def _split_step(rest: str, index: DefinitionIndex) -> tuple[dict, str]:
-    "Return the step that a path after `Steps.` begins with, and the rest of the path; raise `LookupError`."
-    name, _, rest = rest.partition(".")
-    if name not in index.steps:
-        raise LookupError(f"there is no step {name}{closest(name, index.steps)}")
-    return index.steps[name], rest
-
-# %% ../../nbs/aws/06_definition.ipynb #71d57ba2
-def example_value(path: str, index: DefinitionIndex) -> Any:
-    "Return an example of what a `Get` of `path` returns; raise `LookupError` when it leads nowhere."
-    root, _, rest = path.partition(".")
-    if root == "Steps":
-        return example_property(*_split_step(rest, index))
-    known = {"Parameters": index.parameters, "Execution": EXECUTION_EXAMPLE}.get(root)
-    if known is None:
-        raise LookupError(f"{path} begins with none of Parameters, Execution and Steps")
-    if rest not in known:
-        raise LookupError(f"{path} is not there{closest(rest, known)}")
-    return known[rest]
-
-# %% ../../nbs/aws/06_definition.ipynb #8120a979
-def example_entry(file: str, path: str, index: DefinitionIndex) -> Any:
-    "Return an example of an entry of the property file that a `Get` of `file` names; raise `LookupError` without one."
-    step, rest = _split_step(file.removeprefix("Steps."), index)
-    declared = {one["PropertyFileName"]: one for one in step.get("PropertyFiles", [])}
-    name = rest.removeprefix("PropertyFiles.")
-    if name not in declared:
-        hint = closest(name, declared) if declared else ""
-        raise LookupError(f"step {step['Name']} declares no property file {name}{hint}")
-    written = declared[name].get("FilePath", "")
-    try:
-        return lookup_path(index.files[written], path) if written in index.files else UnknownValue("x")
-    except LookupError:
-        raise LookupError(f"{written} of step {step['Name']} will hold no {path}") from None
-
-# %% ../../nbs/aws/06_definition.ipynb #134f72a3
-def find_file_reads(value: Any) -> list[tuple[str, str]]:
-    "Return the property files and the paths in them that `value` reads."
-    reads = [one["Std:JsonGet"] for one in _walk_values(value) if called_function(one) == "Std:JsonGet"]
-    return [(read["PropertyFile"]["Get"], read["Path"]) for read in reads]
-
 # %% ../../nbs/aws/06_definition.ipynb #13d22048
 def reference_problems(step: dict, index: DefinitionIndex) -> Iterator[str]:
     "Yield the references that lead to nothing that is declared or will be written."
-    for path in find_references(step_arguments(step)):
+    for path in find_calls(step_arguments(step), "Get"):
         try:
-            ".PropertyFiles." in path or index.scope().get(path)
+            ".PropertyFiles." in path or index.get(path)
         except LookupError as error:
             yield f"it refers to {path}: {error.args[0]}"
-    for file, path in find_file_reads(step_arguments(step)):
+    for read in find_calls(step_arguments(step), "Std:JsonGet"):
         try:
-            index.scope().read(file, path)
+            index.read(read["PropertyFile"]["Get"], read["Path"])
         except LookupError as error:
-            yield f"it reads {path}: {error.args[0]}"
+            yield f"it reads {read['Path']}: {error.args[0]}"
 
 # %% ../../nbs/aws/06_definition.ipynb #e44a7151
 def order_problems(step: dict, index: DefinitionIndex) -> Iterator[str]:
@@ -439,18 +424,22 @@ def order_problems(step: dict, index: DefinitionIndex) -> Iterator[str]:
             yield f"it waits for {name}, which runs only in {there[-1]}"
 
 # %% ../../nbs/aws/06_definition.ipynb #3fa8765b
+def service_problems(step: dict, request: dict) -> list[str]:
+    "Return what the service would refuse in the `request` of `step`, without references; some steps make none."
+    kind = STEP_TYPES[step["Type"]]
+    name = {kind.name_key: "x"} if kind.name_key else {}
+    return request_problems("sagemaker", kind.request, request | name) if kind.request else []
+
 def job_request_problems(step: dict, index: DefinitionIndex) -> Iterator[str]:
     "Yield what the service would refuse in the request that a step makes."
-    kind = STEP_TYPES[step["Type"]]
-    if not kind.request:
-        return
     try:
-        request = resolve_value(step_arguments(step), index.scope())
+        request = resolve_value(step_arguments(step), index.scope)
     except LookupError:
         return  # `reference_problems` reports it
-    if kind.name_key in request:
-        yield f"{kind.name_key} is given by the pipeline and cannot be set"
-    yield from request_problems("sagemaker", kind.request, request | ({kind.name_key: "x"} if kind.name_key else {}))
+    name_key = STEP_TYPES[step["Type"]].name_key
+    if name_key in request:
+        yield f"{name_key} is given by the pipeline and cannot be set"
+    yield from service_problems(step, request)
 
 # %% ../../nbs/aws/06_definition.ipynb #be04ba16
 def output_problems(step: dict, index: DefinitionIndex) -> Iterator[str]:
@@ -486,7 +475,7 @@ def condition_problems(step: dict, index: DefinitionIndex) -> Iterator[str]:
     for condition in step["Arguments"].get("Conditions", []):
         kind = condition.get("Type")
         try:
-            evaluate_condition(condition, index.scope())
+            evaluate_condition(condition, index.scope)
         except TypeError as error:
             yield f"the condition {kind} cannot be decided: {error}"
         except LookupError as error:
@@ -499,7 +488,7 @@ def fail_problems(step: dict, index: DefinitionIndex) -> Iterator[str]:
     "Yield what is wrong with the message of a Fail step."
     if step["Type"] == "Fail":
         try:
-            message = resolve_value(step["Arguments"].get("ErrorMessage"), index.scope())
+            message = resolve_value(step["Arguments"].get("ErrorMessage"), index.scope)
         except LookupError:
             return  # `reference_problems` reports it
         has_text = isinstance(message, str) and 0 < len(message) <= 3072
@@ -551,12 +540,10 @@ def spot_problems(step: dict, index: DefinitionIndex) -> Iterator[str]:
 # %% ../../nbs/aws/06_definition.ipynb #86f51ae2
 def _duplicate_problems(definition: dict) -> Iterator[Problem]:
     "Yield the names that two parameters, or two steps in any branch, share."
-    for name, count in Counter(p["Name"] for p in definition.get("Parameters", [])).items():
-        if count > 1:
-            yield Problem("", f"there are {count} parameters called {name}")
-    for name, count in Counter(step["Name"] for step, _ in walk_steps(definition["Steps"])).items():
-        if count > 1:
-            yield Problem(name, f"there are {count} steps of that name")
+    parameters = Counter(p["Name"] for p in definition.get("Parameters", []))
+    yield from (Problem("", f"there are {n} parameters called {name}") for name, n in parameters.items() if n > 1)
+    steps = Counter(step["Name"] for step, _ in walk_steps(definition["Steps"]))
+    yield from (Problem(name, f"there are {n} steps of that name") for name, n in steps.items() if n > 1)
 
 # %% ../../nbs/aws/06_definition.ipynb #d55f6623
 def _cycle_problems(steps: list[dict]) -> Iterator[Problem]:

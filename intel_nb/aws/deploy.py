@@ -9,31 +9,25 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from intel_nb.aws.client import (
-    check_credentials,
-    client,
-    ignore_existing,
-    ignore_not_found,
-    paginate,
-    region_name,
-    translate_errors,
-)
+from .client import check_credentials, client, ignore_existing, ignore_not_found, paginate, translate_errors
+from .executions import stop_executions
 from .hosting import SageMakerEndpoints
 from .objects import parse_s3_uri
+from .package_group import list_packages
 from .pipeline import PipelineConfig, code_files, code_uri
-from .stack import ACCOUNT, Options, bucket_name, checked_options, pipeline_config, template, template_json
+from .stack import Options, bucket_name, checked_options, pipeline_config, template, template_json
 from ..storage import InputError
 
 # %% auto #0
 __all__ = ['Say', 'Pause', 'INLINE_BYTES', 'IN_PROGRESS', 'NO_CHANGES', 'BUCKETS', 'StackError', 'find_stack', 'change_type',
-           'check_region', 'delete_bucket', 'Change', 'ChangeSet', 'change_set_request', 'uploaded_template',
-           'account_id', 'create_change_set', 'list_changes', 'discard_change_set', 'wait_for_stack', 'first_failure',
-           'execute_change_set', 'config_in_account', 'upload_code', 'put_label_placeholder', 'deploy_stack',
-           'next_steps', 'StackAsset', 'list_buckets', 'bucket_size', 'list_stage_endpoints', 'list_version_arns',
-           'list_assets', 'stop_execution_request', 'stop_executions', 'delete_group', 'delete_stack', 'destroy_stack']
+           'check_region', 'delete_bucket', 'Change', 'ChangeSet', 'uploaded_template', 'account_id',
+           'create_change_set', 'list_changes', 'discard_change_set', 'wait_for_stack', 'first_failure',
+           'execute_change_set', 'upload_code', 'put_label_placeholder', 'deploy_stack', 'next_steps', 'StackAsset',
+           'list_buckets', 'bucket_size', 'list_stage_endpoints', 'list_assets', 'delete_group', 'delete_stack',
+           'destroy_stack']
 
 # %% ../../nbs/aws/15_deploy.ipynb #fa895704
 class StackError(RuntimeError):
@@ -62,9 +56,10 @@ def change_type(name: str, stack: dict[str, Any] | None) -> str:
 
 # %% ../../nbs/aws/15_deploy.ipynb #76552f07
 def check_region(options: Options) -> None:
-    "Raise `InputError` unless the options are for the region that calls go to."
-    if checked_options(options).region != region_name():
-        raise InputError(f"the stack is for {options.region}, but the environment's region is {region_name()}; "
+    "Raise `InputError` without credentials, or unless the options are for the region that calls go to."
+    region = check_credentials()
+    if checked_options(options).region != region:
+        raise InputError(f"the stack is for {options.region}, but the environment's region is {region}; "
                          "set AWS_DEFAULT_REGION, or the option region")
 
 # %% ../../nbs/aws/15_deploy.ipynb #bf06c235
@@ -104,12 +99,6 @@ class ChangeSet:
     kind: str  # CREATE or UPDATE
     changes: list[Change]
 
-# %% ../../nbs/aws/15_deploy.ipynb #2eccb7ae
-def change_set_request(options: Options, kind: str, **template: str) -> dict[str, Any]:
-    "Return the request of CreateChangeSet; `template` is TemplateBody or TemplateURL."
-    return {"StackName": options.name, "ChangeSetName": f"intel-nb-{os.urandom(6).hex()}", "ChangeSetType": kind,
-            **template, "Capabilities": ["CAPABILITY_IAM"], "Description": "by intel-nb aws deploy"}
-
 # %% ../../nbs/aws/15_deploy.ipynb #aa2e34f7
 INLINE_BYTES = 51_200  # of a template in the request itself
 
@@ -119,10 +108,10 @@ def uploaded_template(options: Options, text: str) -> Iterator[dict[str, str]]:
     if len(text.encode()) <= INLINE_BYTES:
         yield {"TemplateBody": text}
         return
-    bucket = bucket_name(options, "template").replace("${AWS::AccountId}", account_id())
-    place = {} if options.region == "us-east-1" else {"LocationConstraint": options.region}
+    bucket = bucket_name(options, "template", account_id())
+    elsewhere = {"CreateBucketConfiguration": {"LocationConstraint": options.region}}
     with ignore_existing():
-        client("s3").create_bucket(Bucket=bucket, **({"CreateBucketConfiguration": place} if place else {}))
+        client("s3").create_bucket(Bucket=bucket, **({} if options.region == "us-east-1" else elsewhere))
     try:
         client("s3").put_object(Bucket=bucket, Key="template.json", Body=text.encode())
         yield {"TemplateURL": f"https://{bucket}.s3.{options.region}.amazonaws.com/template.json"}
@@ -144,7 +133,9 @@ def create_change_set(options: Options, template: dict, pause: Pause = time.slee
     Raise `InputError` when the stack cannot be changed now, `StackError` when CloudFormation refuses the template."""
     kind = change_type(options.name, find_stack(options.name))
     with uploaded_template(options, template_json(template)) as body:
-        arn = client("cloudformation").create_change_set(**change_set_request(options, kind, **body))["Id"]
+        arn = client("cloudformation").create_change_set(
+            StackName=options.name, ChangeSetName=f"intel-nb-{os.urandom(6).hex()}", ChangeSetType=kind,
+            Capabilities=["CAPABILITY_IAM"], Description="by intel-nb aws deploy", **body)["Id"]
         while (found := client("cloudformation").describe_change_set(ChangeSetName=arn))["Status"] in IN_PROGRESS:
             pause(2)
     if found["Status"] != "FAILED":
@@ -196,13 +187,6 @@ def execute_change_set(proposed: ChangeSet, name: str, pause: Pause = time.sleep
         raise StackError(f"the stack {name} is {status}: {first_failure(name, began) or 'no reason given'}")
     return found
 
-# %% ../../nbs/aws/15_deploy.ipynb #86be792c
-def config_in_account(options: Options, account: str, role: str) -> PipelineConfig:
-    "Return the pipeline's configuration in `account`, with the ARN `role` for its jobs."
-    config = pipeline_config(options)
-    uris = {key: getattr(config, key).replace(ACCOUNT, account) for key in ("bucket", "data", "annotations")}
-    return replace(config, **uris, role=role)
-
 # %% ../../nbs/aws/15_deploy.ipynb #55972e5c
 def upload_code(config: PipelineConfig) -> str:
     "Upload the code that the pipeline's steps mount; return its URI."
@@ -221,18 +205,16 @@ def put_label_placeholder(config: PipelineConfig) -> None:
 @translate_errors()
 def deploy_stack(options: Options, ask: Callable[[str], bool] = lambda question: True, say: Say = print,
                  pause: Pause = time.sleep, definition: dict | None = None) -> bool:
-    """Create or change the stack after `ask` agreed to the changes that `say` was given.
+    """Create or change the stack after `ask` agreed to the changes that `say` was given; return whether it was done.
 
-    Return whether the stack is now as the options say. Raise `InputError` without credentials or for another region,
-    and `StackError` when CloudFormation fails."""
-    check_credentials()
+    Raise `InputError` without credentials or for another region, and `StackError` when CloudFormation fails."""
     check_region(options)
     proposed = create_change_set(options, template(options, definition), pause)
     if proposed is None:
         say(f"the stack {options.name} is up to date")
     elif not _make_changes(proposed, options.name, ask, say, pause):
         return False
-    config = config_in_account(options, account_id(), "")
+    config = pipeline_config(options, account_id())
     say(f"code     {upload_code(config)}")
     put_label_placeholder(config)
     for line in next_steps(options, config):
@@ -276,8 +258,7 @@ BUCKETS = ("data", "annotations", "artifacts", "code", "template", "logs")
 def list_buckets(options: Options) -> list[str]:
     "Return the names of the stack's buckets that exist, also when the stack itself is gone already."
     account = account_id()
-    names = [bucket_name(options, bucket).replace("${AWS::AccountId}", account) for bucket in BUCKETS]
-    return [name for name in names if _bucket_exists(name)]
+    return [name for bucket in BUCKETS if _bucket_exists(name := bucket_name(options, bucket, account))]
 
 def _bucket_exists(name: str) -> bool:
     with ignore_not_found():
@@ -299,15 +280,6 @@ def list_stage_endpoints(name: str) -> list[Any]:
     except InputError:
         return []
 
-# %% ../../nbs/aws/15_deploy.ipynb #1af117f3
-def list_version_arns(group: str) -> list[str]:
-    "Return the ARNs of the versions in a model package group; an empty list when there is no such group."
-    with ignore_not_found():
-        list_packages = client("sagemaker").list_model_packages
-        found = paginate(list_packages, "ModelPackageSummaryList", ModelPackageGroupName=group)
-        return [one["ModelPackageArn"] for one in found]
-    return []
-
 # %% ../../nbs/aws/15_deploy.ipynb #fb9cfc2c
 @translate_errors()
 def list_assets(options: Options) -> list[StackAsset]:
@@ -318,28 +290,14 @@ def list_assets(options: Options) -> list[StackAsset]:
         found.append(StackAsset("bucket", name, f"{count} versions of objects, {size / 1e6:,.1f} MB"))
     found += [StackAsset("endpoint", one.stage, f"{one.status}, version {one.version}")
               for one in list_stage_endpoints(options.name)]
-    versions = list_version_arns(options.name)
+    versions = list_packages(options.name)
     return found + ([StackAsset("versions", options.name, f"{len(versions)} in the registry")] if versions else [])
-
-# %% ../../nbs/aws/15_deploy.ipynb #37f4ac53
-def stop_execution_request(arn: str) -> dict[str, str]:
-    "Return the request of StopPipelineExecution for the execution `arn`."
-    return {"PipelineExecutionArn": arn, "ClientRequestToken": f"intel-nb-{os.urandom(16).hex()}"}
-
-# %% ../../nbs/aws/15_deploy.ipynb #dd747de1
-def stop_executions(name: str) -> None:
-    "Stop the running executions of the pipeline `name`, whose jobs are billed until they end."
-    with ignore_not_found():
-        found = paginate(client("sagemaker").list_pipeline_executions, "PipelineExecutionSummaries", PipelineName=name)
-        for one in list(found):
-            if one["PipelineExecutionStatus"] == "Executing":
-                client("sagemaker").stop_pipeline_execution(**stop_execution_request(one["PipelineExecutionArn"]))
 
 # %% ../../nbs/aws/15_deploy.ipynb #80cae177
 def delete_group(name: str) -> None:
     "Delete all versions of a model package group, and the group."
-    for arn in list_version_arns(name):
-        client("sagemaker").delete_model_package(ModelPackageName=arn)
+    for version in list_packages(name):
+        client("sagemaker").delete_model_package(ModelPackageName=version["ModelPackageArn"])
     with ignore_not_found():
         client("sagemaker").delete_model_package_group(ModelPackageGroupName=name)
 
@@ -354,11 +312,9 @@ def delete_stack(name: str, pause: Pause = time.sleep) -> None:
 @translate_errors()
 def destroy_stack(options: Options, ask: Callable[[str], bool] = lambda question: False, say: Say = print,
                   pause: Pause = time.sleep, keep: tuple[str, ...] = ()) -> bool:
-    """Delete the stack and all its data, except the buckets in `keep`, after `ask` agreed to what `say` was given.
+    """Delete the stack and its data, but the buckets in `keep`, after `ask` agreed; return whether it was done.
 
-    Return whether it was done. Raise `InputError` without credentials or for another region, and `StackError` when
-    something stays."""
-    check_credentials()
+    Raise `InputError` without credentials or for another region, and `StackError` when something stays."""
     check_region(options)
     assets = list_assets(options)
     if not assets and find_stack(options.name) is None:

@@ -6,19 +6,19 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .client import client, not_found_as, paginate, translate_errors
+from .client import client, ignore_not_found, not_found_as, paginate, request_token, translate_errors
 from .definition import bind_parameters
 from ..storage import InputError
 
 # %% auto #0
-__all__ = ['ENDED', 'deployed_definition', 'start_request', 'start_execution', 'StepState', 'to_step_state', 'list_steps',
-           'Execution', 'describe_execution', 'latest_execution', 'describe_changes', 'watch_execution']
+__all__ = ['ENDED', 'deployed_definition', 'start_execution', 'stop_execution_request', 'stop_executions', 'StepState',
+           'to_step_state', 'list_steps', 'Execution', 'describe_execution', 'latest_execution', 'describe_changes',
+           'watch_execution']
 
 # %% ../../nbs/aws/07_executions.ipynb #3e8d36b3
 def _no_pipeline(name: str) -> InputError:
@@ -30,19 +30,29 @@ def deployed_definition(pipeline: str) -> dict[str, Any]:
     with not_found_as(_no_pipeline(pipeline)):
         return json.loads(client("sagemaker").describe_pipeline(PipelineName=pipeline)["PipelineDefinition"])
 
-# %% ../../nbs/aws/07_executions.ipynb #99a3913d
-def start_request(pipeline: str, values: Mapping[str, Any], token: str) -> dict[str, Any]:
-    "Return the request of StartPipelineExecution."
-    return {"PipelineName": pipeline, "ClientRequestToken": token,
-            "PipelineParameters": [{"Name": name, "Value": str(value)} for name, value in values.items()]}
-
 # %% ../../nbs/aws/07_executions.ipynb #2f188e53
 @translate_errors()
 def start_execution(pipeline: str, values: Mapping[str, Any] = {}) -> str:
     "Start an execution with these parameters, and return its ARN; raise `InputError` for a wrong name or value."
     bind_parameters(deployed_definition(pipeline), values)
-    request = start_request(pipeline, values, f"intel-nb-{os.urandom(16).hex()}")
-    return client("sagemaker").start_pipeline_execution(**request)["PipelineExecutionArn"]
+    parameters = [{"Name": name, "Value": str(value)} for name, value in values.items()]
+    started = client("sagemaker").start_pipeline_execution(
+        PipelineName=pipeline, PipelineParameters=parameters, ClientRequestToken=request_token())
+    return started["PipelineExecutionArn"]
+
+# %% ../../nbs/aws/07_executions.ipynb #37f4ac53
+def stop_execution_request(arn: str) -> dict[str, str]:
+    "Return the request of StopPipelineExecution for the execution `arn`."
+    return {"PipelineExecutionArn": arn, "ClientRequestToken": request_token()}
+
+# %% ../../nbs/aws/07_executions.ipynb #dd747de1
+def stop_executions(name: str) -> None:
+    "Stop the running executions of the pipeline `name`, whose jobs are billed until they end."
+    with ignore_not_found():
+        found = paginate(client("sagemaker").list_pipeline_executions, "PipelineExecutionSummaries", PipelineName=name)
+        for one in list(found):
+            if one["PipelineExecutionStatus"] == "Executing":
+                client("sagemaker").stop_pipeline_execution(**stop_execution_request(one["PipelineExecutionArn"]))
 
 # %% ../../nbs/aws/07_executions.ipynb #cdede012
 @dataclass(frozen=True)

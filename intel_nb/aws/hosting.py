@@ -30,11 +30,11 @@ from ..serving.supervisor import extend_history
 from ..storage import InputError, sha256_file
 
 # %% auto #0
-__all__ = ['VARIANT', 'INSTANCE_LIMITS', 'ENDPOINT_STATUS', 'MAX_PAYLOAD', 'DRIFT_TYPE', 'endpoint_name', 'versioned_name',
-           'version_from_name', 'instance_limits', 'model_request', 'capture_uri', 'config_request', 'alarm_requests',
-           'ensure_alarms', 'deployment_config', 'scaling_requests', 'enable_scaling', 'disable_scaling',
-           'describe_endpoint', 'update_outcome', 'wait_for_update', 'ensure_config', 'delete_endpoint', 'serve_config',
-           'SageMakerEndpoints', 'invoke_endpoint', 'endpoint_drift_status', 'endpoint_in_service']
+__all__ = ['VARIANT', 'ENDPOINT_STATUS', 'MAX_PAYLOAD', 'DRIFT_TYPE', 'endpoint_name', 'versioned_name', 'version_from_name',
+           'instance_limits', 'model_request', 'capture_uri', 'config_request', 'alarm_requests', 'ensure_alarms',
+           'deployment_config', 'scaling_target', 'enable_scaling', 'describe_endpoint', 'update_outcome',
+           'wait_for_update', 'ensure_config', 'delete_endpoint', 'serve_config', 'SageMakerEndpoints',
+           'invoke_endpoint', 'endpoint_drift_status', 'endpoint_in_service']
 
 # %% ../../nbs/aws/04_hosting.ipynb #fc5a63cd
 VARIANT = "AllTraffic"
@@ -59,11 +59,9 @@ def version_from_name(name: str) -> str:
     return found[1] if found else ""
 
 # %% ../../nbs/aws/04_hosting.ipynb #9656fec2
-INSTANCE_LIMITS = {"production": (2, 4)}
-
 def instance_limits(stage: str) -> tuple[int, int]:
     "Return the smallest and the largest number of instances of a stage."
-    return INSTANCE_LIMITS.get(stage, (1, 1))
+    return (2, 4) if stage == "production" else (1, 1)
 
 # %% ../../nbs/aws/04_hosting.ipynb #060f274c
 def model_request(prefix: str, settings: GroupSettings, package_arn: str, version: str) -> dict[str, Any]:
@@ -93,7 +91,7 @@ def config_request(endpoint: str, stage: str, settings: GroupSettings, model: st
 def alarm_requests(endpoint: str) -> list[dict[str, Any]]:
     "Return requests of PutMetricAlarm: more than five errors a minute, or one answer in a hundred slower than 2 s."
     common = {"Namespace": "AWS/SageMaker", "ComparisonOperator": "GreaterThanThreshold", "EvaluationPeriods": 2,
-              "Period": 60, "TreatMissingData": "notBreaching", "ActionsEnabled": True,
+              "Period": 60, "TreatMissingData": "notBreaching",
               "Dimensions": [{"Name": "EndpointName", "Value": endpoint}, {"Name": "VariantName", "Value": VARIANT}]}
     errors = {"AlarmName": f"{endpoint}-errors", "MetricName": "Invocation5XXErrors", "Statistic": "Sum",
               "Threshold": 5.0}
@@ -107,7 +105,7 @@ def ensure_alarms(endpoint: str) -> list[str]:
     requests = {request["AlarmName"]: request for request in alarm_requests(endpoint)}
     existing = paginate(client("cloudwatch").describe_alarms, "MetricAlarms", AlarmNames=list(requests))
     for name in requests.keys() - {alarm["AlarmName"] for alarm in existing}:
-        client("cloudwatch").put_metric_alarm(**requests[name])
+        client("cloudwatch").put_metric_alarm(**requests[name], ActionsEnabled=True)
     return list(requests)
 
 # %% ../../nbs/aws/04_hosting.ipynb #79e3057f
@@ -127,30 +125,20 @@ def deployment_config(alarms: list[str], instances: int, rolling: bool = False) 
                                       "MaximumExecutionTimeoutInSeconds": 3600}, **rollback}
 
 # %% ../../nbs/aws/04_hosting.ipynb #f6662c0f
-def scaling_requests(endpoint: str, least: int, most: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    "Return the requests of RegisterScalableTarget and PutScalingPolicy: 600 requests a minute for each instance."
-    target = {"ServiceNamespace": "sagemaker", "ResourceId": f"endpoint/{endpoint}/variant/{VARIANT}",
-              "ScalableDimension": "sagemaker:variant:DesiredInstanceCount"}
+def scaling_target(endpoint: str) -> dict[str, str]:
+    "Return what auto-scaling changes: the number of instances of the endpoint."
+    return {"ServiceNamespace": "sagemaker", "ResourceId": f"endpoint/{endpoint}/variant/{VARIANT}",
+            "ScalableDimension": "sagemaker:variant:DesiredInstanceCount"}
+
+def enable_scaling(endpoint: str, least: int, most: int) -> None:
+    "Scale the endpoint between `least` and `most` instances, by 600 requests a minute for each."
     tracking = {"TargetValue": 600.0, "ScaleInCooldown": 600, "ScaleOutCooldown": 120,
                 "PredefinedMetricSpecification": {"PredefinedMetricType": "SageMakerVariantInvocationsPerInstance"}}
-    policy = {"PolicyName": f"{endpoint}-invocations", "PolicyType": "TargetTrackingScaling",
-              "TargetTrackingScalingPolicyConfiguration": tracking}
-    return {**target, "MinCapacity": least, "MaxCapacity": most}, {**target, **policy}
-
-# %% ../../nbs/aws/04_hosting.ipynb #5522fb58
-def enable_scaling(endpoint: str, least: int, most: int) -> None:
-    "Scale the endpoint between `least` and `most` instances."
-    target, policy = scaling_requests(endpoint, least, most)
-    client("application-autoscaling").register_scalable_target(**target)
-    client("application-autoscaling").put_scaling_policy(**policy)
-
-# %% ../../nbs/aws/04_hosting.ipynb #049d04f4
-def disable_scaling(endpoint: str) -> None:
-    "Stop scaling the endpoint, as must be done before it is deleted."
-    target, _ = scaling_requests(endpoint, 1, 1)
-    keys = ("ServiceNamespace", "ResourceId", "ScalableDimension")
-    with ignore_not_found():
-        client("application-autoscaling").deregister_scalable_target(**{key: target[key] for key in keys})
+    client("application-autoscaling").register_scalable_target(
+        **scaling_target(endpoint), MinCapacity=least, MaxCapacity=most)
+    client("application-autoscaling").put_scaling_policy(
+        **scaling_target(endpoint), PolicyName=f"{endpoint}-invocations", PolicyType="TargetTrackingScaling",
+        TargetTrackingScalingPolicyConfiguration=tracking)
 
 # %% ../../nbs/aws/04_hosting.ipynb #df949ff4
 ENDPOINT_STATUS = {
@@ -170,9 +158,9 @@ def update_outcome(found: dict[str, Any] | None, config: str) -> str | None:
     if found is None:
         return "it was deleted meanwhile"
     if found["EndpointStatus"] == "InService":
-        reason = found.get("FailureReason", "SageMaker rolled it back")
-        return "" if found["EndpointConfigName"] == config else reason
-    if found["EndpointStatus"] in ("Failed", "UpdateRollbackFailed", "OutOfService"):
+        serves = found["EndpointConfigName"] == config
+        return "" if serves else found.get("FailureReason", "SageMaker rolled it back")
+    if ENDPOINT_STATUS.get(found["EndpointStatus"]) == "dead":
         return found.get("FailureReason", f"it is {found['EndpointStatus']}")
     return None
 
@@ -203,7 +191,8 @@ def ensure_config(prefix: str, stage: str, group: Group, package_arn: str, versi
 # %% ../../nbs/aws/04_hosting.ipynb #9decc812
 def delete_endpoint(endpoint: str, pause: Callable[[float], None]) -> None:
     "Delete the endpoint, and return when it no longer exists and no longer costs anything."
-    disable_scaling(endpoint)
+    with ignore_not_found():  # an endpoint that scales cannot be deleted
+        client("application-autoscaling").deregister_scalable_target(**scaling_target(endpoint))
     if describe_endpoint(endpoint):
         client("sagemaker").delete_endpoint(EndpointName=endpoint)
     while describe_endpoint(endpoint):

@@ -136,9 +136,7 @@ def list_packages(group: str) -> list[dict[str, Any]]:
 # %% ../../nbs/aws/03_package_group.ipynb #573ee32f
 def describe_packages(arns: list[str]) -> list[dict[str, Any]]:
     "Return the full descriptions of model packages, in the order of `arns`."
-    if not arns:
-        return []
-    with ThreadPoolExecutor(min(8, len(arns))) as pool:
+    with ThreadPoolExecutor(8) as pool:
         return list(pool.map(lambda arn: client("sagemaker").describe_model_package(ModelPackageName=arn), arns))
 
 # %% ../../nbs/aws/03_package_group.ipynb #1af01795

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # %% auto #0
-__all__ = ['SAGEMAKER', 'LOGS', 'SERVICE_ROLES', 'RESOURCES', 'UNSCOPED', 'WRITE_LOGS', 'WRITE_SAGEMAKER_LOGS', 'UPLOAD',
-           'READ_VERSIONS', 'METRICS', 'SERVICE_METRICS', 'TO_SAGEMAKER', 'PULL_IMAGE', 'JOB_METRICS', 'READ_GROUP',
-           'READ_ARTIFACTS', 'PIPELINE', 'JOB', 'MODEL', 'WATCH', 'BUILDING', 'BUILD', 'DEPLOY', 'CODEPIPELINE',
-           'FROM_S3', 'FROM_CONNECTION', 'EVENTS', 'SCHEDULER', 'OPERATOR', 'ROLES', 'Grant', 'Role', 'image_arn',
-           'resource_arns', 'policy']
+__all__ = ['RESOURCES', 'UNSCOPED', 'WRITE_LOGS', 'WRITE_SAGEMAKER_LOGS', 'UPLOAD', 'READ_VERSIONS', 'METRICS', 'SERVICE_METRICS',
+           'TO_SAGEMAKER', 'PULL_IMAGE', 'JOB_METRICS', 'READ_GROUP', 'READ_ARTIFACTS', 'PIPELINE', 'JOB', 'MODEL',
+           'WATCH', 'BUILDING', 'BUILD', 'DEPLOY', 'CODEPIPELINE', 'FROM_S3', 'FROM_CONNECTION', 'EVENTS', 'SCHEDULER',
+           'OPERATOR', 'ROLES', 'Grant', 'Role', 'local_arn', 'image_arn', 'resource_arns', 'policy_document', 'policy']
 
 # %% ../../nbs/aws/12_permissions.ipynb #5a28ce16
 @dataclass(frozen=True)
@@ -34,25 +33,27 @@ class Role:
     grants: tuple[Grant, ...]
 
 # %% ../../nbs/aws/12_permissions.ipynb #d6b7c65b
-SAGEMAKER = "arn:${AWS::Partition}:sagemaker:${AWS::Region}:${AWS::AccountId}"
-LOGS = "arn:${AWS::Partition}:logs:${AWS::Region}:${AWS::AccountId}:log-group"
-SERVICE_ROLES = "arn:${AWS::Partition}:iam::${AWS::AccountId}:role/aws-service-role"
+def local_arn(service: str, resource: str) -> str:
+    "Return the ARN, in CloudFormation's syntax, of a resource in the account and the region of the stack."
+    return f"arn:${{AWS::Partition}}:{service}:${{AWS::Region}}:${{AWS::AccountId}}:{resource}"
+
 RESOURCES = {
-    "pipeline": f"{SAGEMAKER}:pipeline/{{name}}",
-    "executions": f"{SAGEMAKER}:pipeline/{{name}}/execution/*",
-    "processing jobs": f"{SAGEMAKER}:processing-job/pipelines-*",  # SageMaker names the jobs of pipelines so
-    "training jobs": f"{SAGEMAKER}:training-job/pipelines-*",
-    "drift jobs": f"{SAGEMAKER}:processing-job/{{name}}-*",
-    "group": f"{SAGEMAKER}:model-package-group/{{name}}",
-    "versions": f"{SAGEMAKER}:model-package/{{name}}/*",
-    "models": f"{SAGEMAKER}:model/{{name}}-*",
-    "endpoints": f"{SAGEMAKER}:endpoint/{{name}}-*",
-    "endpoint configs": f"{SAGEMAKER}:endpoint-config/{{name}}-*",
-    "scaling": "arn:${AWS::Partition}:application-autoscaling:${AWS::Region}:${AWS::AccountId}:scalable-target/*",
-    "alarms": "arn:${AWS::Partition}:cloudwatch:${AWS::Region}:${AWS::AccountId}:alarm:{name}-*",
+    "pipeline": local_arn("sagemaker", "pipeline/{name}"),
+    "executions": local_arn("sagemaker", "pipeline/{name}/execution/*"),
+    "processing jobs": local_arn("sagemaker", "processing-job/pipelines-*"),  # SageMaker names the jobs of pipelines so
+    "training jobs": local_arn("sagemaker", "training-job/pipelines-*"),
+    "drift jobs": local_arn("sagemaker", "processing-job/{name}-*"),
+    "group": local_arn("sagemaker", "model-package-group/{name}"),
+    "versions": local_arn("sagemaker", "model-package/{name}/*"),
+    "models": local_arn("sagemaker", "model/{name}-*"),
+    "endpoints": local_arn("sagemaker", "endpoint/{name}-*"),
+    "endpoint configs": local_arn("sagemaker", "endpoint-config/{name}-*"),
+    "scaling": local_arn("application-autoscaling", "scalable-target/*"),
+    "alarms": local_arn("cloudwatch", "alarm:{name}-*"),
     "pipeline role": "${PipelineRole.Arn}", "job role": "${JobRole.Arn}",
     "model role": "${ModelRole.Arn}", "watch role": "${WatchRole.Arn}",
-    "scaling role": f"{SERVICE_ROLES}/sagemaker.application-autoscaling.amazonaws.com/"
+    "scaling role": "arn:${AWS::Partition}:iam::${AWS::AccountId}:role/aws-service-role/"
+                    "sagemaker.application-autoscaling.amazonaws.com/"
                     "AWSServiceRoleForApplicationAutoScaling_SageMakerEndpoint",
     "data": "${DataBucket.Arn}", "data files": "${DataBucket.Arn}/*",
     "annotations": "${AnnotationsBucket.Arn}", "annotation files": "${AnnotationsBucket.Arn}/*",
@@ -60,10 +61,11 @@ RESOURCES = {
     "pipeline files": "${ArtifactBucket.Arn}/pipeline/*", "registry files": "${ArtifactBucket.Arn}/registry/*",
     "captures": "${ArtifactBucket.Arn}/registry/captures/*", "codepipeline files": "${ArtifactBucket.Arn}/{short}*",
     "code": "${CodeBucket.Arn}", "code files": "${CodeBucket.Arn}/*",
-    "job logs": f"{LOGS}:/aws/sagemaker/*Jobs*", "endpoint logs": f"{LOGS}:/aws/sagemaker/Endpoints/{{name}}-*",
-    "build logs": f"{LOGS}:/aws/codebuild/{{name}}-*",
-    "builds": "arn:${AWS::Partition}:codebuild:${AWS::Region}:${AWS::AccountId}:project/{name}-*",
-    "codepipelines": "arn:${AWS::Partition}:codepipeline:${AWS::Region}:${AWS::AccountId}:{name}-model*",
+    "job logs": local_arn("logs", "log-group:/aws/sagemaker/*Jobs*"),
+    "endpoint logs": local_arn("logs", "log-group:/aws/sagemaker/Endpoints/{name}-*"),
+    "build logs": local_arn("logs", "log-group:/aws/codebuild/{name}-*"),
+    "builds": local_arn("codebuild", "project/{name}-*"),
+    "codepipelines": local_arn("codepipeline", "{name}-model*"),
     "topic": "${Topic}", "connection": "{connection}", "images": "{images}", "any": "*",
 }
 
@@ -95,7 +97,7 @@ READ_ARTIFACTS = (
     Grant(("s3:GetObject",), ("pipeline files", "registry files")))
 
 # %% ../../nbs/aws/12_permissions.ipynb #ad1134fd
-PIPELINE = Role("sagemaker.amazonaws.com", "starts the pipeline's steps", (
+PIPELINE = Role("sagemaker", "starts the pipeline's steps", (
     Grant(("sagemaker:AddTags", "sagemaker:CreateProcessingJob", "sagemaker:DescribeProcessingJob",
            "sagemaker:StopProcessingJob"), ("processing jobs",), "the pipeline starts a processing step"),
     Grant(("sagemaker:AddTags", "sagemaker:CreateTrainingJob", "sagemaker:DescribeTrainingJob",
@@ -106,7 +108,7 @@ PIPELINE = Role("sagemaker.amazonaws.com", "starts the pipeline's steps", (
     Grant(("s3:ListBucket",), ("artifacts",), "the pipeline looks for a step's outputs"),
     Grant(("s3:GetObject",), ("pipeline files",), "the pipeline's condition reads the evaluation")))
 
-JOB = Role("sagemaker.amazonaws.com", "runs the notebooks of the pipeline's steps", (
+JOB = Role("sagemaker", "runs the notebooks of the pipeline's steps", (
     *READ_GROUP, *READ_ARTIFACTS, *PULL_IMAGE, *JOB_METRICS,
     Grant(("s3:ListBucket",), ("data", "annotations"), "SageMaker lists a step's input"),
     Grant(("s3:GetObject",), ("data files", "annotation files"), "SageMaker copies a step's input to the job"),
@@ -114,14 +116,14 @@ JOB = Role("sagemaker.amazonaws.com", "runs the notebooks of the pipeline's step
     Grant(WRITE_SAGEMAKER_LOGS, ("job logs",), "SageMaker keeps a job's output")))
 
 # %% ../../nbs/aws/12_permissions.ipynb #9507766c
-MODEL = Role("sagemaker.amazonaws.com", "runs the endpoints", (
+MODEL = Role("sagemaker", "runs the endpoints", (
     *PULL_IMAGE, *JOB_METRICS,
     Grant(("s3:ListBucket",), ("artifacts",), "SageMaker looks for the package"),
     Grant(("s3:GetObject",), ("pipeline files", "registry files"), "SageMaker fetches the package"),
     Grant(("s3:PutObject",), ("captures",), "SageMaker captures requests and answers"),
     Grant(WRITE_SAGEMAKER_LOGS, ("endpoint logs",), "SageMaker keeps an endpoint's output")))
 
-WATCH = Role("sagemaker.amazonaws.com", "looks for drift in the endpoints' captured requests", (
+WATCH = Role("sagemaker", "looks for drift in the endpoints' captured requests", (
     *READ_GROUP, *READ_ARTIFACTS, *PULL_IMAGE, *JOB_METRICS,
     Grant(("sagemaker:DescribeEndpoint",), ("endpoints",)),
     Grant(UPLOAD, ("registry files",)),
@@ -134,7 +136,7 @@ BUILDING = (
     Grant((*READ_VERSIONS, "s3:PutObject"), ("codepipeline files",),
           "CodeBuild reads the source and uploads notebooks"))
 
-BUILD = Role("codebuild.amazonaws.com", "tests the code, updates the pipeline and starts it", (
+BUILD = Role("codebuild", "tests the code, updates the pipeline and starts it", (
     *BUILDING,
     Grant(("s3:ListBucket",), ("artifacts", "data", "annotations")),
     Grant(("s3:PutObject",), ("pipeline files",)),
@@ -143,7 +145,7 @@ BUILD = Role("codebuild.amazonaws.com", "tests the code, updates the pipeline an
     Grant(("iam:PassRole",), ("pipeline role",), condition=TO_SAGEMAKER)))
 
 # %% ../../nbs/aws/12_permissions.ipynb #34e75011
-DEPLOY = Role("codebuild.amazonaws.com", "deploys a version to a stage and tests it there", (
+DEPLOY = Role("codebuild", "deploys a version to a stage and tests it there", (
     *BUILDING, *READ_GROUP, *READ_ARTIFACTS,
     Grant(("sagemaker:AddTags", "sagemaker:DeleteTags"), ("group",)),
     Grant(("sagemaker:UpdateModelPackage",), ("versions",)),
@@ -160,7 +162,7 @@ DEPLOY = Role("codebuild.amazonaws.com", "deploys a version to a stage and tests
           {"StringEquals": {"iam:AWSServiceName": "sagemaker.application-autoscaling.amazonaws.com"}})))
 
 # %% ../../nbs/aws/12_permissions.ipynb #feb7da3a
-CODEPIPELINE = Role("codepipeline.amazonaws.com", "runs modelbuild and modeldeploy", (
+CODEPIPELINE = Role("codepipeline", "runs modelbuild and modeldeploy", (
     Grant(("codebuild:BatchGetBuilds", "codebuild:StartBuild"), ("builds",), "each step is a build"),
     Grant((*READ_VERSIONS, "s3:PutObject"), ("codepipeline files",), "a stage passes files to the next"),
     Grant(("s3:GetBucketVersioning",), ("artifacts",), "CodePipeline checks its own bucket"),
@@ -173,11 +175,11 @@ FROM_CONNECTION = (
     Grant(("codeconnections:UseConnection", "codestar-connections:UseConnection"), ("connection",),
           "the source is a repository"),)
 
-EVENTS = Role("events.amazonaws.com", "starts what the rules name", (
+EVENTS = Role("events", "starts what the rules name", (
     Grant(("codepipeline:StartPipelineExecution",), ("codepipelines",), "a rule starts modelbuild or modeldeploy"),
     Grant(("sagemaker:StartPipelineExecution",), ("pipeline",), "a rule starts the pipeline")))
 
-SCHEDULER = Role("scheduler.amazonaws.com", "starts the jobs that look for drift", (
+SCHEDULER = Role("scheduler", "starts the jobs that look for drift", (
     Grant(("sagemaker:CreateProcessingJob",), ("drift jobs",), "the schedule makes this call"),
     Grant(("iam:PassRole",), ("watch role",), "the schedule gives the job its role", TO_SAGEMAKER)))
 
@@ -204,20 +206,19 @@ def image_arn(uri: str) -> str:
 # %% ../../nbs/aws/12_permissions.ipynb #0fa0eaf6
 def resource_arns(resource: str, names: Mapping[str, Any]) -> list:
     "Return the ARNs of `resource` (a name in `RESOURCES`) for a template; `names` fills in what stands in braces."
-    if resource == "images":
-        return [_as_value(image_arn(uri)) for uri in names["images"]]
-    arn = RESOURCES[resource]
+    arns = [image_arn(uri) for uri in names["images"]] if resource == "images" else [RESOURCES[resource]]
     for name, value in names.items():
-        arn = arn.replace(f"{{{name}}}", str(value))
-    return [_as_value(arn)]
-
-def _as_value(arn: str) -> Any:
-    return {"Fn::Sub": arn} if "${" in arn else arn
+        arns = [arn.replace(f"{{{name}}}", str(value)) for arn in arns]
+    return [{"Fn::Sub": arn} if "${" in arn else arn for arn in arns]
 
 # %% ../../nbs/aws/12_permissions.ipynb #5d843723
+def policy_document(statements: Iterable[dict]) -> dict:
+    "Return the policy document of `statements`."
+    return {"Version": "2012-10-17", "Statement": list(statements)}
+
 def policy(grants: Iterable[Grant], **names: Any) -> dict:
     "Return the policy document of `grants`; `names` are `name`, `short`, `connection` and `images` (a list of URIs)."
-    return {"Version": "2012-10-17", "Statement": [_statement(grant, names) for grant in grants]}
+    return policy_document(_statement(grant, names) for grant in grants)
 
 def _statement(grant: Grant, names: Mapping[str, Any]) -> dict:
     arns = [arn for resource in grant.resources for arn in resource_arns(resource, names)]

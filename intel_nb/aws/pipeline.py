@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import intel_nb
-from .definition import Problem, definition_problems
+from .definition import STEP_ERRORS, Problem, definition_problems
 from .package_group import SUPPORTED_TYPES
 from ..chain.plan import notebooks_folder
 from ..storage import InputError, files_of
 
 # %% auto #0
-__all__ = ['ACCOUNT', 'OTHER_ACCOUNTS', 'IMAGES', 'GPU_FAMILIES', 'NOTEBOOKS', 'EMPTY_INPUT', 'PACKAGE_SUFFIXES', 'CHOICES',
-           'ENTRY', 'RETRIES', 'PROCESSING', 'MODEL', 'ACCURACY', 'EVALUATION', 'amazon_image', 'training_image',
-           'PipelineConfig', 'code_files', 'digest_code', 'code_uri', 'pipeline_parameters', 'declare_parameter',
-           'parameter_reference', 'join_values', 'run_uri', 'output_uri', 'evaluation_entry', 'job_step',
-           'processing_step', 'training_step', 'register_step', 'gate_step', 'pipeline_definition', 'pipeline_problems',
-           'check_pipeline']
+__all__ = ['ACCOUNT', 'OTHER_ACCOUNTS', 'IMAGES', 'NOTEBOOKS', 'EMPTY_INPUT', 'PACKAGE_SUFFIXES', 'CHOICES', 'ENTRY', 'RETRIES',
+           'PROCESSING', 'MODEL', 'ACCURACY', 'EVALUATION', 'amazon_image', 'training_image', 'PipelineConfig',
+           'code_files', 'digest_code', 'code_uri', 'pipeline_parameters', 'declare_parameter', 'parameter_reference',
+           'join_values', 'run_uri', 'output_uri', 'evaluation_entry', 'job_step', 's3_input', 'processing_step',
+           'training_step', 'register_step', 'gate_step', 'pipeline_definition', 'pipeline_problems', 'check_pipeline']
 
 # %% ../../nbs/aws/08_pipeline.ipynb #22801980
 ACCOUNT = "763104351884"
@@ -46,11 +45,10 @@ def amazon_image(purpose: str, region: str) -> str:
     return f"{OTHER_ACCOUNTS.get(region, ACCOUNT)}.dkr.ecr.{region}.{domain}/{IMAGES[purpose]}"
 
 # %% ../../nbs/aws/08_pipeline.ipynb #49d45601
-GPU_FAMILIES = ("g", "p")  # instance families with CUDA
-
 def training_image(instance_type: str, region: str) -> str:
     "Return the image for training on an instance such as ml.m5.xlarge or ml.g5.xlarge."
-    return amazon_image("gpu" if instance_type.removeprefix("ml.").startswith(GPU_FAMILIES) else "cpu", region)
+    has_cuda = instance_type.removeprefix("ml.").startswith(("g", "p"))
+    return amazon_image("gpu" if has_cuda else "cpu", region)
 
 # %% ../../nbs/aws/08_pipeline.ipynb #94f3d345
 @dataclass(frozen=True)
@@ -158,8 +156,7 @@ def evaluation_entry(path: str) -> dict:
 # %% ../../nbs/aws/08_pipeline.ipynb #fd5599a0
 ENTRY = ["python3", "-m", "intel_nb.aws.container"]
 RETRIES = [
-    {"ExceptionType": ["Step.SERVICE_FAULT", "Step.THROTTLING"],
-     "IntervalSeconds": 10, "BackoffRate": 2.0, "MaxAttempts": 5},
+    {"ExceptionType": list(STEP_ERRORS), "IntervalSeconds": 10, "BackoffRate": 2.0, "MaxAttempts": 5},
     {"ExceptionType": ["SageMaker.JOB_INTERNAL_ERROR"], "IntervalSeconds": 60, "BackoffRate": 2.0, "MaxAttempts": 2},
     {"ExceptionType": ["SageMaker.CAPACITY_ERROR", "SageMaker.RESOURCE_LIMIT"],
      "IntervalSeconds": 300, "BackoffRate": 1.5, "ExpireAfterMin": 240},
@@ -173,11 +170,9 @@ def job_step(config: PipelineConfig, name: str, kind: str, arguments: dict, **mo
 # %% ../../nbs/aws/08_pipeline.ipynb #8e4b52f7
 PROCESSING = "/opt/ml/processing"
 
-def _input(name: str, uri: Any) -> dict:
-    "Return a processing job's input, mounted in a folder of its name."
-    return {"InputName": name, "AppManaged": False,
-            "S3Input": {"S3Uri": uri, "LocalPath": f"{PROCESSING}/input/{name}", "S3DataType": "S3Prefix",
-                        "S3InputMode": "File"}}
+def s3_input(name: str, uri: Any) -> dict:
+    "Return the S3Input of a processing job's input, mounted in a folder of its name."
+    return {"S3Uri": uri, "LocalPath": f"{PROCESSING}/input/{name}", "S3DataType": "S3Prefix", "S3InputMode": "File"}
 
 # %% ../../nbs/aws/08_pipeline.ipynb #889e3813
 def _output(config: PipelineConfig, name: str, folder: str, mode: str) -> dict:
@@ -196,7 +191,8 @@ def processing_step(config: PipelineConfig, name: str, inputs: Mapping[str, Any]
         "AppSpecification": {"ImageUri": config.image_process or amazon_image("cpu", config.region),
                              "ContainerEntrypoint": ENTRY, "ContainerArguments": [NOTEBOOKS[name], *arguments]},
         "RoleArn": config.role,
-        "ProcessingInputs": [_input(key, uri) for key, uri in {"code": code_uri(config), **inputs}.items()],
+        "ProcessingInputs": [{"InputName": key, "AppManaged": False, "S3Input": s3_input(key, uri)}
+                             for key, uri in {"code": code_uri(config), **inputs}.items()],
         "ProcessingOutputConfig": {"Outputs": outputs},
         "Environment": {"PYTHONPATH": f"{PROCESSING}/input/code", **environment},
         "StoppingCondition": {"MaxRuntimeInSeconds": config.max_seconds}}, **more)

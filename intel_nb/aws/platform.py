@@ -16,7 +16,7 @@ from ..serving.endpoints import Endpoints
 from ..storage import InputError
 
 # %% auto #0
-__all__ = ['DEFAULT', 'group_name', 'open_package_group', 'open_hosting', 'Execution', 'latest_execution', 'start_execution',
+__all__ = ['group_name', 'open_package_group', 'open_hosting', 'Execution', 'latest_execution', 'start_execution',
            'watch_execution', 'endpoint_in_service', 'endpoint_drift_status', 'invoke_endpoint', 'download', 'upload']
 
 # %% ../../nbs/aws/17_platform.ipynb #153aa9b1
@@ -24,11 +24,9 @@ _all_ = ["Execution", "latest_execution", "start_execution", "watch_execution", 
          "endpoint_drift_status", "invoke_endpoint", "download", "upload"]
 
 # %% ../../nbs/aws/17_platform.ipynb #28182609
-DEFAULT = "intel-nb"
-
 def group_name(uri: str) -> str:
     "Return the name in `sagemaker://NAME`, or in a bare NAME; raise `InputError` when SageMaker does not take it."
-    name = uri.removeprefix("sagemaker://").rstrip("/") or DEFAULT
+    name = uri.removeprefix("sagemaker://").rstrip("/") or "intel-nb"
     if not re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,31}", name):
         raise InputError(f"{uri!r} names no model package group; "
                          "write sagemaker://NAME with at most 32 letters, digits and single -")

@@ -15,32 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .client import request_problems
+from . import definition as syntax
 from .container import read_arguments
-from intel_nb.aws.definition import (
-    BRANCHES,
-    STEP_TYPES,
-    Scope,
-    bind_parameters,
-    build_index,
-    evaluate_condition,
-    lookup_path,
-    resolve_value,
-    sort_steps,
-    step_arguments,
-    walk_steps,
-)
 from .pipeline import EVALUATION, check_pipeline, code_files, pipeline_definition
 from ..chain.execution import end_process
 from ..chain.plan import notebooks_folder, open_workspace
 from ..chain.runs import new_run_id
-from ..storage import InputError, fetch, link, read_json, utc_now, write_bytes
+from ..storage import InputError, fetch, link, read_json, write_bytes
 
 # %% auto #0
-__all__ = ['RUNNERS', 'StepFailed', 'LocalBuckets', 'RehearsedStep', 'execution_values', 'Rehearsal', 'container_environment',
-           'run_container', 'run_job', 'run_processing', 'write_archive', 'run_training', 'run_register',
-           'check_resolved', 'run_fail', 'run_condition', 'run_steps', 'check_arguments', 'code_uris', 'put_inputs',
-           'RehearsalResult', 'rehearse', 'remove_empty_folders', 'rehearse_in_workspace', 'rehearsal_summary']
+__all__ = ['RUNNERS', 'StepFailed', 'LocalBuckets', 'RehearsedStep', 'Rehearsal', 'container_environment', 'run_job',
+           'run_processing', 'write_archive', 'run_training', 'run_register', 'run_fail', 'run_condition', 'run_steps',
+           'check_arguments', 'code_uris', 'put_inputs', 'RehearsalResult', 'rehearse', 'remove_empty_folders',
+           'rehearse_in_workspace', 'rehearsal_summary']
 
 # %% ../../nbs/aws/10_rehearsal.ipynb #4438f949
 class StepFailed(RuntimeError):
@@ -86,13 +73,6 @@ class RehearsedStep:
     seconds: float = 0.
     reason: str = ""
 
-# %% ../../nbs/aws/10_rehearsal.ipynb #96c422dc
-def execution_values(id: str) -> dict[str, str]:
-    "Return the values of the references to `Execution`, for the execution `id`."
-    arn, now = "arn:aws:sagemaker:us-east-1:123456789012:pipeline/rehearsal", utc_now()
-    return {"PipelineName": "rehearsal", "PipelineArn": arn, "PipelineExecutionId": id,
-            "PipelineExecutionArn": f"{arn}/execution/{id}", "StartDateTime": now, "CurrentDateTime": now}
-
 # %% ../../nbs/aws/10_rehearsal.ipynb #14c65e5d
 @dataclass
 class Rehearsal:
@@ -113,34 +93,30 @@ class Rehearsal:
         return LocalBuckets(self.folder / "s3")
 
     @property
-    def scope(self) -> Scope:
+    def scope(self) -> syntax.Scope:
         "The values that references have so far."
-        return Scope(self.get, self.read)
+        return syntax.Scope(self.get, self.read)
 
     def get(self, path: str) -> Any:
         "Return the value of the reference `Get`."
         root, _, rest = path.partition(".")
         if root == "Steps":
             name, _, rest = rest.partition(".")
-            return lookup_path(self.results[name], rest)
-        return self.values[rest] if root == "Parameters" else execution_values(self.id)[rest]
+            return syntax.lookup_path(self.results[name], rest)
+        return self.values[rest] if root == "Parameters" else syntax.execution_values(self.id)[rest]
 
     def read(self, file: str, path: str) -> Any:
         "Return the value of `Std:JsonGet`; raise `StepFailed` when the file or the entry is missing."
         step, _, name = file.removeprefix("Steps.").partition(".PropertyFiles.")
-        declared = self.property_file(step, name)
+        steps = {one["Name"]: one for one, _ in syntax.walk_steps(self.definition["Steps"])}
+        declared = next(one for one in steps[step]["PropertyFiles"] if one["PropertyFileName"] == name)
         output = f"ProcessingOutputConfig.Outputs['{declared['OutputName']}'].S3Output.S3Uri"
-        uri = f"{lookup_path(self.results[step], output)}/{declared['FilePath']}"
+        uri = f"{syntax.lookup_path(self.results[step], output)}/{declared['FilePath']}"
         try:
-            return lookup_path(read_json(self.buckets.path(uri)), path)
+            return syntax.lookup_path(read_json(self.buckets.path(uri)), path)
         except (InputError, LookupError) as error:
             reason = f"{path} cannot be read from {declared['FilePath']} of step {step}: {error.args[0]}"
             raise StepFailed(reason) from None
-
-    def property_file(self, step: str, name: str) -> dict[str, str]:
-        "Return the declaration of the property file `name` of `step`."
-        [files] = [one["PropertyFiles"] for one, _ in walk_steps(self.definition["Steps"]) if one["Name"] == step]
-        return next(file for file in files if file["PropertyFileName"] == name)
 
 # %% ../../nbs/aws/10_rehearsal.ipynb #f8a1e4f9
 def container_environment(variables: Mapping[str, str], ml: Path,
@@ -152,14 +128,18 @@ def container_environment(variables: Mapping[str, str], ml: Path,
     return machine | local | {"INTEL_NB_ML": str(ml)}
 
 # %% ../../nbs/aws/10_rehearsal.ipynb #4e282556
-def run_container(command: list[str], variables: Mapping[str, str], ml: Path, limit: float) -> None:
-    """Run `command` as a job whose /opt/ml is `ml`, for at most `limit` seconds.
+def run_job(arguments: dict, specification: dict, ml: Path, **variables: str) -> None:
+    """Run the container of a job whose /opt/ml is `ml`, with more environment `variables`.
 
     Raise `StepFailed` with the reason that the job wrote, or with its exit status."""
-    python = [sys.executable if part in ("python", "python3") else part for part in command[:1]]
+    command = [*specification["ContainerEntrypoint"], *specification["ContainerArguments"]]
+    if command[0] in ("python", "python3"):
+        command[0] = sys.executable
+    environment = container_environment(arguments.get("Environment", {}) | variables, ml)
+    limit = arguments["StoppingCondition"]["MaxRuntimeInSeconds"]
     with open(ml.parent / "log.txt", "ab") as log:
-        process = subprocess.Popen([*python, *command[1:]], env=container_environment(variables, ml), cwd=ml,
-                                   stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, env=environment, cwd=ml, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                   start_new_session=True)
     try:
         status = process.wait(limit)
     except subprocess.TimeoutExpired:
@@ -170,13 +150,6 @@ def run_container(command: list[str], variables: Mapping[str, str], ml: Path, li
         failure = ml / "output" / "failure"
         reason = failure.read_text() if failure.is_file() else f"the container ended with status {status}"
         raise StepFailed(f"{reason} (its output is in {ml.parent / 'log.txt'})", status == 2)
-
-# %% ../../nbs/aws/10_rehearsal.ipynb #089f3660
-def run_job(arguments: dict, specification: dict, ml: Path, **variables: str) -> None:
-    "Run the container of a job with more environment `variables`; raise `StepFailed`."
-    command = [*specification["ContainerEntrypoint"], *specification["ContainerArguments"]]
-    limit = arguments["StoppingCondition"]["MaxRuntimeInSeconds"]
-    run_container(command, arguments.get("Environment", {}) | variables, ml, limit)
 
 # %% ../../nbs/aws/10_rehearsal.ipynb #37d237fe
 def run_processing(rehearsal: Rehearsal, step: dict, arguments: dict) -> dict:
@@ -265,16 +238,6 @@ def _register(registry: Any, package: Any, report: Path, status: str) -> str:
                              params={"min_accuracy": evaluation["gate"]["min_accuracy"]} | package.card,
                              artifacts=[path for path in artifacts if path.is_file()])
 
-# %% ../../nbs/aws/10_rehearsal.ipynb #540a98b0
-def check_resolved(step: dict, arguments: dict) -> None:
-    "Raise `StepFailed` when the service would refuse the request of `step` with the values that it now has."
-    kind = STEP_TYPES[step["Type"]]
-    if kind.request:
-        request = arguments | ({kind.name_key: "x"} if kind.name_key else {})
-        problems = request_problems("sagemaker", kind.request, request)
-        if problems:
-            raise StepFailed(f"SageMaker would refuse {kind.request}: {'; '.join(problems[:3])}")
-
 # %% ../../nbs/aws/10_rehearsal.ipynb #ba29a033
 def run_fail(rehearsal: Rehearsal, step: dict, arguments: dict) -> dict:
     "Carry out a fail step: raise `StepFailed` with its message."
@@ -283,10 +246,10 @@ def run_fail(rehearsal: Rehearsal, step: dict, arguments: dict) -> dict:
 # %% ../../nbs/aws/10_rehearsal.ipynb #0a29b691
 def run_condition(rehearsal: Rehearsal, step: dict, arguments: dict) -> dict:
     "Decide a condition and carry out the steps of one branch; return the outcome."
-    decisions = [evaluate_condition(one, rehearsal.scope) for one in step["Arguments"]["Conditions"]]
+    decisions = [syntax.evaluate_condition(one, rehearsal.scope) for one in step["Arguments"]["Conditions"]]
     rehearsal.say(f"{step['Name']}: {'true' if all(decisions) else 'false'}")
-    taken, skipped = BRANCHES if all(decisions) else BRANCHES[::-1]
-    left_out = walk_steps(step["Arguments"].get(skipped, []))
+    taken, skipped = syntax.BRANCHES if all(decisions) else syntax.BRANCHES[::-1]
+    left_out = syntax.walk_steps(step["Arguments"].get(skipped, []))
     rehearsal.records += [RehearsedStep(one["Name"], "Skipped") for one, _ in left_out]
     run_steps(rehearsal, step["Arguments"].get(taken, []))
     return {"Outcome": str(all(decisions))}
@@ -297,11 +260,14 @@ RUNNERS = {"Processing": run_processing, "Training": run_training, "RegisterMode
 
 def run_steps(rehearsal: Rehearsal, steps: list[dict]) -> None:
     "Carry out `steps`, each after those that it depends on; raise `StepFailed` when one fails."
-    for step in sort_steps(steps):
+    for step in syntax.sort_steps(steps):
         started = time.monotonic()
         try:
-            arguments = {} if step["Type"] == "Condition" else resolve_value(step_arguments(step), rehearsal.scope)
-            check_resolved(step, arguments)
+            given = {} if step["Type"] == "Condition" else syntax.step_arguments(step)
+            arguments = syntax.resolve_value(given, rehearsal.scope)
+            if problems := syntax.service_problems(step, arguments):
+                operation = syntax.STEP_TYPES[step["Type"]].request
+                raise StepFailed(f"SageMaker would refuse {operation}: {'; '.join(problems[:3])}")
             rehearsal.results[step["Name"]] = RUNNERS[step["Type"]](rehearsal, step, arguments)
         except StepFailed as error:
             if not any(record.status == "Failed" for record in rehearsal.records):  # else it failed in a branch
@@ -309,18 +275,18 @@ def run_steps(rehearsal: Rehearsal, steps: list[dict]) -> None:
                 rehearsal.records.append(RehearsedStep(step["Name"], "Failed", seconds, str(error)))
             raise
         rehearsal.records.append(RehearsedStep(step["Name"], "Succeeded", round(time.monotonic() - started, 1)))
-        if STEP_TYPES[step["Type"]].is_job:
+        if syntax.STEP_TYPES[step["Type"]].is_job:
             rehearsal.say(f"{step['Name']}: {time.monotonic() - started:.1f} s")
 
 # %% ../../nbs/aws/10_rehearsal.ipynb #71468109
 def check_arguments(definition: dict, parameters: Mapping[str, Any]) -> None:
     "Raise `InputError` unless each container that runs our entry point gets arguments that its notebook takes."
-    index = build_index(definition, parameters, {"evaluation.json": EVALUATION})
+    index = syntax.build_index(definition, parameters, {"evaluation.json": EVALUATION})
     for name, step in index.steps.items():
         app = step["Arguments"].get("AppSpecification") or step["Arguments"].get("AlgorithmSpecification") or {}
         if app.get("ContainerEntrypoint", [])[-1:] == ["intel_nb.aws.container"]:
             try:
-                read_arguments(resolve_value(app["ContainerArguments"], index.scope()), notebooks_folder())
+                read_arguments(syntax.resolve_value(app["ContainerArguments"], index.scope), notebooks_folder())
             except InputError as error:
                 raise InputError(f"step {name}: {error}") from None
 
@@ -328,7 +294,7 @@ def check_arguments(definition: dict, parameters: Mapping[str, Any]) -> None:
 def code_uris(definition: dict) -> set[str]:
     "Return the URIs where the steps of `definition` expect the code."
     found = set()
-    for step, _ in walk_steps(definition["Steps"]):
+    for step, _ in syntax.walk_steps(definition["Steps"]):
         inputs, channels = step["Arguments"].get("ProcessingInputs", []), step["Arguments"].get("InputDataConfig", [])
         found |= {one["S3Input"]["S3Uri"] for one in inputs if one["InputName"] == "code"}
         found |= {one["DataSource"]["S3DataSource"]["S3Uri"] for one in channels if one["ChannelName"] == "code"}
@@ -344,7 +310,7 @@ def put_inputs(rehearsal: Rehearsal, data: Path | None) -> None:
     data_uri = rehearsal.values.get("InputDataUrl")
     if data_uri and data:
         buckets.put(data, data_uri)
-    elif data_uri and data_uri == bind_parameters(rehearsal.definition, {})["InputDataUrl"]:
+    elif data_uri and data_uri == syntax.bind_parameters(rehearsal.definition, {})["InputDataUrl"]:
         from intel_nb.scenes import sample_archive
         sample_archive(buckets.path(data_uri), per_class=100, seed=0)
 
@@ -367,7 +333,7 @@ def rehearse(definition: dict, parameters: Mapping[str, Any], folder: Path, regi
     definition or a parameter is wrong, or when a step refuses its input."""
     names = {p["Name"] for p in definition.get("Parameters", [])} if isinstance(definition, dict) else set()
     parameters = ({"Registry": registry} if "Registry" in names else {}) | dict(parameters)
-    values = bind_parameters(check_pipeline(definition, parameters), parameters)
+    values = syntax.bind_parameters(check_pipeline(definition, parameters), parameters)
     check_arguments(definition, parameters)
     rehearsal = Rehearsal(definition, values, folder, registry, folder.name, say)
     put_inputs(rehearsal, data)
@@ -392,9 +358,7 @@ def remove_empty_folders(folder: Path, top: Path) -> None:
 # %% ../../nbs/aws/10_rehearsal.ipynb #69078f50
 def rehearse_in_workspace(data: str = "", parameters: Mapping[str, Any] = {},
                           say: Callable[[str], None] = print) -> RehearsalResult:
-    """Rehearse the pipeline in the workspace on the archive or folder `data` (empty: drawn scenes).
-
-    Raise `InputError` as `rehearse` does; a rehearsal that could not begin leaves nothing behind."""
+    "Rehearse the pipeline in the workspace on `data` (empty: drawn scenes); leave nothing behind when it cannot begin."
     workspace = open_workspace()
     folder = workspace.home / "rehearsals" / new_run_id()
     try:

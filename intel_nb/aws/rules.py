@@ -12,8 +12,8 @@ from ..chain.watch import STARTS, Start
 from ..storage import InputError
 
 # %% auto #0
-__all__ = ['CREATED', 'RESTORED', 'WRITES', 'UPLOAD_EVENTS', 'PUSH_PATHS', 'ResourceNames', 'EventRule', 'key_filter',
-           'direct_pattern', 'trail_pattern', 'approval_pattern', 'rule_of', 'event_rules']
+__all__ = ['WRITES', 'UPLOAD_EVENTS', 'PUSH_PATHS', 'ResourceNames', 'EventRule', 'key_filter', 'direct_pattern', 'trail_pattern',
+           'approval_pattern', 'rule_of', 'event_rules']
 
 # %% ../../nbs/aws/11_rules.ipynb #1f0042a3
 @dataclass(frozen=True)
@@ -40,11 +40,9 @@ def key_filter(key: str) -> list:
     return [{"prefix": key}] if key.endswith("/") else [key]
 
 # %% ../../nbs/aws/11_rules.ipynb #13d58b83
-CREATED, RESTORED = "Object Created", "Object Restore Completed"
-
 def direct_pattern(start: Start, bucket: Any) -> dict:
     "Return the pattern of the events that S3 sends to EventBridge itself when an object of `bucket` was created."
-    kinds = [CREATED, RESTORED] if start.key.endswith("/") else [CREATED]
+    kinds = ["Object Created", *(["Object Restore Completed"] if start.key.endswith("/") else [])]
     new_object = {"key": key_filter(start.key), "size": [{"numeric": [">", 0]}]}
     return {"source": ["aws.s3"], "detail-type": kinds, "detail": {"bucket": {"name": [bucket]}, "object": new_object}}
 

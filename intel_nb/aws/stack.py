@@ -11,25 +11,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .capture import DRIFT_COMMAND, drift_job_request, drift_schedule_request
-from .hosting import alarm_requests, endpoint_name
-from .permissions import FROM_CONNECTION, FROM_S3, ROLES, policy
-from .pipeline import PipelineConfig, amazon_image, code_uri
+from .capture import DRIFT_ALARMS, DRIFT_COMMAND, DRIFT_STATISTIC, METRIC_NAMESPACE
+from .hosting import VARIANT, alarm_requests, endpoint_name
+from .permissions import FROM_CONNECTION, FROM_S3, ROLES, local_arn, policy, policy_document
+from .pipeline import PipelineConfig, amazon_image, check_pipeline, code_uri, pipeline_definition, s3_input
 from .rules import PUSH_PATHS, EventRule, ResourceNames, event_rules
 from ..storage import InputError
 
 # %% auto #0
-__all__ = ['STAGES', 'CHOICES', 'FORMS', 'Resources', 'ALL_PRIVATE', 'UNFINISHED', 'ENCRYPTION', 'TO_CHEAPER', 'BUCKET_KINDS',
-           'IN_ACCOUNT', 'ACCOUNT', 'ROLE', 'INSTALL', 'BUILD_SPECS', 'VERSION', 'CODE_MOUNT', 'INSTALL_CODE', 'PARTS',
-           'TEMPLATE_BYTES', 'Options', 'checked_options', 'ref', 'attribute', 'sub', 'resource', 'with_exceptions',
-           'bucket_name', 'expire_versions', 'expire_objects', 'bucket_resource', 'artifact_prefix', 'buckets',
-           'deny_without_tls', 'bucket_arn', 'trail_arn', 'access_log_statement', 'trail_statements', 'bucket_policies',
-           'trail', 'pipeline_config', 'pulled_images', 'trust_policy', 'roles', 'fill_stand_ins', 'pipeline_and_group',
-           'build_variables', 'build_project', 'template_yaml', 'build_projects', 'pipeline_action', 'source_stage',
-           'push_triggers', 'build_action', 'deploy_action', 'staging_stage', 'approval_stage', 'production_stage',
-           'codepipeline', 'codepipelines', 'rule_id', 'rule_resource', 'undelivered_queue', 'rule_resources',
-           'log_groups', 'alarm_resource', 'stage_alarms', 'alarms', 'topic', 'scheduled_drift_job', 'drift_schedules',
-           'chart', 'stage_charts', 'dashboard', 'template_outputs', 'template', 'template_json']
+__all__ = ['STAGES', 'CHOICES', 'FORMS', 'Resources', 'BUCKET_KINDS', 'WATCHED', 'ALL_PRIVATE', 'UNFINISHED', 'ENCRYPTION',
+           'TO_CHEAPER', 'IN_ACCOUNT', 'ACCOUNT', 'ROLE', 'INSTALL', 'BUILD_SPECS', 'VERSION', 'PIPELINE_METRICS',
+           'PARTS', 'TEMPLATE_BYTES', 'Options', 'checked_options', 'ref', 'attribute', 'sub', 'resource',
+           'linter_exceptions', 'bucket_name', 'expire_versions', 'expire_objects', 'bucket_resource',
+           'artifact_prefix', 'buckets', 'deny_without_tls', 'allow_service', 'log_statements', 'bucket_policies',
+           'trail', 'pipeline_config', 'roles', 'fill_stand_ins', 'pipeline_and_group', 'build_project',
+           'template_yaml', 'build_projects', 'pipeline_action', 'source_stage', 'push_triggers', 'build_action',
+           'deploy_action', 'production_stage', 'codepipeline', 'codepipelines', 'rule_id', 'rule_resource',
+           'undelivered_queue', 'rule_resources', 'log_groups', 'alarm_resource', 'stage_alarms', 'alarms', 'topic',
+           'drift_job_request', 'drift_schedules', 'stage_charts', 'dashboard', 'template_outputs', 'template',
+           'template_json']
 
 # %% ../../nbs/aws/14_stack.ipynb #e644aa9e
 @dataclass(frozen=True)
@@ -108,16 +108,14 @@ def resource(kind: str, properties: Mapping[str, Any], **more: Any) -> dict:
     return {"Type": f"AWS::{kind}", **more, "Properties": dict(properties)}
 
 # %% ../../nbs/aws/14_stack.ipynb #61fc3175
-def with_exceptions(made: dict, **reasons: str) -> dict:
-    "Return the resource `made` with exceptions from rules of the linter checkov, each with its reason."
-    skip = [{"id": rule, "comment": reason} for rule, reason in reasons.items()]
-    return {"Type": made["Type"], "Metadata": {"checkov": {"skip": skip}},
-            **{key: value for key, value in made.items() if key != "Type"}}
+def linter_exceptions(**reasons: str) -> dict:
+    "Return the metadata of a resource with exceptions from rules of the linter checkov, each with its reason."
+    return {"checkov": {"skip": [{"id": rule, "comment": reason} for rule, reason in reasons.items()]}}
 
 # %% ../../nbs/aws/14_stack.ipynb #63362cb2
-def bucket_name(options: Options, kind: str) -> str:
-    "Return the name of the bucket for data, annotations, artifacts, code or logs, in CloudFormation's syntax."
-    return f"{options.name}-{kind}-${{AWS::AccountId}}-{options.region}"
+def bucket_name(options: Options, kind: str, account: str = "${AWS::AccountId}") -> str:
+    "Return the name of the bucket for `kind`, as in `BUCKET_KINDS`; without `account` in CloudFormation's syntax."
+    return f"{options.name}-{kind}-{account}-{options.region}"
 
 # %% ../../nbs/aws/14_stack.ipynb #651c5838
 def expire_versions(days: int) -> dict:
@@ -132,21 +130,31 @@ def expire_objects(prefix: str, days: int) -> dict:
     return {"Id": rule, "Status": "Enabled", "Prefix": prefix, "ExpirationInDays": days}
 
 # %% ../../nbs/aws/14_stack.ipynb #300c7dcc
+BUCKET_KINDS = {"DataBucket": "data", "AnnotationsBucket": "annotations", "ArtifactBucket": "artifacts",
+                "LogBucket": "logs", "CodeBucket": "code"}
+WATCHED = ("data", "annotations", "code")  # the buckets whose uploads start something
 ALL_PRIVATE = {"BlockPublicAcls": True, "BlockPublicPolicy": True,
                "IgnorePublicAcls": True, "RestrictPublicBuckets": True}
 UNFINISHED = {"Id": "unfinished-uploads", "Status": "Enabled",
               "AbortIncompleteMultipartUpload": {"DaysAfterInitiation": 7}}
 ENCRYPTION = {"BucketKeyEnabled": True, "ServerSideEncryptionByDefault": {"SSEAlgorithm": "AES256"}}
 
-def bucket_resource(options: Options, kind: str, lifecycle: list[dict], **more: Any) -> dict:
-    "Return a private bucket with these rules of its lifecycle; `more` are further properties."
+def bucket_resource(options: Options, kind: str, lifecycle: list[dict]) -> dict:
+    "Return the private bucket for `kind` with these rules of its lifecycle, its events and its access log."
+    more: dict[str, Any] = {}
+    attributes: dict[str, Any] = {"DeletionPolicy": "RetainExceptOnCreate", "UpdateReplacePolicy": "Retain"}
+    if kind in WATCHED and options.events == "direct":
+        more["NotificationConfiguration"] = {"EventBridgeConfiguration": {"EventBridgeEnabled": True}}
+    if kind == "logs":
+        attributes["Metadata"] = linter_exceptions(CKV_AWS_18="this is the bucket that access logs go to")
+    else:
+        more["LoggingConfiguration"] = {"DestinationBucketName": ref("LogBucket"), "LogFilePrefix": f"access/{kind}/"}
     return resource("S3::Bucket", {
         "BucketName": sub(bucket_name(options, kind)), "PublicAccessBlockConfiguration": ALL_PRIVATE,
         "BucketEncryption": {"ServerSideEncryptionConfiguration": [ENCRYPTION]},
         "OwnershipControls": {"Rules": [{"ObjectOwnership": "BucketOwnerEnforced"}]},
         "VersioningConfiguration": {"Status": "Enabled"},
-        "LifecycleConfiguration": {"Rules": [UNFINISHED, *lifecycle]}, **more},
-        DeletionPolicy="RetainExceptOnCreate", UpdateReplacePolicy="Retain")
+        "LifecycleConfiguration": {"Rules": [UNFINISHED, *lifecycle]}, **more}, **attributes)
 
 # %% ../../nbs/aws/14_stack.ipynb #2ac16e5e
 def artifact_prefix(options: Options) -> str:
@@ -159,77 +167,52 @@ TO_CHEAPER = {"Id": "cooler", "Status": "Enabled", "Prefix": "pipeline/runs/",
 
 def buckets(options: Options) -> Resources:
     "Return the buckets for photographs, labels, artifacts and access logs, and for code where it is uploaded."
-    watched: dict[str, Any] = {}
-    if options.events == "direct":
-        watched = {"NotificationConfiguration": {"EventBridgeConfiguration": {"EventBridgeEnabled": True}}}
-    artifacts = [expire_versions(30), TO_CHEAPER, expire_objects("registry/captures/", options.capture_days),
-                 expire_objects(artifact_prefix(options), 30)]
-    logs = [expire_versions(30), expire_objects("access/", 90), expire_objects("AWSLogs/", 90)]
-    found = {
-        "DataBucket": _logged_bucket(options, "data", [expire_versions(365)], **watched),
-        "AnnotationsBucket": _logged_bucket(options, "annotations", [expire_versions(365)], **watched),
-        "ArtifactBucket": _logged_bucket(options, "artifacts", artifacts),
-        "LogBucket": with_exceptions(bucket_resource(options, "logs", logs),
-                                     CKV_AWS_18="this is the bucket that access logs go to")}
-    if options.source == "s3":
-        found["CodeBucket"] = _logged_bucket(options, "code", [expire_versions(90)], **watched)
-    return found
-
-def _logged_bucket(options: Options, kind: str, lifecycle: list[dict], **more: Any) -> dict:
-    logging = {"DestinationBucketName": ref("LogBucket"), "LogFilePrefix": f"access/{kind}/"}
-    return bucket_resource(options, kind, lifecycle, **more, LoggingConfiguration=logging)
+    rules = {"data": [expire_versions(365)], "annotations": [expire_versions(365)], "code": [expire_versions(90)],
+             "artifacts": [expire_versions(30), TO_CHEAPER, expire_objects("registry/captures/", options.capture_days),
+                           expire_objects(artifact_prefix(options), 30)],
+             "logs": [expire_versions(30), expire_objects("access/", 90), expire_objects("AWSLogs/", 90)]}
+    return {name: bucket_resource(options, kind, rules[kind]) for name, kind in BUCKET_KINDS.items()
+            if kind != "code" or options.source == "s3"}
 
 # %% ../../nbs/aws/14_stack.ipynb #51f8b6e1
-def deny_without_tls(name: str) -> dict:
-    "Return the statement that refuses requests to the bucket `name` without TLS."
-    return {"Sid": "OnlyTLS", "Effect": "Deny", "Principal": "*", "Action": "s3:*",
-            "Resource": [attribute(name), sub(f"${{{name}.Arn}}/*")],
-            "Condition": {"Bool": {"aws:SecureTransport": "false"}}}
-
-# %% ../../nbs/aws/14_stack.ipynb #66309574
-BUCKET_KINDS = {"DataBucket": "data", "AnnotationsBucket": "annotations", "ArtifactBucket": "artifacts",
-                "CodeBucket": "code", "LogBucket": "logs"}
-
-def bucket_arn(options: Options, name: str) -> str:
-    "Return the ARN of a bucket by its name, for places where a reference would be circular."
-    return f"arn:${{AWS::Partition}}:s3:::{bucket_name(options, BUCKET_KINDS[name])}"
-
-# %% ../../nbs/aws/14_stack.ipynb #f874c6c8
-def trail_arn(options: Options) -> str:
-    "Return the ARN of the trail that logs uploads."
-    return f"arn:${{AWS::Partition}}:cloudtrail:${{AWS::Region}}:${{AWS::AccountId}}:trail/{options.name}-uploads"
+def deny_without_tls(action: str, resource: Any, **more: Any) -> dict:
+    "Return the statement that refuses `action` without TLS; `more` is its Sid."
+    return {"Effect": "Deny", "Principal": "*", "Action": action, "Resource": resource,
+            "Condition": {"Bool": {"aws:SecureTransport": "false"}}, **more}
 
 # %% ../../nbs/aws/14_stack.ipynb #bfa3091b
 IN_ACCOUNT = {"StringEquals": {"aws:SourceAccount": ref("AWS::AccountId")}}
 
-def access_log_statement(options: Options, names: list[str]) -> dict:
-    "Return the statement that lets S3 write the access logs of the buckets `names`."
-    sources = [sub(bucket_arn(options, name)) for name in names if name != "LogBucket"]
-    return {"Sid": "AccessLogs", "Effect": "Allow", "Principal": {"Service": "logging.s3.amazonaws.com"},
-            "Action": "s3:PutObject", "Resource": sub("${LogBucket.Arn}/access/*"),
-            "Condition": IN_ACCOUNT | {"ArnLike": {"aws:SourceArn": sources}}}
+def allow_service(service: str, action: str, condition: Mapping[str, Any] = IN_ACCOUNT, **more: Any) -> dict:
+    "Return the statement that allows `action` to the AWS service `service`; `more` are its Sid and Resource."
+    principal = {"Service": f"{service}.amazonaws.com"}
+    return {"Effect": "Allow", "Principal": principal, "Action": action, "Condition": dict(condition), **more}
 
 # %% ../../nbs/aws/14_stack.ipynb #c53b8734
-def trail_statements(options: Options) -> list[dict]:
-    "Return the statements that let CloudTrail write the log of uploads."
-    trail = {"Effect": "Allow", "Principal": {"Service": "cloudtrail.amazonaws.com"}}
-    source = {"aws:SourceArn": sub(trail_arn(options))}
+def log_statements(options: Options, names: list[str]) -> list[dict]:
+    "Return the statements that let S3 write the access logs of the buckets `names`, and CloudTrail that of uploads."
+    arns = [sub(f"arn:${{AWS::Partition}}:s3:::{bucket_name(options, BUCKET_KINDS[name])}")  # a Ref would be circular
+            for name in names if name != "LogBucket"]
+    access = allow_service("logging.s3", "s3:PutObject", IN_ACCOUNT | {"ArnLike": {"aws:SourceArn": arns}},
+                           Sid="AccessLogs", Resource=sub("${LogBucket.Arn}/access/*"))
+    if options.events != "cloudtrail":
+        return [access]
+    source = {"aws:SourceArn": sub(local_arn("cloudtrail", f"trail/{options.name}-uploads"))}
     full_control = {"s3:x-amz-acl": "bucket-owner-full-control"}
-    return [{"Sid": "TrailLooks", **trail, "Action": "s3:GetBucketAcl", "Resource": attribute("LogBucket"),
-             "Condition": {"StringEquals": source}},
-            {"Sid": "TrailWrites", **trail, "Action": "s3:PutObject",
-             "Resource": sub("${LogBucket.Arn}/AWSLogs/${AWS::AccountId}/*"),
-             "Condition": {"StringEquals": source | full_control}}]
+    return [access,
+            allow_service("cloudtrail", "s3:GetBucketAcl", {"StringEquals": source},
+                          Sid="TrailLooks", Resource=attribute("LogBucket")),
+            allow_service("cloudtrail", "s3:PutObject", {"StringEquals": source | full_control},
+                          Sid="TrailWrites", Resource=sub("${LogBucket.Arn}/AWSLogs/${AWS::AccountId}/*"))]
 
 # %% ../../nbs/aws/14_stack.ipynb #9c606c8a
 def bucket_policies(options: Options) -> Resources:
     "Return the policy of each bucket."
     names = list(buckets(options))
-    statements = {name: [deny_without_tls(name)] for name in names}
-    statements["LogBucket"].append(access_log_statement(options, names))
-    if options.events == "cloudtrail":
-        statements["LogBucket"] += trail_statements(options)
-    documents = {name: {"Version": "2012-10-17", "Statement": found} for name, found in statements.items()}
+    statements = {name: [deny_without_tls("s3:*", [attribute(name), sub(f"${{{name}.Arn}}/*")], Sid="OnlyTLS")]
+                  for name in names}
+    statements["LogBucket"] += log_statements(options, names)
+    documents = {name: policy_document(found) for name, found in statements.items()}
     return {f"{name}Policy": resource("S3::BucketPolicy", {"Bucket": ref(name), "PolicyDocument": document})
             for name, document in documents.items()}
 
@@ -238,55 +221,45 @@ def trail(options: Options) -> Resources:
     "Return the trail that logs uploads; nothing where S3 sends its events directly."
     if options.events != "cloudtrail":
         return {}
-    watched = [name for name in ("DataBucket", "AnnotationsBucket", "CodeBucket") if name in buckets(options)]
+    watched = [name for name in buckets(options) if BUCKET_KINDS[name] in WATCHED]
     select = {"IncludeManagementEvents": False, "ReadWriteType": "WriteOnly",
               "DataResources": [{"Type": "AWS::S3::Object", "Values": [sub(f"${{{name}.Arn}}/") for name in watched]}]}
-    made = resource("CloudTrail::Trail", {
+    reasons = linter_exceptions(
+        CKV_AWS_35="it logs keys of uploads, and the bucket that it writes to is encrypted already",
+        CKV_AWS_67="it notices uploads to three buckets of this region; another trail may audit the account")
+    return {"Trail": resource("CloudTrail::Trail", {
         "TrailName": f"{options.name}-uploads", "IsLogging": True, "S3BucketName": ref("LogBucket"),
         "EnableLogFileValidation": True, "IsMultiRegionTrail": False, "IncludeGlobalServiceEvents": False,
-        "EventSelectors": [select]}, DependsOn=["LogBucketPolicy"])
-    return {"Trail": with_exceptions(
-        made, CKV_AWS_35="it logs keys of uploads, and the bucket that it writes to is encrypted already",
-        CKV_AWS_67="it notices uploads to three buckets of this region; another trail may audit the account")}
+        "EventSelectors": [select]}, Metadata=reasons, DependsOn=["LogBucketPolicy"])}
 
 # %% ../../nbs/aws/14_stack.ipynb #b8553767
 ACCOUNT, ROLE = "123456789012", "arn:aws:iam::123456789012:role/intel-nb-job"
 
-def pipeline_config(options: Options) -> PipelineConfig:
-    "Return what the pipeline's definition is made from, with the stand-ins `ACCOUNT` and `ROLE`."
-    names = {kind: bucket_name(options, kind).replace("${AWS::AccountId}", ACCOUNT) for kind in BUCKET_KINDS.values()}
+def pipeline_config(options: Options, account: str = ACCOUNT, role: str = ROLE) -> PipelineConfig:
+    "Return what the pipeline's definition is made from, in `account` and with the ARN `role` for its jobs."
+    names = {kind: bucket_name(options, kind, account) for kind in BUCKET_KINDS.values()}
     return PipelineConfig(
-        bucket=names["artifacts"], role=ROLE, region=options.region, group=options.name, profile=options.profile,
+        bucket=names["artifacts"], role=role, region=options.region, group=options.name, profile=options.profile,
         spot=options.spot, data=f"s3://{names['data']}/intel.zip",
         annotations=f"s3://{names['annotations']}/annotations/",
         instance_train=options.instance_train, instance_serve=options.instance_serve,
         image_serve=options.image_serve or amazon_image("serve", options.region))
 
-# %% ../../nbs/aws/14_stack.ipynb #f4548660
-def pulled_images(options: Options) -> list[str]:
-    "Return the URIs of the images that SageMaker pulls for us."
-    amazon = {amazon_image("cpu", options.region), amazon_image("gpu", options.region)}
-    return sorted(amazon | {pipeline_config(options).image_serve})
-
-# %% ../../nbs/aws/14_stack.ipynb #c56a0833
-def trust_policy(principal: str) -> dict:
-    "Return the document that lets the service `principal` assume a role, for this account's resources only."
-    return {"Version": "2012-10-17", "Statement": [
-        {"Effect": "Allow", "Principal": {"Service": principal}, "Action": "sts:AssumeRole", "Condition": IN_ACCOUNT}]}
-
 # %% ../../nbs/aws/14_stack.ipynb #39b26e8a
 def roles(options: Options) -> Resources:
     "Return the roles of all parts, and the policy for people."
+    amazon = {amazon_image("cpu", options.region), amazon_image("gpu", options.region)}
     names = {"name": options.name, "short": artifact_prefix(options), "connection": options.connection,
-             "images": pulled_images(options)}
+             "images": sorted(amazon | {pipeline_config(options).image_serve})}
     source = FROM_S3 if options.source == "s3" else FROM_CONNECTION
     found = {}
     for name, role in ROLES.items():
         document = policy((*role.grants, *(source if name == "CodePipeline" else ())), **names)
         description = f"{options.name}: {role.purpose}"
         if role.principal:
+            trust = policy_document([allow_service(role.principal, "sts:AssumeRole")])
             found[f"{name}Role"] = resource("IAM::Role", {
-                "Description": description, "AssumeRolePolicyDocument": trust_policy(role.principal),
+                "Description": description, "AssumeRolePolicyDocument": trust,
                 "Policies": [{"PolicyName": name.lower(), "PolicyDocument": document}]})
         else:
             found[f"{name}Policy"] = resource("IAM::ManagedPolicy", {
@@ -327,20 +300,17 @@ BUILD_SPECS = {
         "artifacts": {"files": ["executed/**/*"]}},
 }
 
-def build_variables(options: Options) -> dict[str, Any]:
-    "Return the environment variables that tell a build how the stack was made."
-    changed = {name: value for name, value in vars(options).items() if value != getattr(Options(), name)}
-    return {"INTEL_NB_STACK": json.dumps(changed), "INTEL_NB_PIPELINE_ROLE": attribute("PipelineRole"),
-            "INTEL_NB_JOB_ROLE": attribute("JobRole"), "INTEL_NB_ACCOUNT": ref("AWS::AccountId")}
-
 # %% ../../nbs/aws/14_stack.ipynb #04d91b0e
 def build_project(options: Options, kind: str, role: str, minutes: int) -> dict:
-    "Return the CodeBuild project for modelbuild or modeldeploy, which is stopped after `minutes`."
-    variables = [{"Name": name, "Value": value} for name, value in build_variables(options).items()]
+    "Return the CodeBuild project for modelbuild or modeldeploy with the stack's options; it stops after `minutes`."
+    changed = {name: value for name, value in vars(options).items() if value != getattr(Options(), name)}
+    variables = {"INTEL_NB_STACK": json.dumps(changed), "INTEL_NB_PIPELINE_ROLE": attribute("PipelineRole"),
+                 "INTEL_NB_JOB_ROLE": attribute("JobRole"), "INTEL_NB_ACCOUNT": ref("AWS::AccountId")}
     return resource("CodeBuild::Project", {
         "Name": f"{options.name}-{kind}", "ServiceRole": attribute(role), "TimeoutInMinutes": minutes,
         "Environment": {"Type": "LINUX_CONTAINER", "ComputeType": "BUILD_GENERAL1_MEDIUM",
-                        "Image": "aws/codebuild/standard:7.0", "EnvironmentVariables": variables},
+                        "Image": "aws/codebuild/standard:7.0",
+                        "EnvironmentVariables": [{"Name": name, "Value": value} for name, value in variables.items()]},
         "Artifacts": {"Type": "CODEPIPELINE"},
         "Source": {"Type": "CODEPIPELINE", "BuildSpec": template_yaml(BUILD_SPECS[kind])},
         "Cache": {"Type": "LOCAL", "Modes": ["LOCAL_SOURCE_CACHE", "LOCAL_CUSTOM_CACHE"]},
@@ -412,19 +382,6 @@ def deploy_action(step: str, order: int, version: str = "") -> dict:
     outputs = [{"Name": f"{step.title()}Notebook"}]
     return build_action("Modeldeploy", step.title(), order, variables, OutputArtifacts=outputs, **more)
 
-# %% ../../nbs/aws/14_stack.ipynb #ffdafa1e
-def staging_stage() -> dict:
-    "Return the stage that runs 03, 04 and 05 on staging."
-    return {"Name": "Staging", "Actions": [
-        deploy_action("deploy", 1), deploy_action("drift", 2, VERSION), deploy_action("staging", 3, VERSION)]}
-
-# %% ../../nbs/aws/14_stack.ipynb #ab500483
-def approval_stage(options: Options) -> dict:
-    "Return the stage in which a person decides whether the version on staging goes to production."
-    question = f"Version {VERSION} passed the tests on staging of {options.name}. Production?"
-    request = {"NotificationArn": ref("Topic"), "CustomData": question}
-    return {"Name": "Approval", "Actions": [pipeline_action("Approve", "Approval", "Manual", request)]}
-
 # %% ../../nbs/aws/14_stack.ipynb #91fbb6ca
 def production_stage(options: Options) -> dict:
     "Return the stage that runs 03 on production, and rolls back when it fails or when an alarm is raised after it."
@@ -448,7 +405,12 @@ def codepipeline(options: Options, name: str, stages: list[dict]) -> dict:
 def codepipelines(options: Options) -> Resources:
     "Return modelbuild and modeldeploy."
     build = [{"Name": "Build", "Actions": [build_action("Modelbuild", "Build")]}]
-    deploy = [staging_stage(), approval_stage(options), production_stage(options)]
+    staging = {"Name": "Staging", "Actions": [  # 03, 04 and 05
+        deploy_action("deploy", 1), deploy_action("drift", 2, VERSION), deploy_action("staging", 3, VERSION)]}
+    question = f"Version {VERSION} passed the tests on staging of {options.name}. Production?"
+    request = {"NotificationArn": ref("Topic"), "CustomData": question}
+    approval = {"Name": "Approval", "Actions": [pipeline_action("Approve", "Approval", "Manual", request)]}
+    deploy = [staging, approval, production_stage(options)]
     return {"ModelbuildPipeline": codepipeline(options, "modelbuild", build),
             "ModeldeployPipeline": codepipeline(options, "modeldeploy", deploy)}
 
@@ -460,9 +422,8 @@ def rule_id(name: str) -> str:
 # %% ../../nbs/aws/14_stack.ipynb #fafab9b1
 def rule_resource(options: Options, rule: EventRule) -> dict:
     "Return a rule of EventBridge with its one target."
-    place = "arn:${AWS::Partition}:%s:${AWS::Region}:${AWS::AccountId}:%s"
-    codepipeline_arn = place % ("codepipeline", f"{options.name}-{rule.starts}")
-    arn = place % ("sagemaker", f"pipeline/{options.name}") if rule.starts == "pipeline" else codepipeline_arn
+    arn = (local_arn("sagemaker", f"pipeline/{options.name}") if rule.starts == "pipeline"
+           else local_arn("codepipeline", f"{options.name}-{rule.starts}"))
     target = {"Id": rule.starts, "Arn": sub(arn), "RoleArn": attribute("EventsRole"),
               "DeadLetterConfig": {"Arn": attribute("Undelivered")},
               "RetryPolicy": {"MaximumEventAgeInSeconds": 3600, "MaximumRetryAttempts": 8}}
@@ -475,22 +436,21 @@ def rule_resource(options: Options, rule: EventRule) -> dict:
 # %% ../../nbs/aws/14_stack.ipynb #e42b9951
 def undelivered_queue(options: Options, rules: list[EventRule]) -> Resources:
     "Return the queue for events that `rules` could not deliver, with its policy."
-    queue = resource("SQS::Queue", {"QueueName": f"{options.name}-undelivered", "SqsManagedSseEnabled": True,
-                                    "MessageRetentionPeriod": 14 * 86400})
-    arns = [attribute(rule_id(rule.name)) for rule in rules]
-    allow = {"Effect": "Allow", "Principal": {"Service": "events.amazonaws.com"}, "Action": "sqs:SendMessage",
-             "Resource": attribute("Undelivered"), "Condition": {"ArnEquals": {"aws:SourceArn": arns}}}
-    deny = {"Effect": "Deny", "Principal": "*", "Action": "sqs:*", "Resource": attribute("Undelivered"),
-            "Condition": {"Bool": {"aws:SecureTransport": "false"}}}
-    policy = resource("SQS::QueuePolicy", {"Queues": [ref("Undelivered")], "PolicyDocument": {
-        "Version": "2012-10-17", "Statement": [allow, deny]}})
     reason = "the key of SQS encrypts it, which the linter does not count"
-    return {"Undelivered": with_exceptions(queue, CKV_AWS_27=reason), "UndeliveredPolicy": policy}
+    queue = resource("SQS::Queue", {"QueueName": f"{options.name}-undelivered", "SqsManagedSseEnabled": True,
+                                    "MessageRetentionPeriod": 14 * 86400},
+                     Metadata=linter_exceptions(CKV_AWS_27=reason))
+    arns = [attribute(rule_id(rule.name)) for rule in rules]
+    allow = allow_service("events", "sqs:SendMessage", {"ArnEquals": {"aws:SourceArn": arns}},
+                          Resource=attribute("Undelivered"))
+    document = policy_document([allow, deny_without_tls("sqs:*", attribute("Undelivered"))])
+    policy = resource("SQS::QueuePolicy", {"Queues": [ref("Undelivered")], "PolicyDocument": document})
+    return {"Undelivered": queue, "UndeliveredPolicy": policy}
 
 # %% ../../nbs/aws/14_stack.ipynb #97830693
 def rule_resources(options: Options) -> Resources:
     "Return the rules of EventBridge, and the queue for events that they could not deliver."
-    names = {kind: sub(bucket_name(options, kind)) for kind in ("data", "annotations", "code")}
+    names = {kind: sub(bucket_name(options, kind)) for kind in WATCHED}
     rules = event_rules(ResourceNames(**names, group=options.name), options.source, options.events)
     return {rule_id(rule.name): rule_resource(options, rule) for rule in rules} | undelivered_queue(options, rules)
 
@@ -501,46 +461,42 @@ def log_groups(options: Options) -> Resources:
     endpoints = {stage: endpoint_name(options.name, stage) for stage in STAGES}
     names |= {f"Log{stage.title()}": f"/aws/sagemaker/Endpoints/{name}" for stage, name in endpoints.items()}
     reason = "logs are encrypted with the key of CloudWatch; no image and no secret is written to them"
-    groups = {key: resource("Logs::LogGroup", {"LogGroupName": name, "RetentionInDays": options.log_days})
-              for key, name in names.items()}
-    return {key: with_exceptions(group, CKV_AWS_158=reason) for key, group in groups.items()}
+    return {key: resource("Logs::LogGroup", {"LogGroupName": name, "RetentionInDays": options.log_days},
+                          Metadata=linter_exceptions(CKV_AWS_158=reason)) for key, name in names.items()}
 
 # %% ../../nbs/aws/14_stack.ipynb #988a459f
-def alarm_resource(name: str, description: str, **properties: Any) -> dict:
+PIPELINE_METRICS = "AWS/Sagemaker/ModelBuildingPipeline"
+
+def alarm_resource(description: str, **properties: Any) -> dict:
     "Return an alarm that notifies people when it is raised and when it is over."
     return resource("CloudWatch::Alarm", {
-        "AlarmName": name, "AlarmDescription": description, "AlarmActions": [ref("Topic")], "OKActions": [ref("Topic")],
+        "AlarmDescription": description, "AlarmActions": [ref("Topic")], "OKActions": [ref("Topic")],
         "TreatMissingData": "notBreaching", "ComparisonOperator": "GreaterThanThreshold", "EvaluationPeriods": 1,
         "Threshold": 0, **properties})
 
 # %% ../../nbs/aws/14_stack.ipynb #8e95b533
 def stage_alarms(options: Options, stage: str) -> Resources:
     "Return the alarms for errors, latency and drift of a stage's endpoint."
-    endpoint = endpoint_name(options.name, stage)
-    descriptions = {"errors": f"the endpoint of {stage} answers with errors",
-                    "latency": f"the endpoint of {stage} is slow"}
-    found = {}
-    for request in alarm_requests(endpoint):
-        name = request["AlarmName"]
-        kind = name.rpartition("-")[2]
-        properties = {key: value for key, value in request.items() if key not in ("AlarmName", "ActionsEnabled")}
-        found[f"Alarm{stage.title()}{kind.title()}"] = alarm_resource(name, descriptions[kind], **properties)
-    found[f"Alarm{stage.title()}Drift"] = alarm_resource(
-        f"{endpoint}-drift", f"the images that {stage} gets differ from those it was trained on", Namespace="intel-nb",
-        MetricName="DriftAlarms", Statistic="Sum", Period=3600, Dimensions=[{"Name": "Endpoint", "Value": endpoint}])
-    return found
+    endpoint, start = endpoint_name(options.name, stage), f"Alarm{stage.title()}"
+    errors, latency = alarm_requests(endpoint)
+    drift = {"AlarmName": f"{endpoint}-drift", "Namespace": METRIC_NAMESPACE, "MetricName": DRIFT_ALARMS,
+             "Statistic": "Sum", "Period": 3600, "Dimensions": [{"Name": "Endpoint", "Value": endpoint}]}
+    changed = f"the images that {stage} gets differ from those it was trained on"
+    return {f"{start}Errors": alarm_resource(f"the endpoint of {stage} answers with errors", **errors),
+            f"{start}Latency": alarm_resource(f"the endpoint of {stage} is slow", **latency),
+            f"{start}Drift": alarm_resource(changed, **drift)}
 
 # %% ../../nbs/aws/14_stack.ipynb #c35e73f9
 def alarms(options: Options) -> Resources:
     "Return the alarms of all stages, of the queue and of the pipeline."
     found = {key: made for stage in STAGES for key, made in stage_alarms(options, stage).items()}
-    queue = [{"Name": "QueueName", "Value": attribute("Undelivered", "QueueName")}]
     found["AlarmUndelivered"] = alarm_resource(
-        f"{options.name}-undelivered", "an event could not be delivered; it lies in the queue", Namespace="AWS/SQS",
-        MetricName="ApproximateNumberOfMessagesVisible", Statistic="Maximum", Period=300, Dimensions=queue)
+        "an event could not be delivered; it lies in the queue", AlarmName=f"{options.name}-undelivered",
+        Namespace="AWS/SQS", MetricName="ApproximateNumberOfMessagesVisible", Statistic="Maximum", Period=300,
+        Dimensions=[{"Name": "QueueName", "Value": attribute("Undelivered", "QueueName")}])
     found["AlarmPipeline"] = alarm_resource(
-        f"{options.name}-pipeline", "an execution of the pipeline failed, or the gate refused a version",
-        Namespace="AWS/Sagemaker/ModelBuildingPipeline", MetricName="ExecutionFailed", Statistic="Sum", Period=300,
+        "an execution of the pipeline failed, or the gate refused a version", AlarmName=f"{options.name}-pipeline",
+        Namespace=PIPELINE_METRICS, MetricName="ExecutionFailed", Statistic="Sum", Period=300,
         Dimensions=[{"Name": "PipelineName", "Value": options.name}])
     return found
 
@@ -549,12 +505,10 @@ def topic(options: Options) -> Resources:
     "Return the topic for alarms and requests for approval, with the subscription of `options.email`."
     reason = ("alarms cannot publish to a topic with the key of SNS, and a key of its own costs more than it guards: "
               "names of alarms and versions")
-    allow = {"Effect": "Allow", "Principal": {"Service": "cloudwatch.amazonaws.com"}, "Action": "sns:Publish",
-             "Resource": ref("Topic"), "Condition": IN_ACCOUNT}
-    deny = {"Effect": "Deny", "Principal": "*", "Action": "sns:Publish", "Resource": ref("Topic"),
-            "Condition": {"Bool": {"aws:SecureTransport": "false"}}}
-    document = {"Version": "2012-10-17", "Statement": [allow, deny]}
-    found = {"Topic": with_exceptions(resource("SNS::Topic", {"TopicName": f"{options.name}-news"}), CKV_AWS_26=reason),
+    document = policy_document([allow_service("cloudwatch", "sns:Publish", Resource=ref("Topic")),
+                                deny_without_tls("sns:Publish", ref("Topic"))])
+    found = {"Topic": resource("SNS::Topic", {"TopicName": f"{options.name}-news"},
+                               Metadata=linter_exceptions(CKV_AWS_26=reason)),
              "TopicPolicy": resource("SNS::TopicPolicy", {"Topics": [ref("Topic")], "PolicyDocument": document})}
     if options.email:
         subscription = {"TopicArn": ref("Topic"), "Protocol": "email", "Endpoint": options.email}
@@ -562,58 +516,60 @@ def topic(options: Options) -> Resources:
     return found
 
 # %% ../../nbs/aws/14_stack.ipynb #a5434ad2
-CODE_MOUNT = "/opt/ml/processing/input/code"
-INSTALL_CODE = ("import pathlib; from intel_nb.aws.container import install_requirements; "
-                f"install_requirements(pathlib.Path('{CODE_MOUNT}')); ")
-
-def scheduled_drift_job(options: Options, stage: str) -> dict:
-    "Return the request of the processing job that looks for drift on `stage`, with the stand-in ROLE for its role."
-    job = drift_job_request(options.name, stage, amazon_image("cpu", options.region), "ROLE")
-    job["AppSpecification"]["ContainerEntrypoint"] = ["python3", "-c", INSTALL_CODE + DRIFT_COMMAND]
-    mount = {"S3Uri": code_uri(pipeline_config(options)), "LocalPath": CODE_MOUNT, "S3DataType": "S3Prefix",
-             "S3InputMode": "File"}
-    inputs = [{"InputName": "code", "S3Input": mount}]
-    return job | {"ProcessingInputs": inputs, "Environment": {"PYTHONPATH": CODE_MOUNT}}
+def drift_job_request(options: Options, stage: str) -> dict[str, Any]:
+    "Return the request of CreateProcessingJob for an hour of the endpoint of `stage`; its role is the stand-in ROLE."
+    mount = s3_input("code", code_uri(pipeline_config(options)))
+    install = ("import pathlib; from intel_nb.aws.container import install_requirements; "
+               f"install_requirements(pathlib.Path('{mount['LocalPath']}')); ")
+    app = {"ImageUri": amazon_image("cpu", options.region),
+           "ContainerEntrypoint": ["python3", "-c", install + DRIFT_COMMAND],
+           "ContainerArguments": [options.name, stage]}
+    machine = {"InstanceCount": 1, "InstanceType": "ml.m5.large", "VolumeSizeInGB": 30}
+    name = f"{endpoint_name(options.name, stage)}-<aws.scheduler.execution-id>"
+    return {"ProcessingJobName": name, "RoleArn": "ROLE", "AppSpecification": app,
+            "ProcessingResources": {"ClusterConfig": machine}, "StoppingCondition": {"MaxRuntimeInSeconds": 3000},
+            "ProcessingInputs": [{"InputName": "code", "S3Input": mount}],
+            "Environment": {"PYTHONPATH": mount["LocalPath"]}}
 
 # %% ../../nbs/aws/14_stack.ipynb #84c16422
 def drift_schedules(options: Options) -> Resources:
     "Return the schedules of the hourly jobs that look for drift, one for each stage in `options.watch`."
     found = {}
     for stage in options.watch:
-        schedule = drift_schedule_request(scheduled_drift_job(options, stage), "ROLE")
-        job = fill_stand_ins(schedule["Target"]["Input"])["Fn::Sub"].replace('"ROLE"', '"${WatchRole.Arn}"')
-        target = {"RoleArn": attribute("SchedulerRole"), "DeadLetterConfig": {"Arn": attribute("Undelivered")},
-                  "Input": sub(job)}
+        job = fill_stand_ins(json.dumps(drift_job_request(options, stage)))["Fn::Sub"]
+        target = {"Arn": "arn:aws:scheduler:::aws-sdk:sagemaker:createProcessingJob",
+                  "RoleArn": attribute("SchedulerRole"), "Input": sub(job.replace('"ROLE"', '"${WatchRole.Arn}"')),
+                  "RetryPolicy": {"MaximumRetryAttempts": 2, "MaximumEventAgeInSeconds": 1800},
+                  "DeadLetterConfig": {"Arn": attribute("Undelivered")}}
         found[f"Drift{stage.title()}"] = resource("Scheduler::Schedule", {
-            **schedule, "State": "ENABLED", "Target": schedule["Target"] | target})
+            "Name": f"{endpoint_name(options.name, stage)}-drift", "ScheduleExpression": "rate(1 hour)",
+            "Target": target, "FlexibleTimeWindow": {"Mode": "FLEXIBLE", "MaximumWindowInMinutes": 10},
+            "State": "ENABLED"})
     return found
 
-# %% ../../nbs/aws/14_stack.ipynb #558302f3
-def chart(options: Options, title: str, metrics: list[list]) -> dict:
-    "Return a chart of the dashboard with sums over five minutes, where `metrics` does not say otherwise."
-    properties = {"title": title, "metrics": metrics, "region": options.region, "stat": "Sum", "period": 300}
-    return {"type": "metric", "properties": properties}
-
 # %% ../../nbs/aws/14_stack.ipynb #d24c6263
-def stage_charts(options: Options, stage: str) -> list[dict]:
-    "Return the charts of a stage: requests and errors, latency, and drift."
+def stage_charts(options: Options, stage: str) -> dict[str, list[list]]:
+    "Return the metrics of a stage's charts by their titles: requests and errors, latency, and drift."
     endpoint = endpoint_name(options.name, stage)
-    variant = ["EndpointName", endpoint, "VariantName", "AllTraffic"]
+    variant = ["EndpointName", endpoint, "VariantName", VARIANT]
     counts = [["AWS/SageMaker", name, *variant]
               for name in ("Invocations", "Invocation4XXErrors", "Invocation5XXErrors")]
     latency = [["AWS/SageMaker", "ModelLatency", *variant, {"stat": stat}] for stat in ("p50", "p99")]
-    drift = [["intel-nb", "DriftStatistic", "Endpoint", endpoint, {"stat": "Maximum"}]]
-    return [chart(options, f"{stage}: requests and errors", counts), chart(options, f"{stage}: latency in µs", latency),
-            chart(options, f"{stage}: drift, 1 is the threshold", drift)]
+    drift = [[METRIC_NAMESPACE, DRIFT_STATISTIC, "Endpoint", endpoint, {"stat": "Maximum"}]]
+    return {f"{stage}: requests and errors": counts, f"{stage}: latency in µs": latency,
+            f"{stage}: drift, 1 is the threshold": drift}
 
 # %% ../../nbs/aws/14_stack.ipynb #175215a3
 def dashboard(options: Options) -> Resources:
-    "Return the dashboard: the charts of both stages, and the executions of the pipeline."
-    runs = [["AWS/Sagemaker/ModelBuildingPipeline", name, "PipelineName", options.name]
+    "Return the dashboard: charts of both stages and of the pipeline's executions, mostly of sums over five minutes."
+    runs = [[PIPELINE_METRICS, name, "PipelineName", options.name]
             for name in ("ExecutionStarted", "ExecutionSucceeded", "ExecutionFailed")]
-    charts = [*(one for stage in STAGES for one in stage_charts(options, stage)),
-              chart(options, "executions of the pipeline", runs)]
-    widgets = [{**one, "x": 8 * (i % 3), "y": 6 * (i // 3), "width": 8, "height": 6} for i, one in enumerate(charts)]
+    charts = {**stage_charts(options, "staging"), **stage_charts(options, "production"),
+              "executions of the pipeline": runs}
+    common = {"region": options.region, "stat": "Sum", "period": 300}
+    widgets = [{"type": "metric", "properties": {"title": title, "metrics": metrics, **common},
+                "x": 8 * (i % 3), "y": 6 * (i // 3), "width": 8, "height": 6}
+               for i, (title, metrics) in enumerate(charts.items())]
     body = json.dumps({"widgets": widgets})
     return {"Dashboard": resource("CloudWatch::Dashboard", {"DashboardName": options.name, "DashboardBody": body})}
 
@@ -633,12 +589,9 @@ PARTS = (buckets, bucket_policies, trail, roles, build_projects, codepipelines, 
          alarms, drift_schedules, dashboard)
 
 def template(options: Options = Options(), definition: dict | None = None) -> dict:
-    """Return the template for these options; raise `InputError` when no stack can be made from them.
-
-    `definition` is the pipeline's; None means the checked one from `intel_nb.aws.pipeline`."""
-    from intel_nb.aws import pipeline
+    "Return the template, with the pipeline's `definition` (None: ours, checked); raise `InputError` for wrong options."
     checked_options(options)
-    definition = definition or pipeline.check_pipeline(pipeline.pipeline_definition(pipeline_config(options)))
+    definition = definition or check_pipeline(pipeline_definition(pipeline_config(options)))
     found: Resources = {}
     for part in PARTS:
         found |= part(options)

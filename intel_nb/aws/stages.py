@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .client import client, ignore_not_found, translate_errors
-from .deploy import config_in_account, upload_code
+from .client import client, ignore_not_found, request_token, translate_errors
+from .deploy import upload_code
 from .executions import start_execution
 from .objects import ObjectNotFound, find_objects, list_objects, parse_s3_uri
 from .pipeline import PipelineConfig, check_pipeline, pipeline_definition
-from .stack import Options, checked_options
+from .stack import Options, checked_options, pipeline_config
 from ..chain.execution import NotebookFailed, execute
 from ..chain.plan import notebooks_folder
 from ..registry import ModelVersion, note_stage, note_test, open_registry
@@ -27,9 +27,8 @@ from ..serving.endpoints import open_endpoints
 from ..storage import InputError, fetch, read_json, write_text
 
 # %% auto #0
-__all__ = ['NOTEBOOKS', 'options_from', 'config_from', 'upsert_pipeline', 'data_version', 'run_modelbuild', 'Platform',
-           'choose_version', 'check_deploy_step', 'dataset_uri', 'step_parameters', 'record_result', 'run_modeldeploy',
-           'run_build_command']
+__all__ = ['NOTEBOOKS', 'options_from', 'upsert_pipeline', 'data_version', 'run_modelbuild', 'Platform', 'choose_version',
+           'check_deploy_step', 'step_parameters', 'record_result', 'run_modeldeploy', 'run_build_command']
 
 # %% ../../nbs/aws/16_stages.ipynb #4bebd32f
 def options_from(environ: Mapping[str, str]) -> Options:
@@ -38,11 +37,6 @@ def options_from(environ: Mapping[str, str]) -> Options:
     lists = {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
     return checked_options(Options(**(options | lists)))
 
-# %% ../../nbs/aws/16_stages.ipynb #77aa5c86
-def config_from(environ: Mapping[str, str]) -> PipelineConfig:
-    "Return the pipeline's configuration in the account where a build runs."
-    return config_in_account(options_from(environ), environ["INTEL_NB_ACCOUNT"], environ["INTEL_NB_JOB_ROLE"])
-
 # %% ../../nbs/aws/16_stages.ipynb #135f5375
 def upsert_pipeline(name: str, definition: dict, role: str) -> str:
     "Update the pipeline `name` to `definition`, or create it; return `updated` or `created`."
@@ -50,7 +44,7 @@ def upsert_pipeline(name: str, definition: dict, role: str) -> str:
     with ignore_not_found():
         client("sagemaker").update_pipeline(**request)
         return "updated"
-    client("sagemaker").create_pipeline(**request, ClientRequestToken=f"intel-nb-{os.urandom(16).hex()}")
+    client("sagemaker").create_pipeline(**request, ClientRequestToken=request_token())
     return "created"
 
 # %% ../../nbs/aws/16_stages.ipynb #5d2d5364
@@ -65,7 +59,7 @@ def data_version(config: PipelineConfig) -> str:
 @translate_errors()
 def run_modelbuild(environ: Mapping[str, str] = os.environ) -> str:
     "Update the pipeline, and start it if there is data; return a sentence that says what was done."
-    config = config_from(environ)
+    config = pipeline_config(options_from(environ), environ["INTEL_NB_ACCOUNT"], environ["INTEL_NB_JOB_ROLE"])
     upload_code(config)
     done = upsert_pipeline(config.group, check_pipeline(pipeline_definition(config)), environ["INTEL_NB_PIPELINE_ROLE"])
     try:
@@ -103,13 +97,6 @@ def check_deploy_step(step: str, version: ModelVersion) -> None:
     if step == "promote" and version.staging_test != "passed":
         raise InputError(f"version {version.version} has not passed the staging test; production stays as it is")
 
-# %% ../../nbs/aws/16_stages.ipynb #35c5b394
-def dataset_uri(version: ModelVersion) -> str:
-    "Return the URI of the dataset that a version was evaluated on, from its tag; raise `InputError` without the tag."
-    if "dataset" not in version.tags:
-        raise InputError(f"version {version.version} has no tag dataset; run the pipeline again to get one that has it")
-    return version.tags["dataset"]
-
 # %% ../../nbs/aws/16_stages.ipynb #dac316e2
 def step_parameters(step: str, platform: Platform, version: ModelVersion, folder: Path) -> dict[str, Any]:
     "Return the parameters of a step's notebook for `version`; files that it reads are downloaded to `folder`."
@@ -117,7 +104,9 @@ def step_parameters(step: str, platform: Platform, version: ModelVersion, folder
     if step in ("deploy", "promote"):
         stage = "staging" if step == "deploy" else "production"
         return {"version": number, "registry": platform.registry, "endpoints": platform.endpoints, "stage": stage}
-    dataset = str(fetch(dataset_uri(version), folder))
+    if "dataset" not in version.tags:
+        raise InputError(f"version {number} has no tag dataset; run the pipeline again to get one that has it")
+    dataset = str(fetch(version.tags["dataset"], folder))
     if step == "drift":
         return {"dataset": dataset, "model": str(registry.package(number, folder / "package"))}
     url = open_endpoints(platform.endpoints).describe("staging").url
@@ -135,9 +124,7 @@ def record_result(step: str, platform: Platform, version: ModelVersion, result: 
 # %% ../../nbs/aws/16_stages.ipynb #6b2a9e0a
 def run_modeldeploy(step: str, platform: Platform, version: str = "", folder: Path = Path(),
                     notebooks: Path | None = None) -> dict[str, Any]:
-    """Run the notebook of `step` for a version and record its result in the registry; return the result.
-
-    The version is written to `variables.env` in `folder`, for the steps after this one."""
+    "Run the notebook of `step`, record its result and return it; `variables.env` tells later steps the version."
     chosen = choose_version(platform, version)
     check_deploy_step(step, chosen)
     work = folder / "work" / step
