@@ -302,7 +302,7 @@ BUILD_SPECS = {
 
 # %% ../../nbs/aws/14_stack.ipynb #04d91b0e
 def build_project(options: Options, kind: str, role: str, minutes: int) -> dict:
-    "Return the CodeBuild project for modelbuild or modeldeploy, which knows the stack's options and stops after `minutes`."
+    "Return the CodeBuild project for modelbuild or modeldeploy with the stack's options; it stops after `minutes`."
     changed = {name: value for name, value in vars(options).items() if value != getattr(Options(), name)}
     variables = {"INTEL_NB_STACK": json.dumps(changed), "INTEL_NB_PIPELINE_ROLE": attribute("PipelineRole"),
                  "INTEL_NB_JOB_ROLE": attribute("JobRole"), "INTEL_NB_ACCOUNT": ref("AWS::AccountId")}
