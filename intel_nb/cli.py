@@ -20,15 +20,16 @@ if TYPE_CHECKING:  # each command imports what it needs, so that --help does not
 
 # %% auto #0
 __all__ = ['app', 'aws_app', 'INTERRUPTED', 'JsonOption', 'VersionArgument', 'StageArgument', 'EXIT_STATUS', 'Setting', 'Profile',
-           'Engine', 'Approve', 'NameOption', 'PipelineOption', 'StackOption', 'YesOption', 'print_line', 'print_error',
-           'call', 'main', 'format_table', 'print_json', 'print_rows', 'PlainProgress', 'BarProgress', 'show_progress',
-           'annotation_lines', 'describe_run', 'exit_with_outcome', 'request_from', 'run_command', 'runs_command',
-           'report_command', 'models_command', 'trace_command', 'describe_shadow', 'describe_drift', 'drift_and_shadow',
-           'endpoints_command', 'captures_command', 'carry_out_decision', 'approve_command', 'reject_command',
-           'promote_command', 'rollback_command', 'shadow_command', 'start_command', 'stop_command', 'predict_file',
-           'predict_command', 'watch_command', 'prune_command', 'confirm_unless', 'aws_template_command',
-           'aws_definition_command', 'aws_rehearse_command', 'aws_cost_command', 'aws_deploy_command',
-           'aws_start_command', 'aws_status_command', 'aws_destroy_command']
+           'Engine', 'Approve', 'ModelArgument', 'NameOption', 'PipelineOption', 'StackOption', 'YesOption',
+           'print_line', 'print_error', 'call', 'main', 'format_table', 'print_json', 'print_rows', 'PlainProgress',
+           'BarProgress', 'show_progress', 'annotation_lines', 'describe_run', 'exit_with_outcome', 'request_from',
+           'run_command', 'runs_command', 'report_command', 'models_command', 'trace_command', 'describe_shadow',
+           'describe_drift', 'drift_and_shadow', 'endpoints_command', 'captures_command', 'carry_out_decision',
+           'approve_command', 'reject_command', 'promote_command', 'rollback_command', 'shadow_command',
+           'start_command', 'stop_command', 'predict_file', 'predict_command', 'serve_command', 'sign_command',
+           'watch_command', 'prune_command', 'confirm_unless', 'aws_template_command', 'aws_definition_command',
+           'aws_rehearse_command', 'aws_cost_command', 'aws_deploy_command', 'aws_start_command', 'aws_status_command',
+           'aws_destroy_command']
 
 # %% ../nbs/20_cli.ipynb #d6fdda1b
 app = typer.Typer(name="intel-nb", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
@@ -459,6 +460,44 @@ def predict_command(
     rows = [{"image": image, **predict_file(endpoint.url, image)} for image in images]
     columns = ("image", "label", "confidence")
     print_rows(rows if as_json else [{name: row[name] for name in columns} for row in rows], as_json, "")
+
+# %% ../nbs/20_cli.ipynb #c2cda8be
+def _package_path(model: str) -> str:
+    "Return the path of the package `model`: a path, or a version in the workspace's registry."
+    from pathlib import Path
+    is_version = model.isdecimal() and not Path(model).exists()
+    return str(_workspace().registry().package(model)) if is_version else model
+
+# %% ../nbs/20_cli.ipynb #5ebeb261
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A package (folder or model.tar.gz) or a version.")]
+
+@app.command("serve")
+def serve_command(
+    model: ModelArgument,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 for every one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port to listen on.", min=0, max=65535)] = 8080,
+    state: Annotated[str, typer.Option(help="The folder for the detector's state and for captures. Without it they end "
+                                       "with the command.", envvar="INTEL_NB_STATE", show_default=False)] = "",
+    ray_config: Annotated[bool, typer.Option("--ray-config", help="Print Ray Serve's configuration instead.")] = False,
+) -> None:
+    "Serve a model package in the foreground, until Ctrl-C."
+    import os
+    path, version = _package_path(model), os.environ.get("INTEL_NB_VERSION") or (model if model.isdecimal() else "")
+    if ray_config:
+        from intel_nb.serving.ray import serve_config
+        print_json(serve_config(path, version))
+    else:
+        from intel_nb.serving.foreground import serve_package
+        serve_package(path, host, port, state, version)
+
+# %% ../nbs/20_cli.ipynb #79d03167
+@app.command("sign")
+def sign_command(model: ModelArgument, key: Annotated[str, typer.Option(
+        help="The file of an ed25519 private key in PEM.", envvar="INTEL_NB_SIGNING_KEY", show_default=False)]) -> None:
+    "Sign a model package, so that who checks with the public key knows whose it is."
+    from intel_nb.model import SIGNATURE, sign_package
+    sign_package(path := _package_path(model), key)
+    print_line(f"{path} is signed; anyone with the public key can check {SIGNATURE}")
 
 # %% ../nbs/20_cli.ipynb #45aae6c0
 @app.command("watch")

@@ -30,9 +30,9 @@ if TYPE_CHECKING:  # imported when used: reading a package needs neither
     from intel_nb.detector import OnlineMMD
 
 # %% auto #0
-__all__ = ['FILES', 'IGNORED', 'SIGNATURE', 'MAX_PACKAGE_BYTES', 'write_manifest', 'read_manifest', 'check_manifest',
-           'sign_manifest', 'check_signature', 'cores', 'open_session', 'run_batches', 'Package', 'pack', 'unpack',
-           'load_package', 'to_yaml', 'card_text', 'write_package', 'sample_package']
+__all__ = ['FILES', 'IGNORED', 'SIGNATURE', 'MAX_PACKAGE_BYTES', 'write_manifest', 'read_manifest', 'check_files',
+           'check_manifest', 'sign_manifest', 'check_signature', 'cores', 'open_session', 'run_batches', 'Package',
+           'pack', 'unpack', 'load_package', 'sign_package', 'to_yaml', 'card_text', 'write_package', 'sample_package']
 
 # %% ../nbs/18_model.ipynb #4eca6a82
 FILES = ("model.onnx", "model.safetensors", "labels.json", "hparams.yaml", "drift.npz", "card.md")
@@ -76,15 +76,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 # %% ../nbs/18_model.ipynb #8e21f44a
-def check_manifest(folder: str | Path) -> dict[str, Any]:
-    """Return the manifest of the package in `folder`. Raise `InputError` unless exactly its files are there, unchanged.
-
-    Where `INTEL_NB_VERIFY_KEY` names a public key, the manifest must be signed with its private key."""
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    if key := os.environ.get("INTEL_NB_VERIFY_KEY"):
-        check_signature(folder, key)
-    files = manifest["files"]
+def check_files(folder: Path, files: dict[str, str]) -> None:
+    "Raise `InputError` unless `folder` holds exactly a package's files, with the digests in `files`."
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*")} - {"manifest.json", SIGNATURE}
     for name in sorted({*FILES, *files} | present):
         if name not in files:
@@ -93,6 +86,16 @@ def check_manifest(folder: str | Path) -> dict[str, Any]:
             raise InputError(f"{folder} lists {name}, which no package holds; do not trust this package")
         if not _is_file(folder, name) or sha256_file(folder / name) != files[name]:
             raise InputError(f"{folder / name} is not the file that the manifest lists; copy the package again")
+
+# %% ../nbs/18_model.ipynb #ca0ef19d
+def check_manifest(folder: str | Path) -> dict[str, Any]:
+    """Return the manifest of the package in `folder`. Raise `InputError` unless exactly its files are there, unchanged.
+
+    Where `INTEL_NB_VERIFY_KEY` names a public key, the manifest must be signed with its private key."""
+    manifest = read_manifest(Path(folder))
+    if key := os.environ.get("INTEL_NB_VERIFY_KEY"):
+        check_signature(folder, key)
+    check_files(Path(folder), manifest["files"])
     return manifest
 
 # %% ../nbs/18_model.ipynb #963bf372
@@ -281,7 +284,22 @@ def load_package(path: str | Path, into: str | Path | None = None) -> Package:
         raise InputError(f"{path} does not exist; give the folder of a model package or its model.tar.gz")
     temporary = None if into else tempfile.TemporaryDirectory(prefix="intel-nb-package-")
     folder = unpack(path, temporary.name if temporary else str(into))
-    return Package(folder, check_manifest(folder), temporary)
+    try:
+        return Package(folder, check_manifest(folder), temporary)
+    except InputError as e:
+        raise InputError(str(e).replace(str(folder), str(path))) from None
+
+# %% ../nbs/18_model.ipynb #11932b83
+def sign_package(path: str | Path, key: str | Path) -> None:
+    "Sign the package at `path`, a folder or an archive, with the private key in the file `key`, once it was checked."
+    folder = Path(path)
+    with tempfile.TemporaryDirectory(prefix="intel-nb-") as temporary:
+        if not folder.is_dir():
+            folder = unpack(path, temporary)
+        check_files(folder, read_manifest(folder)["files"])
+        sign_manifest(folder, key)
+        if folder != Path(path):
+            pack(folder, path)
 
 # %% ../nbs/18_model.ipynb #df8da758
 def to_yaml(values: dict[str, Any]) -> str:
