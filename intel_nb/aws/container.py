@@ -9,14 +9,11 @@ import argparse
 import hashlib
 import json
 import os
-import re
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +23,8 @@ from ..chain.plan import notebooks_folder
 from ..storage import InputError, files_of, read_json, write_text
 
 # %% auto #0
-__all__ = ['JOB_FOLDERS', 'FOLDER_VARIABLES', 'BASE', 'JobArguments', 'read_arguments', 'job_folders', 'mounted_inputs',
-           'output_folders', 'missing_requirements', 'install_requirements', 'report_failure', 'run_job_notebook',
-           'run_container_job']
+__all__ = ['JOB_FOLDERS', 'FOLDER_VARIABLES', 'BASE', 'JobArguments', 'read_hyperparameters', 'read_arguments', 'job_folders',
+           'mounted_inputs', 'output_folders', 'report_failure', 'run_job_notebook', 'run_container_job']
 
 # %% ../../nbs/aws/09_container.ipynb #d1945229
 @dataclass(frozen=True)
@@ -49,9 +45,20 @@ def _read_settings(text: str) -> dict[str, Any]:
         raise InputError(f'the settings {text!r} are no JSON object such as {{"epochs": 3}}')
     return found
 
+# %% ../../nbs/aws/09_container.ipynb #95e63bd9
+def read_hyperparameters(base: Path) -> dict[str, str]:
+    "Return the hyperparameters of the job whose `/opt/ml` is `base`, as texts; none where SageMaker wrote none."
+    path = base / "input/config/hyperparameters.json"
+    found = read_json(path) if path.is_file() else {}
+    return {name: _unquoted(text) for name, text in found.items() if not name.startswith("sagemaker_")}  # its toolkit's
+
+def _unquoted(text: str) -> str:
+    "Return `text` without the quotes that Amazon's SDK puts around texts."
+    return json.loads(text) if text[:1] == text[-1:] == '"' and len(text) > 1 else text
+
 # %% ../../nbs/aws/09_container.ipynb #1f611ba6
-def read_arguments(arguments: Sequence[str], notebooks: Path) -> JobArguments:
-    "Return the notebook and its parameters; raise `InputError` for a parameter that it does not take."
+def read_arguments(arguments: Sequence[str], notebooks: Path, hyperparameters: Mapping[str, str] = {}) -> JobArguments:
+    "Return the notebook and its parameters, arguments first; raise `InputError` for one that it does not take."
     parser = argparse.ArgumentParser("intel_nb.aws.container", exit_on_error=False, add_help=False)
     parser.add_argument("notebook")
     parser.add_argument("--param", action="append", default=[])
@@ -64,9 +71,10 @@ def read_arguments(arguments: Sequence[str], notebooks: Path) -> JobArguments:
         usage = "NOTEBOOK [--param NAME=VALUE]… [--settings JSON]"
         raise InputError(f"the container knows no argument {unknown[0]}; it takes {usage}")
     declared = read_parameters(notebooks / parsed.notebook)
-    values = _read_settings(parsed.settings)
+    as_declared = lambda name, text: read_value(text, declared[name]) if name in declared else text
+    values = {name: as_declared(name, text) for name, text in hyperparameters.items()} | _read_settings(parsed.settings)
     for name, _, text in (pair.partition("=") for pair in parsed.param):
-        values[name] = read_value(text, declared[name]) if name in declared else text
+        values[name] = as_declared(name, text)
     return JobArguments(parsed.notebook, check_values(parsed.notebook, values, declared), declared)
 
 # %% ../../nbs/aws/09_container.ipynb #4f35d1f3
@@ -105,30 +113,6 @@ def output_folders(folders: Mapping[str, Path], declared: Mapping[str, Parameter
         found["checkpoint_dir"] += "/" + hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
     return found
 
-# %% ../../nbs/aws/09_container.ipynb #0cc7bc8b
-def _is_installed(name: str) -> bool:
-    try:
-        return bool(version(name))
-    except PackageNotFoundError:
-        return False
-
-# %% ../../nbs/aws/09_container.ipynb #f5d4bae7
-def missing_requirements(code: Path) -> list[str]:
-    "Return what the steps of the project in the folder `code` require and is not installed."
-    import tomllib
-    project = tomllib.loads((code / "pyproject.toml").read_text())["project"]
-    extras = [project["optional-dependencies"].get(extra, []) for extra in ("steps", "aws")]
-    return [one for one in sum(extras, project["dependencies"]) if not _is_installed(re.split(r"[^\w.-]", one)[0])]
-
-# %% ../../nbs/aws/09_container.ipynb #992486f8
-def install_requirements(code: Path) -> None:
-    "Install what is missing with pip, in the versions that `code` pins."
-    if missing := missing_requirements(code):
-        print(f"installing {len(missing)} packages", flush=True)
-        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
-                        "--no-cache-dir", "--root-user-action=ignore", "-c", str(code / "constraints.txt"), *missing],
-                       check=True)
-
 # %% ../../nbs/aws/09_container.ipynb #b9250740
 BASE = "/opt/ml"
 
@@ -143,9 +127,7 @@ def report_failure(base: Path, reason: str, status: int) -> int:
 def run_job_notebook(arguments: Sequence[str], base: Path, environ: Mapping[str, str]) -> None:
     "Run the notebook in `arguments` on the mounts below `base`; raise `InputError` or `NotebookFailed`."
     notebooks, folders = notebooks_folder(environ), job_folders(base, environ)
-    job = read_arguments(arguments, notebooks)
-    if base == Path(BASE):
-        install_requirements(notebooks.parent)
+    job = read_arguments(arguments, notebooks, read_hyperparameters(base))
     values = job.values | mounted_inputs(folders["inputs"], job.declared, environ)
     values |= output_folders(folders, job.declared, job.values)
     with tempfile.TemporaryDirectory(prefix="intel-nb-") as work:

@@ -5,6 +5,7 @@
 # %% ../../nbs/aws/12_permissions.ipynb #e096b002
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -201,7 +202,7 @@ def image_arn(uri: str) -> str:
     "Return the ARN, in CloudFormation's syntax, of the repository of the container image at `uri`."
     registry, _, image = uri.partition("/")
     account, _, _, region, *_ = registry.split(".")
-    return f"arn:${{AWS::Partition}}:ecr:{region}:{account}:repository/{image.partition(':')[0]}"
+    return f"arn:${{AWS::Partition}}:ecr:{region}:{account}:repository/{re.split('[:@]', image)[0]}"
 
 # %% ../../nbs/aws/12_permissions.ipynb #0fa0eaf6
 def resource_arns(resource: str, names: Mapping[str, Any]) -> list:

@@ -18,37 +18,17 @@ from ..chain.plan import notebooks_folder
 from ..storage import InputError, files_of
 
 # %% auto #0
-__all__ = ['ACCOUNT', 'OTHER_ACCOUNTS', 'IMAGES', 'NOTEBOOKS', 'EMPTY_INPUT', 'PACKAGE_SUFFIXES', 'CHOICES', 'ENTRY', 'RETRIES',
-           'PROCESSING', 'MODEL', 'ACCURACY', 'EVALUATION', 'amazon_image', 'training_image', 'PipelineConfig',
-           'code_files', 'digest_code', 'code_uri', 'pipeline_parameters', 'declare_parameter', 'parameter_reference',
-           'join_values', 'run_uri', 'output_uri', 'evaluation_entry', 'job_step', 's3_input', 'processing_step',
-           'training_step', 'register_step', 'gate_step', 'pipeline_definition', 'pipeline_problems', 'check_pipeline']
+__all__ = ['NOTEBOOKS', 'EMPTY_INPUT', 'PACKAGE_SUFFIXES', 'CHOICES', 'ENTRY', 'RETRIES', 'PROCESSING', 'MODEL', 'ACCURACY',
+           'EVALUATION', 'image_uri', 'PipelineConfig', 'code_files', 'digest_code', 'code_uri', 'pipeline_parameters',
+           'declare_parameter', 'parameter_reference', 'join_values', 'run_uri', 'output_uri', 'evaluation_entry',
+           'job_step', 's3_input', 'code_environment', 'processing_step', 'training_step', 'register_step', 'gate_step',
+           'pipeline_definition', 'pipeline_problems', 'check_pipeline']
 
 # %% ../../nbs/aws/08_pipeline.ipynb #22801980
-ACCOUNT = "763104351884"
-OTHER_ACCOUNTS = {
-    "af-south-1": "626614931356", "ap-east-1": "871362719292", "ap-east-2": "975050140332",
-    "ap-northeast-3": "364406365360", "ap-south-2": "772153158452", "ap-southeast-3": "907027046896",
-    "ap-southeast-4": "457447274322", "ap-southeast-5": "550225433462", "ap-southeast-6": "633930458069",
-    "ap-southeast-7": "590183813437", "ca-west-1": "204538143572", "cn-north-1": "727897471807",
-    "cn-northwest-1": "727897471807", "eu-central-2": "380420809688", "eu-south-1": "692866216735",
-    "eu-south-2": "503227376785", "il-central-1": "780543022126", "me-central-1": "914824155844",
-    "me-south-1": "217643126080", "me-west-1": "124382933778", "mx-central-1": "637423239942",
-    "us-gov-east-1": "446045086412", "us-gov-west-1": "442386744353",
-}
-IMAGES = {"cpu": "pytorch:2.13-cpu-amzn2023-sagemaker", "gpu": "pytorch:2.13-cu133-amzn2023-sagemaker",
-          "serve": "ray:serve-ml-sagemaker-cpu-v1"}
-
-def amazon_image(purpose: str, region: str) -> str:
-    "Return the URI of Amazon's image for `purpose` (cpu, gpu or serve) in `region`."
+def image_uri(target: str, account: str, region: str, repository: str = "intel-nb") -> str:
+    "Return the URI of our image `target`, steps or serve, in the registry of `account` and `region`."
     domain = "amazonaws.com.cn" if region.startswith("cn-") else "amazonaws.com"
-    return f"{OTHER_ACCOUNTS.get(region, ACCOUNT)}.dkr.ecr.{region}.{domain}/{IMAGES[purpose]}"
-
-# %% ../../nbs/aws/08_pipeline.ipynb #49d45601
-def training_image(instance_type: str, region: str) -> str:
-    "Return the image for training on an instance such as ml.m5.xlarge or ml.g5.xlarge."
-    has_cuda = instance_type.removeprefix("ml.").startswith(("g", "p"))
-    return amazon_image("gpu" if has_cuda else "cpu", region)
+    return f"{account}.dkr.ecr.{region}.{domain}/{repository}:{target}"
 
 # %% ../../nbs/aws/08_pipeline.ipynb #94f3d345
 @dataclass(frozen=True)
@@ -66,13 +46,17 @@ class PipelineConfig:
     instance_process: str = "ml.m5.xlarge"
     instance_train: str = "ml.m5.xlarge"
     instance_serve: str = "ml.m5.large"
-    image_process: str = ""  # empty: Amazon's; an image with intel_nb's dependencies starts two minutes earlier
-    image_train: str = ""
-    image_serve: str = ""
+    image_steps: str = ""  # URI of the image for jobs; empty: the tag `steps` of the account's repository GROUP
+    image_serve: str = ""  # URI of the image for endpoints; empty: the tag `serve`
     spot: bool = False  # train on spare capacity, which is cheaper and may take longer
     max_seconds: int = 4 * 3600  # the time limit of one step
     cached_days: int = 30
     code: str = ""  # s3:// prefix of the files of `code_files`; empty: a key in the bucket that ends with their digest
+
+    def image(self, target: str) -> str:
+        "Return the URI of the image `target`, steps or serve."
+        own = image_uri(target, self.role.split(":")[4], self.region, self.group)
+        return (self.image_steps if target == "steps" else self.image_serve) or own
 
 # %% ../../nbs/aws/08_pipeline.ipynb #4be005f2
 NOTEBOOKS = {"data": "00_data.ipynb", "train": "01_train.ipynb", "evaluate": "02_evaluate.ipynb"}
@@ -84,7 +68,6 @@ def code_files(notebooks: Path | None = None) -> dict[str, bytes]:
     notebooks, package = notebooks or notebooks_folder(), Path(intel_nb.__file__).parent
     found = {f"intel_nb/{name}": package / name for name in files_of(package) if name.endswith(PACKAGE_SUFFIXES)}
     found |= {f"nbs/{name}": notebooks / name for name in NOTEBOOKS.values()}
-    found |= {name: notebooks.parent / name for name in ("pyproject.toml", "constraints.txt")}
     missing = [str(path) for path in found.values() if not path.is_file()]
     if missing:
         raise InputError(f"{missing[0]} does not exist; set INTEL_NB_NOTEBOOKS to the nbs of a checkout")
@@ -114,7 +97,7 @@ def pipeline_parameters(config: PipelineConfig) -> dict[str, Any]:
         "Registry": f"sagemaker://{config.group}",
         "ProcessingInstanceType": config.instance_process,
         "TrainingInstanceType": config.instance_train,
-        "TrainingImage": config.image_train or training_image(config.instance_train, config.region),
+        "TrainingImage": config.image("steps"),
     }
 
 # %% ../../nbs/aws/08_pipeline.ipynb #e02a8388
@@ -174,6 +157,11 @@ def s3_input(name: str, uri: Any) -> dict:
     "Return the S3Input of a processing job's input, mounted in a folder of its name."
     return {"S3Uri": uri, "LocalPath": f"{PROCESSING}/input/{name}", "S3DataType": "S3Prefix", "S3InputMode": "File"}
 
+# %% ../../nbs/aws/08_pipeline.ipynb #4ed67a33
+def code_environment(mount: str) -> dict[str, str]:
+    "Return the environment variables of a job whose code is mounted at `mount`."
+    return {"PYTHONPATH": mount, "INTEL_NB_NOTEBOOKS": f"{mount}/nbs"}
+
 # %% ../../nbs/aws/08_pipeline.ipynb #889e3813
 def _output(config: PipelineConfig, name: str, folder: str, mode: str) -> dict:
     "Return a processing job's output, which goes to the execution's folder `name`."
@@ -188,13 +176,13 @@ def processing_step(config: PipelineConfig, name: str, inputs: Mapping[str, Any]
     outputs = [_output(config, name, "output", "EndOfJob"), _output(config, "executed", "executed", "Continuous")]
     return job_step(config, name, "Processing", {
         "ProcessingResources": {"ClusterConfig": cluster},
-        "AppSpecification": {"ImageUri": config.image_process or amazon_image("cpu", config.region),
+        "AppSpecification": {"ImageUri": config.image("steps"),
                              "ContainerEntrypoint": ENTRY, "ContainerArguments": [NOTEBOOKS[name], *arguments]},
         "RoleArn": config.role,
         "ProcessingInputs": [{"InputName": key, "AppManaged": False, "S3Input": s3_input(key, uri)}
                              for key, uri in {"code": code_uri(config), **inputs}.items()],
         "ProcessingOutputConfig": {"Outputs": outputs},
-        "Environment": {"PYTHONPATH": f"{PROCESSING}/input/code", **environment},
+        "Environment": {**code_environment(f"{PROCESSING}/input/code"), **environment},
         "StoppingCondition": {"MaxRuntimeInSeconds": config.max_seconds}}, **more)
 
 # %% ../../nbs/aws/08_pipeline.ipynb #42839dc8
@@ -217,7 +205,7 @@ def training_step(config: PipelineConfig, inputs: Mapping[str, Any], arguments: 
         "InputDataConfig": [_channel(name, uri) for name, uri in {"code": code, **inputs}.items()],
         "OutputDataConfig": {"S3OutputPath": run_uri(config, "train")},
         "ResourceConfig": machine, "StoppingCondition": stop, "EnableManagedSpotTraining": config.spot,
-        "Environment": {"PYTHONPATH": "/opt/ml/input/data/code"},
+        "Environment": code_environment("/opt/ml/input/data/code"),
         "CheckpointConfig": {"S3Uri": output_uri("data", "checkpoints", code.rpartition("/")[2]),
                              "LocalPath": "/opt/ml/checkpoints"},
         "TensorBoardOutputConfig": {"S3OutputPath": run_uri(config, "tensorboard"),
@@ -228,7 +216,7 @@ MODEL = {"Get": "Steps.train.ModelArtifacts.S3ModelArtifacts"}
 
 def register_step(config: PipelineConfig) -> dict:
     "Return the step that registers the package as a version that waits for approval."
-    container = {"Image": config.image_serve or amazon_image("serve", config.region), "ModelDataUrl": MODEL}
+    container = {"Image": config.image("serve"), "ModelDataUrl": MODEL}
     statistics = {"ContentType": "application/json", "S3Uri": output_uri("evaluate", "evaluation.json")}
     metadata = {"run_id": {"Get": "Execution.PipelineExecutionId"}, "dataset": output_uri("data", "dataset"),
                 "fingerprint": evaluation_entry("fingerprints.package"), "data": evaluation_entry("fingerprints.data")}

@@ -6,15 +6,19 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
+import intel_nb
 from . import definition as syntax
 from .container import read_arguments
 from .pipeline import EVALUATION, check_pipeline, code_files, pipeline_definition
@@ -25,9 +29,9 @@ from ..storage import InputError, fetch, link, read_json, write_bytes
 
 # %% auto #0
 __all__ = ['RUNNERS', 'StepFailed', 'LocalBuckets', 'RehearsedStep', 'Rehearsal', 'container_environment', 'run_job',
-           'run_processing', 'write_archive', 'run_training', 'run_register', 'run_fail', 'run_condition', 'run_steps',
-           'check_arguments', 'code_uris', 'put_inputs', 'RehearsalResult', 'rehearse', 'remove_empty_folders',
-           'rehearse_in_workspace', 'rehearsal_summary']
+           'run_processing', 'write_archive', 'run_training', 'serving_environment', 'load_as_served', 'run_register',
+           'run_fail', 'run_condition', 'run_steps', 'check_arguments', 'code_uris', 'put_inputs', 'RehearsalResult',
+           'rehearse', 'remove_empty_folders', 'rehearse_in_workspace', 'rehearsal_summary']
 
 # %% ../../nbs/aws/10_rehearsal.ipynb #4438f949
 class StepFailed(RuntimeError):
@@ -208,6 +212,31 @@ def _upload_synced(rehearsal: Rehearsal, ml: Path, arguments: dict) -> None:
         if name in arguments:
             rehearsal.buckets.put(_inside(ml, arguments[name]["LocalPath"]), arguments[name][key])
 
+# %% ../../nbs/aws/10_rehearsal.ipynb #4ae55576
+def serving_environment(folder: Path, lock: Path) -> Path:
+    "Link to `folder` what is installed here of the packages in the file `lock`, and our own; return `folder`."
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "intel_nb").symlink_to(Path(intel_nb.__file__).parent)
+    for name in re.findall(r"^([\w.-]+)==", lock.read_text(), re.MULTILINE):
+        with suppress(PackageNotFoundError):  # this platform does not need it
+            found = distribution(name)
+            for top in {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
+                if not (folder / top).exists():
+                    (folder / top).symlink_to(str(found.locate_file(top)))
+    return folder
+
+# %% ../../nbs/aws/10_rehearsal.ipynb #42f5be0e
+def load_as_served(package: Path, environment: Path) -> None:
+    "Load `package` and run it in a process that sees nothing but `environment`; raise `StepFailed` when that fails."
+    command = [sys.executable, "-I", "-S", "-c", _LOAD, str(environment), str(package), str(environment / "state")]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise StepFailed(f"the image for serving cannot load the package: {done.stderr.strip().splitlines()[-1]}")
+
+_LOAD = """import sys; sys.path.append(sys.argv[1])
+from intel_nb.serving import create_app
+create_app(*sys.argv[2:]).service.warm()"""
+
 # %% ../../nbs/aws/10_rehearsal.ipynb #db04af0c
 def run_register(rehearsal: Rehearsal, step: dict, arguments: dict) -> dict:
     "Carry out a register step; return the version as the service would describe it."
@@ -216,6 +245,8 @@ def run_register(rehearsal: Rehearsal, step: dict, arguments: dict) -> dict:
     registry, buckets = open_registry(rehearsal.registry), rehearsal.buckets
     [container] = arguments["InferenceSpecification"]["Containers"]
     package = load_package(buckets.path(container["ModelDataUrl"]))
+    lock = notebooks_folder().parent / "locks/serve.txt"
+    load_as_served(package.path, serving_environment(rehearsal.folder / step["Name"] / "image", lock))
     report = buckets.path(arguments["ModelMetrics"]["ModelQuality"]["Statistics"]["S3Uri"])
     version = _registered_version(registry, package, read_json(report))
     if not version:

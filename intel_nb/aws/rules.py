@@ -91,7 +91,8 @@ def event_rules(names: ResourceNames, source: str = "s3", events: str = "direct"
 # %% ../../nbs/aws/11_rules.ipynb #83b47091
 PUSH_PATHS = {
     "modelbuild": ("nbs/0[012]_*", "nbs/1?_*", "intel_nb/*", "{nbs,intel_nb}/{labels,training,serving}/**",
-                   "{nbs,intel_nb}/{chain,aws}/**", "tests/**", "{settings.ini,pyproject.toml}", "constraints*.txt"),
+                   "{nbs,intel_nb}/{chain,aws}/**", "tests/**", "{settings.ini,pyproject.toml,Dockerfile}",
+                   "{locks,docker}/**"),
     "modeldeploy": ("nbs/0[345]_*", "nbs/1?_*", "intel_nb/*", "{nbs,intel_nb}/{labels,serving}/**",
-                    "{nbs,intel_nb}/{chain,aws}/**", "{settings.ini,pyproject.toml}", "constraints*.txt"),
+                    "{nbs,intel_nb}/{chain,aws}/**", "{settings.ini,pyproject.toml,Dockerfile}", "{locks,docker}/**"),
 }

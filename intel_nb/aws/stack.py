@@ -14,7 +14,14 @@ from typing import Any
 from .capture import DRIFT_ALARMS, DRIFT_COMMAND, DRIFT_STATISTIC, METRIC_NAMESPACE
 from .hosting import VARIANT, alarm_requests, endpoint_name
 from .permissions import FROM_CONNECTION, FROM_S3, ROLES, local_arn, policy, policy_document
-from .pipeline import PipelineConfig, amazon_image, check_pipeline, code_uri, pipeline_definition, s3_input
+from intel_nb.aws.pipeline import (
+    PipelineConfig,
+    check_pipeline,
+    code_environment,
+    code_uri,
+    pipeline_definition,
+    s3_input,
+)
 from .rules import PUSH_PATHS, EventRule, ResourceNames, event_rules
 from ..storage import InputError
 
@@ -47,7 +54,8 @@ class Options:
     profile: str = "quick"
     instance_train: str = "ml.m5.xlarge"
     instance_serve: str = "ml.m5.large"
-    image_serve: str = ""  # empty: Amazon's image for Ray Serve
+    image_steps: str = ""  # URI of the image for jobs; empty: the tag `steps` in the account's repository NAME
+    image_serve: str = ""  # of the image for endpoints; empty: the tag `serve`
     spot: bool = False  # train on spare capacity
     log_days: int = 30  # that logs are kept
     capture_days: int = 90  # that captured requests are kept
@@ -243,14 +251,14 @@ def pipeline_config(options: Options, account: str = ACCOUNT, role: str = ROLE) 
         spot=options.spot, data=f"s3://{names['data']}/intel.zip",
         annotations=f"s3://{names['annotations']}/annotations/",
         instance_train=options.instance_train, instance_serve=options.instance_serve,
-        image_serve=options.image_serve or amazon_image("serve", options.region))
+        image_steps=options.image_steps, image_serve=options.image_serve)
 
 # %% ../../nbs/aws/14_stack.ipynb #39b26e8a
 def roles(options: Options) -> Resources:
     "Return the roles of all parts, and the policy for people."
-    amazon = {amazon_image("cpu", options.region), amazon_image("gpu", options.region)}
+    config = pipeline_config(options, account="${AWS::AccountId}", role=ROLE.replace(ACCOUNT, "${AWS::AccountId}"))
     names = {"name": options.name, "short": artifact_prefix(options), "connection": options.connection,
-             "images": sorted(amazon | {pipeline_config(options).image_serve})}
+             "images": sorted({config.image("steps"), config.image("serve")})}
     source = FROM_S3 if options.source == "s3" else FROM_CONNECTION
     found = {}
     for name, role in ROLES.items():
@@ -276,7 +284,7 @@ def pipeline_and_group(options: Options, definition: dict) -> Resources:
     "Return the SageMaker pipeline with this `definition`, and the model package group."
     config, body = pipeline_config(options), json.dumps(definition, separators=(",", ":"))
     tags = {"artifacts": sub("s3://${ArtifactBucket}/registry"), "role": attribute("ModelRole"),
-            "image": config.image_serve, "instance": config.instance_serve}
+            "image": fill_stand_ins(config.image("serve")), "instance": config.instance_serve}
     return {
         "Pipeline": resource("SageMaker::Pipeline", {
             "PipelineName": options.name, "PipelineDescription": "data, train, evaluate, and a version to approve",
@@ -289,7 +297,7 @@ def pipeline_and_group(options: Options, definition: dict) -> Resources:
 
 # %% ../../nbs/aws/14_stack.ipynb #5608f3ad
 INSTALL = {"runtime-versions": {"python": "3.11"},
-           "commands": ["pip install --quiet -c constraints.txt -e '.[steps,aws,dev]'"]}
+           "commands": ["make .venv/run.stamp", 'export PATH="$PWD/.venv/bin:$PATH"']}
 BUILD_SPECS = {
     "modelbuild": {"version": 0.2, "phases": {
         "install": INSTALL, "pre_build": {"commands": ["ruff check intel_nb tests", "pytest -q"]},
@@ -519,17 +527,15 @@ def topic(options: Options) -> Resources:
 def drift_job_request(options: Options, stage: str) -> dict[str, Any]:
     "Return the request of CreateProcessingJob for an hour of the endpoint of `stage`; its role is the stand-in ROLE."
     mount = s3_input("code", code_uri(pipeline_config(options)))
-    install = ("import pathlib; from intel_nb.aws.container import install_requirements; "
-               f"install_requirements(pathlib.Path('{mount['LocalPath']}')); ")
-    app = {"ImageUri": amazon_image("cpu", options.region),
-           "ContainerEntrypoint": ["python3", "-c", install + DRIFT_COMMAND],
+    app = {"ImageUri": pipeline_config(options).image("steps"),
+           "ContainerEntrypoint": ["python3", "-c", DRIFT_COMMAND],
            "ContainerArguments": [options.name, stage]}
     machine = {"InstanceCount": 1, "InstanceType": "ml.m5.large", "VolumeSizeInGB": 30}
     name = f"{endpoint_name(options.name, stage)}-<aws.scheduler.execution-id>"
     return {"ProcessingJobName": name, "RoleArn": "ROLE", "AppSpecification": app,
             "ProcessingResources": {"ClusterConfig": machine}, "StoppingCondition": {"MaxRuntimeInSeconds": 3000},
             "ProcessingInputs": [{"InputName": "code", "S3Input": mount}],
-            "Environment": {"PYTHONPATH": mount["LocalPath"]}}
+            "Environment": code_environment(mount["LocalPath"])}
 
 # %% ../../nbs/aws/14_stack.ipynb #84c16422
 def drift_schedules(options: Options) -> Resources:
