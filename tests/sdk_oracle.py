@@ -40,7 +40,7 @@ from sagemaker.train.configs import Compute, InputData
 from sagemaker.train.model_trainer import ModelTrainer
 
 from intel_nb.aws.package_group import SUPPORTED_TYPES
-from intel_nb.aws.pipeline import ACCURACY, CHOICES, ENTRY, PipelineConfig, amazon_image, pipeline_parameters
+from intel_nb.aws.pipeline import ACCURACY, CHOICES, ENTRY, PipelineConfig, code_environment, pipeline_parameters
 
 CODE, PROCESSING = "s3://bucket/code/0123", "/opt/ml/processing"
 CONFIG = PipelineConfig(code=CODE)
@@ -82,9 +82,9 @@ def processing_output(name: str, folder: str, mode: str) -> ProcessingOutput:
 def processing(name: str, notebook: str, inputs: dict, arguments: list, environment: Mapping[str, Any] = {},
                files: Sequence[PropertyFile] = ()) -> ProcessingStep:
     processor = Processor(
-        role=CONFIG.role, image_uri=amazon_image("cpu", CONFIG.region), entrypoint=ENTRY, sagemaker_session=SESSION,
+        role=CONFIG.role, image_uri=CONFIG.image("steps"), entrypoint=ENTRY, sagemaker_session=SESSION,
         instance_count=1, instance_type=P["ProcessingInstanceType"], volume_size_in_gb=30,
-        env={"PYTHONPATH": f"{PROCESSING}/input/code", **environment}, max_runtime_in_seconds=CONFIG.max_seconds)
+        env={**code_environment(f"{PROCESSING}/input/code"), **environment}, max_runtime_in_seconds=CONFIG.max_seconds)
     mounts = [processing_input(key, uri) for key, uri in {"code": CODE, **inputs}.items()]
     outputs = [processing_output(name, "output", "EndOfJob"), processing_output("executed", "executed", "Continuous")]
     run = processor.run(inputs=mounts, outputs=outputs, arguments=[notebook, *arguments])
@@ -99,7 +99,7 @@ def build() -> Pipeline:
         compute=Compute(instance_type=P["TrainingInstanceType"], instance_count=1, volume_size_in_gb=50,
                         enable_managed_spot_training=False),
         stopping_condition=StoppingCondition(max_runtime_in_seconds=CONFIG.max_seconds),
-        environment={"PYTHONPATH": "/opt/ml/input/data/code"},
+        environment=code_environment("/opt/ml/input/data/code"),
         output_data_config=OutputDataConfig(s3_output_path=run_uri("train")),
         checkpoint_config=CheckpointConfig(s3_uri=output_of(data, "checkpoints", "0123"),
                                            local_path="/opt/ml/checkpoints"),
@@ -119,7 +119,7 @@ def build() -> Pipeline:
         return JsonGet(step_name="evaluate", property_file=file, json_path=path)
 
     statistics = MetricsSource(content_type="application/json", s3_uri=output_of(evaluate, "evaluation.json"))
-    builder = ModelBuilder(s3_model_data_url=model, image_uri=amazon_image("serve", CONFIG.region),
+    builder = ModelBuilder(s3_model_data_url=model, image_uri=CONFIG.image("serve"),
                            sagemaker_session=SESSION, role_arn=CONFIG.role)
     registered = builder.register(
         model_package_group_name=CONFIG.group, model_metrics=ModelMetrics(model_statistics=statistics),

@@ -44,7 +44,7 @@ def test_the_definition_passes(made):
 @pytest.mark.parametrize("config", [
     PipelineConfig(spot=True, instance_train="ml.g5.xlarge", region="eu-central-1"),
     PipelineConfig(annotations="s3://labels/annotations/", data="s3://data/intel.zip", cached_days=1),
-    PipelineConfig(image_process="123456789012.dkr.ecr.us-east-1.amazonaws.com/own:1", min_accuracy=0.9)])
+    PipelineConfig(image_steps="123456789012.dkr.ecr.us-east-1.amazonaws.com/own:1", min_accuracy=0.9)])
 def test_the_definition_passes_with_other_settings(config):
     assert pipeline_problems(pipeline_definition(config)) == []
 
@@ -84,8 +84,6 @@ def test_other_code_has_another_address(tmp_path, monkeypatch):
     (tmp_path / "nbs").mkdir()
     for notebook in NOTEBOOKS.values():
         shutil.copy(notebooks_folder() / notebook, tmp_path / "nbs")
-    for name in ("pyproject.toml", "constraints.txt"):
-        shutil.copy(notebooks_folder().parent / name, tmp_path)
     before = code_uri(PipelineConfig())
     monkeypatch.setenv("INTEL_NB_NOTEBOOKS", str(tmp_path / "nbs"))
     assert code_uri(PipelineConfig()) == before, "the same content has the same address"

@@ -18,7 +18,8 @@ from intel_nb.images import encode_jpeg
 from intel_nb.model import load_package
 from intel_nb.scenes import sample_scene
 from intel_nb.serving.endpoints import LocalEndpoints, drift_status, invoke
-from intel_nb.storage import InputError
+from intel_nb.serving.ray import serve_config
+from intel_nb.storage import InputError, python_path, sha256_file
 
 pytest.importorskip("ray", reason="engine ray is the extra intel-nb[ray]")
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
@@ -207,40 +208,43 @@ def test_the_cluster_dies_with_the_endpoint_and_the_endpoint_survives_the_cluste
 HOST = """
 import os, subprocess, sys
 from intel_nb.serving.ray import start_cluster
-os.environ["PYTHONPATH"] = os.pathsep.join([sys.argv[1], os.environ["PYTHONPATH"]])
 start_cluster()
 import ray
 from ray import serve
 serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
 os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 serve_command = os.path.join(os.path.dirname(sys.executable), "serve")
-subprocess.run([serve_command, "run", os.path.join(sys.argv[1], "config.yaml")])
+subprocess.run([serve_command, "run", sys.argv[1]])
 """
 
 
 @pytest.mark.slow
 def test_a_package_is_an_application_of_ray_serve(packages, tmp_path):
-    "As SageMaker's Ray Serve container does it: Serve is there, the folder is on the path, `serve run config.yaml`."
+    "`serve run` serves the configuration that was made outside. Code in an old package is never run."
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    package = tmp_path / "model"
+    package, ran = tmp_path / "model", tmp_path / "ran"
     shutil.copytree(packages[0], package)
-    (package / "code").mkdir()  # where the container looks for requirements
-    assert "/" not in (package / "deployment.py").read_text()  # a package may lie anywhere
-    given = {"INTEL_NB_STATE": str(tmp_path / "state"), "INTEL_NB_VERSION": "7", "INTEL_NB_QUEUE": "64"}
-    path = os.pathsep.join([str(Path(sys.modules["intel_nb"].__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    (package / "deployment.py").write_text(f"open({str(ran)!r}, 'w')")
+    manifest = json.loads((package / "manifest.json").read_text())
+    manifest["files"]["deployment.py"] = sha256_file(package / "deployment.py")
+    (package / "manifest.json").write_text(json.dumps(manifest))
+    config = tmp_path / "serve.yaml"
+    config.write_text(json.dumps(serve_config(package, "7")))
+    given = {"INTEL_NB_STATE": str(tmp_path / "state"), "INTEL_NB_QUEUE": "64", "PYTHONPATH": python_path()}
     with open(tmp_path / "log", "wb") as log:
-        host = subprocess.Popen([sys.executable, "-c", HOST, package, str(port)], stdin=subprocess.DEVNULL, stdout=log,
-                                stderr=log, cwd="/", env=os.environ | given | {"PYTHONPATH": path})
+        host = subprocess.Popen([sys.executable, "-c", HOST, config, str(port)], stdin=subprocess.DEVNULL, stdout=log,
+                                stderr=log, cwd=package, env=os.environ | given)
     try:
         wait(lambda: ask(port, "GET", "/ping")[0] == 200 or host.poll() is not None, 120)
         assert host.poll() is None, (tmp_path / "log").read_text()[-3000:]
-        for k, path in enumerate(("/", "/invocations")):  # the container's adapter posts to /
-            status, answer = ask(port, "POST", path, PHOTOS[0])
+        for k in range(2):
+            status, answer = ask(port, "POST", "/invocations", PHOTOS[0])
             assert (status, answer["model"]["version"], answer["drift"][0]["time"]) == (200, "7", k + 1)
-        status, answer = ask(port, "POST", "/", b"no image")
+        status, answer = ask(port, "POST", "/invocations", b"no image")
         assert (status, answer["error"]["code"]) == (400, "undecodable")
         assert ask(port, "GET", "/drift")[1]["observations"] == 2
+        assert not ran.exists()
     finally:
         host.kill()
         host.wait()

@@ -42,8 +42,7 @@ def tiny(tmp_path, monkeypatch):
     "A checkout whose steps do next to nothing; the evaluation is what the environment's file `evaluation.json` says."
     from intel_nb.chain.plan import notebooks_folder
     from intel_nb.model import sample_package
-    for name in ("pyproject.toml", "constraints.txt"):
-        shutil.copy(notebooks_folder().parent / name, tmp_path)
+    shutil.copytree(notebooks_folder().parent / "locks", tmp_path / "locks")
     nbs, package = tmp_path / "nbs", sample_package(tmp_path / "package")
     nbs.mkdir()
     notebook(nbs / "00_data.ipynb", "archive = ''\nannotations = []\nout_dir = ''",

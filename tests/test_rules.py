@@ -217,11 +217,11 @@ STARTED_BY = {
     "nbs/chain/": {BUILD, DEPLOY}, "nbs/aws/": {BUILD, DEPLOY},
     "intel_nb/": {BUILD, DEPLOY}, "intel_nb/training/": {BUILD},
     "tests/": {BUILD}, "settings.ini": {BUILD, DEPLOY}, "pyproject.toml": {BUILD, DEPLOY},
-    "constraints": {BUILD, DEPLOY},
+    "locks/": {BUILD, DEPLOY}, "docker/": {BUILD, DEPLOY}, "Dockerfile": {BUILD, DEPLOY},
 }
 # Files that no build reads: what is for people, for this machine, or for the checks before a merge.
-START_NOTHING = (".ci/", ".git", ".github/", ".pre-commit", "bench/", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE",
-                 "Makefile", "README.md", "nbs/2", "nbs/index")
+START_NOTHING = (".ci/", ".dockerignore", ".git", ".github/", ".pre-commit", "bench/", "CHANGELOG.md",
+                 "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "nbs/2", "nbs/index")
 
 
 def started(*changed: str) -> set[str]:
@@ -272,7 +272,7 @@ def imported_files(module: str, seen: frozenset[str] = frozenset()) -> set[str]:
 @pytest.mark.parametrize("changed, expected", [
     (["nbs/01_train.ipynb"], {BUILD}), (["nbs/05_test_staging.ipynb", "README.md"], {DEPLOY}),
     (["nbs/01_train.ipynb", "nbs/03_deploy.ipynb"], {BUILD, DEPLOY}), (["nbs/15_detector.ipynb"], {BUILD, DEPLOY}),
-    (["constraints.txt"], {BUILD, DEPLOY}), (["nbs/aws/08_pipeline.ipynb"], {BUILD, DEPLOY}),
+    (["locks/run.txt"], {BUILD, DEPLOY}), (["nbs/aws/08_pipeline.ipynb"], {BUILD, DEPLOY}),
     (["nbs/serving/09_app.ipynb"], {BUILD, DEPLOY}), (["nbs/training/03_heads.ipynb"], {BUILD}),
     (["intel_nb/_torchvision.py"], {BUILD, DEPLOY}), (["README.md"], set()),
     (["docs/nbs/01_train.ipynb"], set()), (["nbs/old/01_train.ipynb"], set()), (["old/settings.ini"], set()),

@@ -138,7 +138,9 @@ def test_serving_needs_the_core_alone(tmp_path):
     (tmp_path / "sea.jpg").write_bytes(encode_jpeg(sample_scene(4, np.random.default_rng(0))))
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints-serve.txt", ROOT], check=True)
+    locked = (["--require-hashes", "-r", ROOT / "locks" / f"{name}.txt"] for name in ("build", "serve"))
+    for what in (*locked, ["--no-deps", ROOT]):
+        subprocess.run([python, "-m", "pip", "install", "-q", *what], check=True)
     code = """
 import sys, threading, time, urllib.request, uvicorn, pathlib
 from intel_nb.serving import create_app
