@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a test run shares its cores with the processes that it starts
+sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema would compile a grammar of IRIs with it, for three seconds
 
 COMMAND = str(Path(sys.executable).with_name("intel-nb"))
 
