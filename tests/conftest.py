@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a test run shares its cores with the processes that it starts
+sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema would compile a grammar of IRIs with it, for three seconds
+sys.dont_write_bytecode = False  # pytest rewrites hypothesis and the tests; kept, that saves each worker four seconds
 
 COMMAND = str(Path(sys.executable).with_name("intel-nb"))
 
 # A chain in seconds: few images, few bootstraps, a short drift test.
 QUICK = ["--param", "train.bootstraps=2000", "--param", "drift.runs=50", "--param", "drift.images=60",
-         "--param", "drift.shifted_images=16"]
+         "--param", "drift.shifted_images=16", "--param", "drift.slow_over=20"]
 
 
 @dataclass
@@ -122,6 +124,13 @@ def sample_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def package(sample_model):
+    "The same small package, loaded."
+    from intel_nb.model import load_package
+    return load_package(sample_model)
+
+
+@pytest.fixture(scope="session")
 def twin_model(sample_model, tmp_path_factory) -> Path:
     "A package with the same model and another fingerprint, as after a training on other data."
     from intel_nb.model import load_package, write_manifest
@@ -175,5 +184,16 @@ def staged_once(waiting_once, tmp_path_factory):
     assert approved.returncode == 0, approved.stderr
     assert approved.stderr == "", "it returned, and left its pipes, though the endpoint lives on"
     assert not {"\r", "\x1b"} & set(approved.stdout), "a log gets plain lines"
+    yield house
+    house("stop")
+
+
+@pytest.fixture
+def staged(staged_once, tmp_path):
+    "A copy of that workspace, whose version 1 serves in staging of its own. Its endpoints end with the test."
+    from intel_nb.chain.plan import open_workspace
+    house = copy_of(staged_once, tmp_path)
+    workspace = open_workspace(house.environ)
+    workspace.endpoints().deploy("staging", workspace.registry().package("1"), "1")
     yield house
     house("stop")

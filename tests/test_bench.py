@@ -27,7 +27,6 @@ from bench.load import (
 )
 from bench.original import BODIES, original_served
 from intel_nb.images import media_type
-from intel_nb.model import sample_package
 from intel_nb.scenes import sample_archive
 from intel_nb.serving.endpoints import LocalEndpoints, drift_status, throwaway
 
@@ -38,19 +37,14 @@ needs_wrk = pytest.mark.skipif(not shutil.which("wrk"), reason="wrk is not insta
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory):
-    return sample_package(tmp_path_factory.mktemp("bench") / "model")
-
-
-@pytest.fixture(scope="module")
 def requests(tmp_path_factory):
     return str(write_requests(tmp_path_factory.mktemp("requests"), (raw_request(p, media_type(p)) for p in PHOTOS)))
 
 
 @pytest.fixture(scope="module")
-def spec(package, requests):
+def spec(sample_model, requests):
     "A load on an endpoint that holds four requests at most."
-    with throwaway(package, INTEL_NB_QUEUE="4") as url:
+    with throwaway(sample_model, INTEL_NB_QUEUE="4") as url:
         yield LoadSpec(url, requests, connections=4)
 
 
@@ -104,9 +98,9 @@ def test_more_than_it_can_carry_is_refused_and_leaves_no_trace(spec):
     assert found["queues"] > 0 and found["recovered"] > 0
 
 
-def test_the_processes_of_an_endpoint_are_found(tmp_path, package):
+def test_the_processes_of_an_endpoint_are_found(tmp_path, sample_model):
     endpoints = LocalEndpoints(tmp_path, owned=True, first_port=0)
-    endpoint = endpoints.deploy("staging", package, "1")
+    endpoint = endpoints.deploy("staging", sample_model, "1")
     pids = listening_processes(endpoint.url)
     assert endpoint.pid in pids and len(pids) >= 2 and os.getpid() not in pids
     assert footprint(pids)["memory_mb"] > footprint([endpoint.pid])["memory_mb"]
@@ -131,10 +125,10 @@ def test_nothing_grows_in_half_an_hour(spec):
     assert slope["memory_mb"] < 20 and abs(slope["files"]) < 2 and abs(slope["threads"]) < 2, slope
 
 
-def test_a_token_goes_along(monkeypatch, package, requests, tmp_path):
+def test_a_token_goes_along(monkeypatch, sample_model, requests, tmp_path):
     monkeypatch.setenv("INTEL_NB_TOKEN", "secret")
     bearing = write_requests(tmp_path, [raw_request(PHOTOS[0], "image/jpeg")])
-    with throwaway(package) as url:
+    with throwaway(sample_model) as url:
         assert load(LoadSpec(url, requests, requests=3)).statuses == {"401": 3}
         assert load(LoadSpec(url, str(bearing), requests=3)).statuses == {"200": 3}
 
@@ -163,10 +157,10 @@ def test_the_originals_handler_answers_both_forms_alike():
 
 
 @pytest.mark.slow
-def test_the_notebook_measures_what_it_is_given(tmp_path, package):
+def test_the_notebook_measures_what_it_is_given(tmp_path, sample_model):
     from papermill import execute_notebook
     archive = sample_archive(tmp_path / "scenes.zip", 6, 0)
-    given = {"package": str(package), "images": str(archive), "other_package": str(package),
+    given = {"package": str(sample_model), "images": str(archive), "other_package": str(sample_model),
              "other_settings": {"INTEL_NB_BATCH": "1"}, "rounds": 2, "connections": 4, "out_dir": str(tmp_path / "out")}
     execute_notebook(str(NOTEBOOK), str(tmp_path / "ran.ipynb"), given, progress_bar=False, cwd=str(tmp_path))
     report = json.loads((tmp_path / "out" / "bench.json").read_text())

@@ -151,11 +151,8 @@ def test_the_same_command_again_is_all_cached(staged_once):
         shutil.rmtree(staged_once.executed / "again")
 
 
-def test_to_production_and_back(waiting):
-    house = waiting
-    refused = house("promote", "1")
-    assert refused.status == 1 and "PendingManualApproval" in refused.err
-    assert house("approve", "1").status == 0
+def test_to_production_and_back(staged):
+    house = staged
     assert house.record("first")["status"] == "succeeded"
     url = endpoints_of(house)["staging"]["url"]
     assert house("rollback", "production").status == 2
@@ -210,7 +207,9 @@ def test_to_production_and_back(waiting):
     assert house("start", "staging").status == 1, "it would serve a rejected version"
 
 
-def test_rejecting_what_waits(waiting):
+def test_what_waits_is_not_promoted_but_can_be_rejected(waiting):
+    refused = waiting("promote", "1")
+    assert refused.status == 1 and "PendingManualApproval" in refused.err
     assert waiting("reject", "1").status == 0
     assert waiting.record("first")["status"] == "rejected"
     answer = waiting.run()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tracemalloc
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ from hypothesis import given, settings, strategies as st
 
 from intel_nb import detector as module
 from intel_nb.detector import OnlineMMD, closeness, gaussian_kernel, stream_statistics, survivor_thresholds, window_mmd2
-from intel_nb.model import load_package, sample_package
 from intel_nb.serving.monitor import HISTORY, Monitor
 from intel_nb.storage import InputError
 from intel_nb.streams import first_alarms
@@ -278,10 +278,12 @@ def test_no_file_and_no_archive(tmp_path):
         OnlineMMD.load(tmp_path / "none.npz")
 
 
-def test_alibi_detect_agrees():
+def test_alibi_detect_agrees(monkeypatch):
     "One window, plain features: the library's statistic; its thresholds within what 400 rows and its bootstraps allow."
-    cd = pytest.importorskip("alibi_detect.cd")
     torch = pytest.importorskip("torch")
+    no_text = SimpleNamespace(TransformerEmbedding=type)  # the library's models of text take seconds to import
+    monkeypatch.setitem(sys.modules, "alibi_detect.models.pytorch.embedding", no_text)
+    cd = pytest.importorskip("alibi_detect.cd")
     torch.manual_seed(0)
     rows, size, ert = normal(400), 8, 50
     theirs = cd.MMDDriftOnline(rows, ert, size, n_bootstraps=3_000, backend="pytorch", verbose=False)._detector
@@ -303,11 +305,6 @@ def test_alibi_detect_agrees():
     samples = [survivor_thresholds(full[:, i::4], ert, size - 1) for i in range(4)]  # of as many bootstraps as theirs
     tolerance = 5 * np.std(samples, axis=0, ddof=1).mean() + 0.03 * thresholds  # the latter: other rows in the pool
     assert (np.abs(thresholds - theirs.thresholds) < tolerance).all()
-
-
-@pytest.fixture(scope="module")
-def package(tmp_path_factory):
-    return load_package(sample_package(tmp_path_factory.mktemp("monitor") / "model"))
 
 
 def traffic(package, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -20,15 +20,9 @@ from intel_nb.drift import (
     unseen_delay,
 )
 from intel_nb.images import decode, encode_jpeg, encode_png
-from intel_nb.model import load_package, sample_package
 from intel_nb.scenes import sample_scene
 from intel_nb.storage import InputError
 from intel_nb.streams import Delay, RunTime, delay, first_alarms, run_time
-
-
-@pytest.fixture(scope="module")
-def package(tmp_path_factory):
-    return load_package(sample_package(tmp_path_factory.mktemp("drift") / "model"))
 
 
 @pytest.fixture(scope="module")

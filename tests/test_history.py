@@ -9,21 +9,22 @@ from conftest import COMMAND, QUICK, House
 from intel_nb.model import load_package
 
 
-def test_a_version_is_traced_to_data_code_and_parameters(staged_once):
-    found = staged_once("trace", "1", "--json").json
-    (version,) = staged_once("models", "--json").json
-    steps = {step["name"]: step for step in staged_once.record("first")["steps"]}
-    assert (found["run_id"], found["status"], found["accuracy"]) == ("first", "Approved", version["accuracy"])
+def test_a_version_is_traced_to_data_code_and_parameters(waiting_once):
+    found = waiting_once("trace", "1", "--json").json
+    (version,) = waiting_once("models", "--json").json
+    steps = {step["name"]: step for step in waiting_once.record("first")["steps"]}
+    assert (found["run_id"], found["status"]) == ("first", "PendingManualApproval")
+    assert found["accuracy"] == version["accuracy"]
     origins = found["steps"]
     assert {name: origin["key"] for name, origin in origins.items()} == {
         name: steps[name]["key"] for name in ("data", "train", "evaluate")}
     assert origins["train"]["parameters"]["bootstraps"] == 2000
     assert found["dataset"] == origins["train"]["inputs"]["dataset"] == origins["evaluate"]["inputs"]["dataset"]
-    package = staged_once.home / "store" / "train" / steps["train"]["key"] / "model"
+    package = waiting_once.home / "store" / "train" / steps["train"]["key"] / "model"
     assert found["package"] == load_package(package).fingerprint
-    text = staged_once("trace", "1")
+    text = waiting_once("trace", "1")
     assert text.status == 0 and found["package"] in text.out
-    assert f"intel-nb run --data {staged_once.archive}" in text.out
+    assert f"intel-nb run --data {waiting_once.archive}" in text.out
 
 
 def test_a_trace_outlives_the_store(waiting):

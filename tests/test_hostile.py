@@ -26,7 +26,6 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from intel_nb.images import MAX_BYTES, encode_jpeg
-from intel_nb.model import load_package, sample_package
 from intel_nb.scenes import SAMPLE_CLASSES, sample_scene
 from intel_nb.serving.endpoints import LocalEndpoints, drift_status
 from intel_nb.serving.payloads import CONTENT_TYPES, Refusal, parse
@@ -412,11 +411,6 @@ def parent_of(stat: Path) -> int:
         return int(stat.read_text().rpartition(")")[2].split()[1])
     except OSError:
         return 0
-
-
-@pytest.fixture(scope="module")
-def package(tmp_path_factory):
-    return load_package(sample_package(tmp_path_factory.mktemp("hostile") / "model"))
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from PIL import Image
 
 from bench.load import Answer, exchange, raw_request
 from intel_nb.images import decode, encode_jpeg
-from intel_nb.model import load_package, sample_package
 from intel_nb.scenes import sample_scene
 from intel_nb.serving.endpoints import drift_status, throwaway
 
@@ -48,11 +47,6 @@ FORMS: dict[str, tuple[str, Callable[[int], bytes], Callable[[int], list[int]]]]
     "instances": ("application/json", lambda i: as_instances([SCENES[i - k] for k in range(3)]),
                   lambda i: [i, i - 1, i - 2]),
 }
-
-
-@pytest.fixture(scope="module")
-def package(tmp_path_factory):
-    return load_package(sample_package(tmp_path_factory.mktemp("load") / "model"))
 
 
 @pytest.fixture(scope="module")

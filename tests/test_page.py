@@ -19,7 +19,6 @@ import pytest
 from websockets.sync.client import connect
 
 from intel_nb.images import encode_jpeg
-from intel_nb.model import sample_package
 from intel_nb.scenes import sample_scene
 from intel_nb.serving.app import CSP
 from intel_nb.serving.endpoints import throwaway
@@ -162,13 +161,8 @@ def tab(browser):
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory):
-    return sample_package(tmp_path_factory.mktemp("page") / "model")
-
-
-@pytest.fixture(scope="module")
-def url(package):
-    with throwaway(package) as url:
+def url(sample_model):
+    with throwaway(sample_model) as url:
         yield url
 
 
@@ -285,10 +279,10 @@ def test_the_keyboard_is_enough(tab, url):
     assert tab.js("getComputedStyle(document.getElementById('drop')).outlineStyle") == "solid"
 
 
-def test_a_token_is_asked_for_and_kept_in_the_tab(tab, package, tmp_path):
+def test_a_token_is_asked_for_and_kept_in_the_tab(tab, sample_model, tmp_path):
     (tmp_path / "scene.jpg").write_bytes(SCENES[3])
     tab.expected = ["status of 401"]
-    with throwaway(package, INTEL_NB_TOKEN="open-sesame") as url:
+    with throwaway(sample_model, INTEL_NB_TOKEN="open-sesame") as url:
         tab.open(url)  # the page and the model's name are for everybody
         tab.when("!document.getElementById('key').hidden")
         tab.choose(tmp_path / "scene.jpg")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,8 @@ from intel_nb.serving.endpoints import LocalEndpoints, drift_status, invoke
 from intel_nb.serving.ray import serve_config
 from intel_nb.storage import InputError, python_path, sha256_file
 
-pytest.importorskip("ray", reason="engine ray is the extra intel-nb[ray]")
-pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+pytestmark = [pytest.mark.skipif(not find_spec("ray"), reason="engine ray is the extra intel-nb[ray]"),
+              pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")]
 
 PHOTOS = [encode_jpeg(sample_scene(i % 6, np.random.default_rng(i))) for i in range(48)]
 

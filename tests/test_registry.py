@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from intel_nb.locks import is_locked, locked
-from intel_nb.model import load_package, sample_package
+from intel_nb.model import load_package
 from intel_nb.registry import Registry, open_registry
 from intel_nb.storage import InputError, write_text
 
@@ -31,8 +31,8 @@ def evaluation(accuracy: float) -> dict:
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory) -> Path:
-    return sample_package(tmp_path_factory.mktemp("package") / "model")
+def package(sample_model) -> Path:
+    return sample_model
 
 
 class Finished(NamedTuple):

@@ -38,12 +38,11 @@ def notebook(path: Path, parameters: str, run: str) -> None:
 
 
 @pytest.fixture
-def tiny(tmp_path, monkeypatch):
+def tiny(tmp_path, monkeypatch, sample_model):
     "A checkout whose steps do next to nothing; the evaluation is what the environment's file `evaluation.json` says."
     from intel_nb.chain.plan import notebooks_folder
-    from intel_nb.model import sample_package
     shutil.copytree(notebooks_folder().parent / "locks", tmp_path / "locks")
-    nbs, package = tmp_path / "nbs", sample_package(tmp_path / "package")
+    nbs, package = tmp_path / "nbs", shutil.copytree(sample_model, tmp_path / "package")
     nbs.mkdir()
     notebook(nbs / "00_data.ipynb", "archive = ''\nannotations = []\nout_dir = ''",
              "(out / 'dataset').mkdir()\nshutil.copy(archive, out / 'dataset' / 'seen')\nassert annotations == []")

@@ -19,7 +19,6 @@ import pytest
 from PIL import Image
 
 from intel_nb.images import MAX_BYTES, encode_jpeg
-from intel_nb.model import load_package, sample_package
 from intel_nb.scenes import sample_scene
 from intel_nb.serving.endpoints import EndpointError, LocalEndpoints, throwaway
 
@@ -50,11 +49,6 @@ FORMS = {  # the same pixels in every lossless form
     "application/json": lambda s: json.dumps({"inputs": s.tolist()}).encode(),
     "application/json; charset=utf-8": lambda s: as_instances(encoded(s, "PNG")),
 }
-
-
-@pytest.fixture(scope="module")
-def package(tmp_path_factory):
-    return load_package(sample_package(tmp_path_factory.mktemp("serving") / "model"))
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -94,7 +95,9 @@ def limit_rate(save: Callable[..., None], every: float = 0.5) -> Callable[..., N
 
 # %% ../../nbs/chain/03_execution.ipynb #8178df57
 def import_papermill() -> Any:
-    "Return papermill. The first import takes two seconds, so that a run imports it before it takes a step's time."
+    "Return papermill. The first import takes a second, so that a run imports it before it takes a step's time."
+    # Where JupyterLab is installed, papermill's jsonschema would compile a grammar of IRIs, for three seconds more.
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     import papermill
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters, and those were checked
     return papermill
