@@ -77,6 +77,9 @@ image:
 lock:
 	$(PYTHON) .ci/lock.py $(ARGS)
 
+sbom: .venv/run.stamp
+	$(BIN)/python .ci/sbom.py
+
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
