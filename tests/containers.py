@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,7 +57,7 @@ class Images:
 
         As root it is as SageMaker has it. Another user has a read-only root, a writable /tmp, and no capability."""
         name = self("from", image)
-        container = Container(self.folder / name, name)
+        container = Container(Path(tempfile.mkdtemp(dir=self.folder)), name)
         try:
             config = self.describe(image)["OCIv1"]["config"]
             given = [*config["Env"], *(f"{name}={value}" for name, value in (env or {}).items())]
@@ -71,11 +72,11 @@ class Container:
     "A running container."
     def __init__(self, bundle: Path, name: str):
         self.bundle, self.name = bundle, name
+        self.process: subprocess.Popen | None = None
         self.crun = ["crun", "--root", str(bundle / "state"), "--cgroup-manager=disabled"]
 
     def start(self, root: str, command: list[str], env: list[str], mounts: dict[str, Path], uid: int) -> None:
         "Write the bundle that an OCI runtime takes, and run it."
-        self.bundle.mkdir()
         subprocess.run(["crun", "spec"], cwd=self.bundle, check=True)
         spec = json.loads((self.bundle / "config.json").read_text())
         spec["root"] = {"path": root, "readonly": uid != 0}
@@ -93,6 +94,7 @@ class Container:
         # crun refuses a machine with both versions of cgroups, though it is to use neither
         own = "umount -R /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup; exec \"$@\""
         with open(self.bundle / "log", "wb") as log:
+            self.began = time.monotonic()
             self.process = subprocess.Popen(["unshare", "-m", "sh", "-c", own, "sh", *self.crun, "run", self.name],
                                             cwd=self.bundle, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
@@ -123,5 +125,7 @@ class Container:
         return self.process.wait(seconds)
 
     def end(self) -> None:
-        subprocess.run([*self.crun, "delete", "--force", self.name], capture_output=True)
-        self.process.wait(30)
+        "Kill what is left of it."
+        if self.process:
+            subprocess.run([*self.crun, "delete", "--force", self.name], capture_output=True)
+            self.process.wait(30)

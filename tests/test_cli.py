@@ -14,7 +14,7 @@ import pytest
 from conftest import COMMAND
 
 COMMANDS = ("run", "runs", "report", "models", "trace", "endpoints", "captures", "approve", "reject", "promote",
-            "rollback", "shadow", "start", "stop", "predict", "watch", "prune", "aws")
+            "rollback", "shadow", "start", "stop", "predict", "serve", "sign", "watch", "prune", "aws")
 AWS_COMMANDS = ("template", "definition", "rehearse", "cost", "deploy", "start", "status", "destroy")
 
 

@@ -256,9 +256,10 @@ def pipeline_config(options: Options, account: str = ACCOUNT, role: str = ROLE) 
 # %% ../../nbs/aws/14_stack.ipynb #39b26e8a
 def roles(options: Options) -> Resources:
     "Return the roles of all parts, and the policy for people."
-    config = pipeline_config(options, account="${AWS::AccountId}", role=ROLE.replace(ACCOUNT, "${AWS::AccountId}"))
+    config = pipeline_config(options)
+    images = {config.image(target).replace(ACCOUNT, "${AWS::AccountId}") for target in ("steps", "serve")}
     names = {"name": options.name, "short": artifact_prefix(options), "connection": options.connection,
-             "images": sorted({config.image("steps"), config.image("serve")})}
+             "images": sorted(images)}
     source = FROM_S3 if options.source == "s3" else FROM_CONNECTION
     found = {}
     for name, role in ROLES.items():

@@ -156,6 +156,7 @@ class HttpServer(uvicorn.Server):
         with suppress(BlockingIOError):
             while True:
                 await self._add(listener.accept()[0])
+        listener.shutdown(socket.SHUT_RDWR)  # for each process that has it
         listener.close()
         await self._wait_for_clients(patience)
 
