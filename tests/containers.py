@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 class Images:
     "The images of this checkout, in a store of their own below `folder`, on a base from Debian's packages."
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self._roots = folder, {}
         self.buildah = ["buildah", "--storage-driver=vfs", f"--root={folder}/images", f"--runroot={folder}/run"]
 
     def __call__(self, *arguments: str) -> str:
@@ -50,28 +50,32 @@ class Images:
         "Return what buildah knows of an image."
         return json.loads(self("inspect", "--type", "image", image))
 
+    def root(self, image: str) -> str:
+        "Return the folder with the files of an image. It is the same for all containers: to copy it takes a minute."
+        if image not in self._roots:
+            self._roots[image] = self("mount", self("from", image))
+        return self._roots[image]
+
     @contextlib.contextmanager
     def run(self, image: str, mounts: dict[str, Path], command: list[str] | None = None, uid: int = 0,
             env: dict[str, str] | None = None) -> Iterator["Container"]:
         """Run a container of `image` with its own command, or `command`.
 
         As root it is as SageMaker has it. Another user has a read-only root, a writable /tmp, and no capability."""
-        name = self("from", image)
-        container = Container(Path(tempfile.mkdtemp(dir=self.folder)), name)
+        container = Container(Path(tempfile.mkdtemp(prefix="intel-nb-container-")))
         try:
             config = self.describe(image)["OCIv1"]["config"]
             given = [*config["Env"], *(f"{name}={value}" for name, value in (env or {}).items())]
-            container.start(self("mount", name), command or config["Cmd"], given, mounts, uid)
+            container.start(self.root(image), command or config["Cmd"], given, mounts, uid)
             yield container
         finally:
             container.end()
-            self("rm", name)
 
 
 class Container:
     "A running container."
-    def __init__(self, bundle: Path, name: str):
-        self.bundle, self.name = bundle, name
+    def __init__(self, bundle: Path):
+        self.bundle, self.name = bundle, bundle.name
         self.process: subprocess.Popen | None = None
         self.crun = ["crun", "--root", str(bundle / "state"), "--cgroup-manager=disabled"]
 
@@ -129,3 +133,4 @@ class Container:
         if self.process:
             subprocess.run([*self.crun, "delete", "--force", self.name], capture_output=True)
             self.process.wait(30)
+        shutil.rmtree(self.bundle)
