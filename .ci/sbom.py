@@ -1,7 +1,7 @@
 """Write what each image holds as CycloneDX: `dist/intel-nb-serve.cdx.json` and `dist/intel-nb-steps.cdx.json`.
 
-The components are those pins of the image's lock that its Python on Linux takes, with their hashes. Debian's packages in the
-base image are not among them: scan the image itself for those. `make sbom` runs this.
+The components are those pins of the image's lock that its Python on Linux takes, with their hashes. Debian's packages
+in the base image are not among them: scan the image itself for those. `make sbom` runs this.
 """
 import subprocess
 import sys
