@@ -468,6 +468,19 @@ def _package_path(model: str) -> str:
     is_version = model.isdecimal() and not Path(model).exists()
     return str(_workspace().registry().package(model)) if is_version else model
 
+# %% ../nbs/20_cli.ipynb #f9783291
+def _copies(path: str) -> list[str]:
+    "Return `path` and, if a version of the workspace lies there, where the store has the same package."
+    from pathlib import Path
+
+    from intel_nb.storage import sha256_file
+    manifest, store = Path(path) / "manifest.json", _workspace().home / "store"
+    if not manifest.is_file() or not manifest.resolve().is_relative_to(_workspace().home.resolve()):
+        return [path]
+    made = (other.parent for other in store.glob("train/*/model/manifest.json")
+            if sha256_file(other) == sha256_file(manifest))
+    return list(dict.fromkeys([path, *map(str, made)]))
+
 # %% ../nbs/20_cli.ipynb #5ebeb261
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A package (folder or model.tar.gz) or a version.")]
 
@@ -495,9 +508,10 @@ def serve_command(
 def sign_command(model: ModelArgument, key: Annotated[str, typer.Option(
         help="The file of an ed25519 private key in PEM.", envvar="INTEL_NB_SIGNING_KEY", show_default=False)]) -> None:
     "Sign a model package, so that who checks with the public key knows whose it is."
-    from intel_nb.model import SIGNATURE, sign_package
-    sign_package(path := _package_path(model), key)
-    print_line(f"{path} is signed; anyone with the public key can check {SIGNATURE}")
+    from intel_nb.model import sign_package
+    for path in _copies(_package_path(model)):
+        sign_package(path, key)
+        print_line(f"{path} is signed")
 
 # %% ../nbs/20_cli.ipynb #45aae6c0
 @app.command("watch")

@@ -10,7 +10,7 @@ import pytest
 from permission_reader import ENTRY_POINTS, PACKAGE, Call, actions_of, calls_from, calls_in, derived, granted
 
 from intel_nb.aws.client import service_model
-from intel_nb.aws.permissions import ROLES, UNSCOPED, Grant, policy
+from intel_nb.aws.permissions import DEPLOY, IMPLIED, ROLES, UNSCOPED, Grant, policy, with_implied
 
 NAMES = {"name": "intel-nb", "short": "intel-nb-model",
          "connection": "arn:aws:codeconnections:us-east-1:123456789012:connection/x",
@@ -91,6 +91,36 @@ def test_calls_are_followed_through_functions_classes_and_imports():
         calls_from(["aws.rules:no_such"])
 
 
+# What the documentation and reports say that the caller of a deployment needs beyond its own calls.
+DOCUMENTED = {
+    "sagemaker:DescribeEndpoint": "endpoint/", "sagemaker:UpdateEndpointWeightsAndCapacities": "endpoint/",
+    "sagemaker:DescribeEndpointConfig": "*", "cloudwatch:PutMetricAlarm": "alarm:TargetTracking-",
+    "cloudwatch:DescribeAlarms": "alarm:TargetTracking-", "cloudwatch:DeleteAlarms": "alarm:TargetTracking-",
+    "application-autoscaling:DeregisterScalableTarget": "scalable-target/",
+    "sagemaker:UpdateEndpoint": "endpoint-config/",
+}
+
+
+def lacking(role) -> set[str]:
+    "Return the documented actions that `role` may not take on their resource."
+    statements = policy(role.grants, **NAMES)["Statement"]
+    allowed = {(action, json.dumps(arn)) for s in statements for action in s["Action"] for arn in s["Resource"]}
+    return {action for action, resource in DOCUMENTED.items()
+            if not any(action == a and resource in arn for a, arn in allowed)}
+
+
+def test_a_deployment_has_what_services_check_on_its_behalf():
+    assert lacking(ROLES["Deploy"]) == set()
+
+
+@pytest.mark.parametrize("row", IMPLIED, ids=lambda row: f"{row.call}-{row.actions[0]}")
+def test_no_row_of_implied_rights_may_go(row):
+    poorer = with_implied(DEPLOY, [other for other in IMPLIED if other is not row])
+    explicit = {(a, r) for grant in DEPLOY.grants for a in grant.actions for r in grant.resources}
+    beyond = {a for a in row.actions for r in row.resources if (a, r) not in explicit}
+    assert lacking(poorer) == beyond, "what our own calls need is granted twice, and stays"
+
+
 @pytest.mark.parametrize("name", ROLES)
 def test_no_wildcard_action_and_no_wildcard_resource_but_those_listed(name):
     for grant in ROLES[name].grants:
@@ -106,7 +136,8 @@ def test_the_listed_actions_really_cannot_be_narrowed(action):
     service, _, name = action.partition(":")
     resources = linter_table()[service]["Actions"][name.lower()].get("Resources", [])
     # PutMetricData has no resource of this account's metrics; a condition on the namespace stands in for it.
-    assert resources == [] or action == "cloudwatch:PutMetricData"
+    implied = {a for row in IMPLIED if row.resources == ("any",) for a in row.actions}
+    assert resources == [] or action == "cloudwatch:PutMetricData" or action in implied
 
 
 def test_metrics_are_narrowed_by_their_namespace():

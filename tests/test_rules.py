@@ -67,8 +67,8 @@ def logged(call: str, bucket: str, key: str, **more) -> dict:
 
 
 def package_event(group: str = "intel-nb", status: str = "Approved",
-                  kind: str = "SageMaker Model Package State Change") -> dict:
-    "SageMaker's event, as in its developer guide (Model package state change)."
+                  kind: str = "SageMaker Model Package State Change", changed: str = "ModelApprovalStatus") -> dict:
+    "SageMaker's event, as in its developer guide (Model package state change), after `changed` was updated."
     arn = f"arn:aws:sagemaker:us-east-1:123456789012:model-package/{group}/2"
     return {"version": "0", "id": "844e2571-85d4-695f-b930-0153b71dcb42", "detail-type": kind,
             "source": "aws.sagemaker",
@@ -76,12 +76,13 @@ def package_event(group: str = "intel-nb", status: str = "Approved",
             "detail": {"ModelPackageGroupName": group, "ModelPackageVersion": 2, "ModelPackageArn": arn,
                        "CreationTime": "2026-01-31T12:00:00Z",
                        "InferenceSpecification": {"Containers": [{
-                           "Image": "763104351884.dkr.ecr.us-east-1.amazonaws.com/ray:serve",
+                           "Image": "123456789012.dkr.ecr.us-east-1.amazonaws.com/intel-nb:serve",
                            "ImageDigest": "sha256:4dc8", "ModelDataUrl": "s3://bucket/model.tar.gz"}],
                                                   "SupportedContentTypes": ["image/jpeg"]},
                        "ModelPackageStatus": "Completed",
                        "ModelPackageStatusDetails": {"ValidationStatuses": [], "ImageScanStatuses": []},
                        "CertifyForMarketplace": False, "ModelApprovalStatus": status,
+                       "UpdatedModelPackageFields": [changed],
                        "LastModifiedTime": "2026-01-31T12:00:00Z"}}
 
 
@@ -103,7 +104,7 @@ MUST_NOT = {
                         other("intel-nb-code", "modelbuild.zip", "Object Deleted")],
     "modeldeploy-code": [created("intel-nb-code", "modelbuild.zip"), restored("intel-nb-code", "modeldeploy.zip")],
     "model-approved": [package_event(status="PendingManualApproval"), package_event(status="Rejected"),
-                       package_event(group="intel-nb-2"),
+                       package_event(group="intel-nb-2"), package_event(changed="CustomerMetadataProperties"),
                        package_event(kind="SageMaker Model State Change"),
                        {**package_event(), "source": "aws.sagemaker2"}],
     "data-uploaded": [created("intel-nb-data", "intel.zip.part"), created("intel-nb-data", "backup/intel.zip"),

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 # %% auto #0
 __all__ = ['RESOURCES', 'UNSCOPED', 'WRITE_LOGS', 'WRITE_SAGEMAKER_LOGS', 'UPLOAD', 'READ_VERSIONS', 'METRICS', 'SERVICE_METRICS',
            'TO_SAGEMAKER', 'PULL_IMAGE', 'JOB_METRICS', 'READ_GROUP', 'READ_ARTIFACTS', 'PIPELINE', 'JOB', 'MODEL',
            'WATCH', 'BUILDING', 'BUILD', 'DEPLOY', 'CODEPIPELINE', 'FROM_S3', 'FROM_CONNECTION', 'EVENTS', 'SCHEDULER',
-           'OPERATOR', 'ROLES', 'Grant', 'Role', 'local_arn', 'image_arn', 'resource_arns', 'policy_document', 'policy']
+           'OPERATOR', 'SCALING', 'IMPLIED', 'ROLES', 'Grant', 'Role', 'local_arn', 'Implied', 'with_implied',
+           'image_arn', 'resource_arns', 'policy_document', 'policy']
 
 # %% ../../nbs/aws/12_permissions.ipynb #5a28ce16
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ RESOURCES = {
     "endpoint configs": local_arn("sagemaker", "endpoint-config/{name}-*"),
     "scaling": local_arn("application-autoscaling", "scalable-target/*"),
     "alarms": local_arn("cloudwatch", "alarm:{name}-*"),
+    "scaling alarms": local_arn("cloudwatch", "alarm:TargetTracking-*"),
     "pipeline role": "${PipelineRole.Arn}", "job role": "${JobRole.Arn}",
     "model role": "${ModelRole.Arn}", "watch role": "${WatchRole.Arn}",
     "scaling role": "arn:${AWS::Partition}:iam::${AWS::AccountId}:role/aws-service-role/"
@@ -74,6 +76,7 @@ RESOURCES = {
 UNSCOPED = {
     "ecr:GetAuthorizationToken": "it returns a token for the whole registry of images, and takes no resource",
     "cloudwatch:PutMetricData": "a metric is no resource; a condition narrows it to one namespace",
+    "sagemaker:DescribeEndpointConfig": "auto-scaling asks for a name that SageMaker made up (ACK community#2110)",
 }
 
 # %% ../../nbs/aws/12_permissions.ipynb #5798a039
@@ -194,8 +197,43 @@ OPERATOR = Role("", "starts the pipeline, looks at it, and approves versions", (
     Grant(("sagemaker:DescribeEndpoint",), ("endpoints",)),
     Grant(("cloudwatch:DescribeAlarms",), ("alarms",))))
 
-ROLES = {"Pipeline": PIPELINE, "Job": JOB, "Model": MODEL, "Watch": WATCH, "Build": BUILD, "Deploy": DEPLOY,
-         "CodePipeline": CODEPIPELINE, "Events": EVENTS, "Scheduler": SCHEDULER, "Operator": OPERATOR}
+# %% ../../nbs/aws/12_permissions.ipynb #e317d903
+@dataclass(frozen=True)
+class Implied:
+    "The rights that a service checks on whoever makes `call`, and who says so."
+    call: str
+    actions: tuple[str, ...]
+    resources: tuple[str, ...]
+    source: str
+
+SCALING = "SageMaker's developer guide, Auto scaling prerequisites"
+IMPLIED = (
+    Implied("application-autoscaling:RegisterScalableTarget", ("sagemaker:DescribeEndpoint",
+            "sagemaker:UpdateEndpointWeightsAndCapacities"), ("endpoints",), SCALING),
+    Implied("application-autoscaling:RegisterScalableTarget", ("sagemaker:DescribeEndpointConfig",), ("any",),
+            f"{SCALING}; ACK community#2110"),
+    Implied("application-autoscaling:PutScalingPolicy", ("cloudwatch:DescribeAlarms", "cloudwatch:PutMetricAlarm"),
+            ("scaling alarms",), SCALING),
+    Implied("application-autoscaling:DeregisterScalableTarget", ("cloudwatch:DeleteAlarms",), ("scaling alarms",),
+            SCALING),
+    Implied("sagemaker:DeleteEndpoint", ("application-autoscaling:DeregisterScalableTarget",), ("scaling",),
+            "stable-diffusion-aws-extension#161"),
+    Implied("sagemaker:UpdateEndpoint", ("sagemaker:UpdateEndpoint",), ("endpoint configs",), "aws-cdk#11594"),
+    Implied("sagemaker:UpdateEndpoint", ("cloudwatch:DescribeAlarms",), ("alarms",),
+            "SageMaker's developer guide, Auto-rollback configuration and monitoring"),
+)
+
+# %% ../../nbs/aws/12_permissions.ipynb #c50f868a
+def with_implied(role: Role, rows: Iterable[Implied] = IMPLIED) -> Role:
+    "Return `role` with the rights that its calls imply."
+    calls = {action for grant in role.grants for action in grant.actions}
+    implied = (Grant(row.actions, row.resources, f"checked for {row.call}: {row.source}") for row in rows
+               if row.call in calls)
+    return replace(role, grants=(*role.grants, *implied))
+
+ROLES = {name: with_implied(role) for name, role in {
+    "Pipeline": PIPELINE, "Job": JOB, "Model": MODEL, "Watch": WATCH, "Build": BUILD, "Deploy": DEPLOY,
+    "CodePipeline": CODEPIPELINE, "Events": EVENTS, "Scheduler": SCHEDULER, "Operator": OPERATOR}.items()}
 
 # %% ../../nbs/aws/12_permissions.ipynb #e008e577
 def image_arn(uri: str) -> str:

@@ -36,6 +36,7 @@ class PipelineConfig:
     "The settings of a definition. The defaults name no real account; they are for reading, checking and rehearsing."
     bucket: str = "intel-nb-artifacts-123456789012"  # for the code and everything that the pipeline writes
     role: str = "arn:aws:iam::123456789012:role/intel-nb-pipeline"
+    account: str = "123456789012"  # whose registry has the images
     region: str = "us-east-1"
     prefix: str = "pipeline"  # of all keys in the bucket
     group: str = "intel-nb"  # model package group
@@ -55,7 +56,7 @@ class PipelineConfig:
 
     def image(self, target: str) -> str:
         "Return the URI of the image `target`, steps or serve."
-        own = image_uri(target, self.role.split(":")[4], self.region, self.group)
+        own = image_uri(target, self.account, self.region, self.group)
         return (self.image_steps if target == "steps" else self.image_serve) or own
 
 # %% ../../nbs/aws/08_pipeline.ipynb #4be005f2

@@ -59,9 +59,12 @@ def trail_pattern(start: Start, bucket: Any) -> dict:
 
 # %% ../../nbs/aws/11_rules.ipynb #f2634c2d
 def approval_pattern(start: Start, group: Any) -> dict:
-    "Return the pattern of the events that a version of the model package group `group` got a status."
+    """Return the pattern of the events that a version of the model package group `group` got a status.
+
+    Each change of a version is such an event and names its status, so the pattern asks for what was changed."""
     return {"source": ["aws.sagemaker"], "detail-type": ["SageMaker Model Package State Change"],
-            "detail": {"ModelPackageGroupName": [group], "ModelApprovalStatus": [start.key]}}
+            "detail": {"ModelPackageGroupName": [group], "ModelApprovalStatus": [start.key],
+                       "UpdatedModelPackageFields": ["ModelApprovalStatus"]}}
 
 # %% ../../nbs/aws/11_rules.ipynb #121b64ab
 UPLOAD_EVENTS = {  # the pattern, and the JSON path to what identifies the upload

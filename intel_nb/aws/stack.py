@@ -247,7 +247,8 @@ def pipeline_config(options: Options, account: str = ACCOUNT, role: str = ROLE) 
     "Return what the pipeline's definition is made from, in `account` and with the ARN `role` for its jobs."
     names = {kind: bucket_name(options, kind, account) for kind in BUCKET_KINDS.values()}
     return PipelineConfig(
-        bucket=names["artifacts"], role=role, region=options.region, group=options.name, profile=options.profile,
+        bucket=names["artifacts"], role=role, account=account,
+        region=options.region, group=options.name, profile=options.profile,
         spot=options.spot, data=f"s3://{names['data']}/intel.zip",
         annotations=f"s3://{names['annotations']}/annotations/",
         instance_train=options.instance_train, instance_serve=options.instance_serve,
