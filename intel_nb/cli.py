@@ -17,19 +17,21 @@ if TYPE_CHECKING:  # each command imports what it needs, so that --help does not
     from intel_nb.chain.plan import RunRequest, Workspace
     from intel_nb.chain.run import RunEvent
     from intel_nb.chain.runs import Run
+    from intel_nb.registry import Registry
 
 # %% auto #0
 __all__ = ['app', 'aws_app', 'INTERRUPTED', 'JsonOption', 'VersionArgument', 'StageArgument', 'EXIT_STATUS', 'Setting', 'Profile',
-           'Engine', 'Approve', 'ModelArgument', 'NameOption', 'PipelineOption', 'StackOption', 'YesOption',
-           'print_line', 'print_error', 'call', 'main', 'format_table', 'print_json', 'print_rows', 'PlainProgress',
-           'BarProgress', 'show_progress', 'annotation_lines', 'describe_run', 'exit_with_outcome', 'request_from',
-           'run_command', 'runs_command', 'report_command', 'models_command', 'trace_command', 'describe_shadow',
-           'describe_drift', 'drift_and_shadow', 'endpoints_command', 'captures_command', 'carry_out_decision',
-           'approve_command', 'reject_command', 'promote_command', 'rollback_command', 'shadow_command',
-           'start_command', 'stop_command', 'predict_file', 'predict_command', 'serve_command', 'sign_command',
-           'watch_command', 'prune_command', 'confirm_unless', 'aws_template_command', 'aws_definition_command',
-           'aws_rehearse_command', 'aws_cost_command', 'aws_deploy_command', 'aws_start_command', 'aws_status_command',
-           'aws_destroy_command']
+           'Engine', 'Approve', 'ImagesArgument', 'ModelArgument', 'NameOption', 'PipelineOption', 'StackOption',
+           'YesOption', 'print_line', 'print_error', 'call', 'main', 'format_table', 'print_json', 'print_rows',
+           'PlainProgress', 'BarProgress', 'show_progress', 'annotation_lines', 'describe_run', 'exit_with_outcome',
+           'request_from', 'run_command', 'runs_command', 'report_command', 'print_versions', 'models_command',
+           'trace_command', 'describe_shadow', 'describe_drift', 'drift_and_shadow', 'endpoints_command',
+           'captures_command', 'carry_out_decision', 'approve_command', 'reject_command', 'promote_command',
+           'rollback_command', 'shadow_command', 'start_command', 'stop_command', 'print_predictions', 'predict_file',
+           'predict_command', 'serve_command', 'sign_command', 'watch_command', 'prune_command', 'confirm_unless',
+           'aws_template_command', 'aws_definition_command', 'aws_rehearse_command', 'aws_cost_command',
+           'aws_deploy_command', 'aws_start_command', 'aws_status_command', 'aws_models_command', 'aws_approve_command',
+           'aws_invoke_command', 'aws_destroy_command']
 
 # %% ../nbs/20_cli.ipynb #d6fdda1b
 app = typer.Typer(name="intel-nb", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
@@ -289,13 +291,17 @@ def report_command(run: Annotated[str, typer.Argument(metavar="RUN", help="A run
                 for s in found.steps]
         print_line(f"{format_table(rows, '')}\n{describe_run(workspace, found)}")
 
+# %% ../nbs/20_cli.ipynb #1f2906fa
+def print_versions(registry: Registry, as_json: bool, empty: str) -> None:
+    "Print the versions in `registry`, newest first (the text `empty` if there are none)."
+    fields = ("version", "status", "accuracy", "aliases", "run_id", *([] if as_json else ["reason"]))
+    print_rows([{name: getattr(v, name) for name in fields} for v in registry.versions()], as_json, empty)
+
 # %% ../nbs/20_cli.ipynb #68256542
 @app.command("models")
 def models_command(as_json: JsonOption = False) -> None:
     "List the versions, newest first."
-    fields = ("version", "status", "accuracy", "aliases", "run_id", *([] if as_json else ["reason"]))
-    rows = [{name: getattr(v, name) for name in fields} for v in _workspace().registry().versions()]
-    print_rows(rows, as_json, "no versions yet: intel-nb run makes one")
+    print_versions(_workspace().registry(), as_json, "no versions yet: intel-nb run makes one")
 
 # %% ../nbs/20_cli.ipynb #8e818ea5
 @app.command("trace")
@@ -431,6 +437,12 @@ def stop_command(
         print_line(f"{name} is stopped")
 
 # %% ../nbs/20_cli.ipynb #785518cf
+def print_predictions(url: str, images: list[str], as_json: bool) -> None:
+    "Print what the endpoint at `url` predicts for image files."
+    rows = [{"image": image, **predict_file(url, image)} for image in images]
+    columns = ("image", "label", "confidence")
+    print_rows(rows if as_json else [{name: row[name] for name in columns} for row in rows], as_json, "")
+
 def predict_file(url: str, image: str) -> dict[str, Any]:
     "Return an endpoint's prediction for an image file. Raise `InputError` if it is missing or refused."
     from pathlib import Path
@@ -446,9 +458,11 @@ def predict_file(url: str, image: str) -> dict[str, Any]:
     return invoke(url, data, kind)["predictions"][0]
 
 # %% ../nbs/20_cli.ipynb #84244fb2
+ImagesArgument = Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files.")]
+
 @app.command("predict")
 def predict_command(
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    images: ImagesArgument,
     stage: Annotated[str, typer.Option(help="The stage that answers.")] = "staging",
     as_json: JsonOption = False,
 ) -> None:
@@ -457,9 +471,7 @@ def predict_command(
     endpoint = find_endpoint(_workspace(), stage)
     if endpoint.status != "running":
         raise InputError(f"{stage} is {endpoint.status}; intel-nb start {stage}")
-    rows = [{"image": image, **predict_file(endpoint.url, image)} for image in images]
-    columns = ("image", "label", "confidence")
-    print_rows(rows if as_json else [{name: row[name] for name in columns} for row in rows], as_json, "")
+    print_predictions(endpoint.url, images, as_json)
 
 # %% ../nbs/20_cli.ipynb #c2cda8be
 def _package_path(model: str) -> str:
@@ -615,6 +627,40 @@ def aws_start_command(name: NameOption = "intel-nb", parameter: PipelineOption =
 def aws_status_command(name: NameOption = "intel-nb", as_json: JsonOption = False) -> None:
     "Show the last execution with its steps, the endpoints and the alarms."
     raise typer.Exit(cloud_module("commands").show_status(name, as_json))
+
+# %% ../nbs/20_cli.ipynb #d15e56c0
+def _cloud_registry(name: str) -> Registry:
+    "Return the registry of the deployment `name`; raise `InputError` without credentials."
+    cloud_module("client").check_credentials()
+    return cloud_module().open_package_group(f"sagemaker://{name}")
+
+@aws_app.command("models")
+def aws_models_command(name: NameOption = "intel-nb", as_json: JsonOption = False) -> None:
+    "List the versions, newest first."
+    print_versions(_cloud_registry(name), as_json, "no versions yet: intel-nb aws start makes one")
+
+@aws_app.command("approve")
+def aws_approve_command(version: VersionArgument, name: NameOption = "intel-nb") -> None:
+    "Approve a version; modeldeploy then brings it to staging and tests it there."
+    registry = _cloud_registry(name)
+    found = registry.get(version)
+    if found.status == "Rejected":
+        raise RuntimeError(f"version {version} is rejected ({found.reason}) and stays so; start the pipeline again")
+    if found.status != "Approved":  # each approval starts a deployment
+        registry.set_status(version, "Approved", "approved with intel-nb aws approve")
+    print_line(f"version {version} is Approved; see how modeldeploy goes on with: intel-nb aws status")
+
+# %% ../nbs/20_cli.ipynb #12779468
+@aws_app.command("invoke")
+def aws_invoke_command(
+    images: ImagesArgument,
+    stage: Annotated[str, typer.Option(help="The stage that answers.")] = "staging",
+    name: NameOption = "intel-nb",
+    as_json: JsonOption = False,
+) -> None:
+    "Classify images with an endpoint on SageMaker."
+    cloud_module("client").check_credentials()
+    print_predictions(cloud_module().open_hosting(f"sagemaker://{name}").describe(stage).url, images, as_json)
 
 # %% ../nbs/20_cli.ipynb #5137b221
 @aws_app.command("destroy")

@@ -39,9 +39,9 @@ def no_account(monkeypatch, tmp_path):
     monkeypatch.setenv("INTEL_NB_HOME", str(tmp_path / "home"))
 
 
-@pytest.mark.parametrize("name", ["deploy", "destroy", "start", "status"])
-def test_a_command_that_needs_an_account_says_so(no_account, name):
-    done = command(name)
+@pytest.mark.parametrize("line", ["deploy", "destroy", "start", "status", "models", "approve 1", "invoke sea.jpg"])
+def test_a_command_that_needs_an_account_says_so(no_account, line):
+    done = command(*line.split())
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: no AWS credentials are here; set AWS_ACCESS_KEY_ID")
     assert done.stderr.count("\n") == 1

@@ -56,6 +56,21 @@ def test_an_empty_group_answers(registry):
         registry.set_status("1", "Approved")
 
 
+def test_versions_are_listed_and_approved_from_the_command_line(cloud, registry, package):
+    from test_aws_commands import command
+    version, rejected = register(registry, package), register(registry, package, status="Rejected", reason="too dark")
+    rows = json.loads(command("models", "--json").stdout)
+    assert [(row["version"], row["status"]) for row in rows] == [
+        (rejected, "Rejected"), (version, "PendingManualApproval")]
+    for _ in range(2):
+        done = command("approve", version)
+        assert (done.returncode, "is Approved" in done.stdout) == (0, True), done.stderr
+    assert registry.get(version).status == "Approved"
+    done = command("approve", rejected)
+    assert (done.returncode, "is rejected (too dark) and stays so" in done.stderr) == (1, True)
+    assert command("approve", "77").returncode == 2
+
+
 def test_a_group_that_is_not_there(cloud, package):
     registry = open_registry("sagemaker://nowhere")
     assert registry.versions() == [] and registry.champion() is None
