@@ -11,6 +11,7 @@ import pytest
 from conftest import QUICK
 from containers import MISSING, Images
 
+from intel_nb.aws.pipeline import ENTRY, NOTEBOOKS
 from intel_nb.model import load_package, pack
 from intel_nb.scenes import sample_jpeg
 
@@ -204,6 +205,24 @@ def test_six_notebooks_without_a_network(images, ml, archive, uid):
         assert container.wait(400) == 0, container.log
     record = json.loads((ml / "executed" / "here" / "run.json").read_text())
     assert [step["status"] for step in record["steps"]] == ["succeeded"] * 6
+
+
+@USERS
+def test_a_processing_job(images, ml, archive, uid):
+    "As the pipeline's definition starts it; wrong input is in `message`."
+    mount = ml / "processing" / "input" / "archive"
+    mount.mkdir(parents=True)
+    shutil.copy(archive, mount)
+    give(ml, uid)
+    command = [*ENTRY, NOTEBOOKS["data"]]
+    with images.run("intel-nb:steps", {"/opt/ml": ml}, command, uid) as container:
+        assert container.wait(120) == 0, container.log
+    assert json.loads((ml / "processing" / "output" / "result.json").read_text())["train"]
+    assert (ml / "processing" / "executed" / NOTEBOOKS["data"]).is_file()
+    (mount / archive.name).write_bytes(b"no zip")
+    with images.run("intel-nb:steps", {"/opt/ml": ml}, command, uid) as container:
+        assert container.wait(120) == 2, container.log
+    assert archive.name in (ml / "output" / "message").read_text()
 
 
 def training_job(ml: Path, dataset: Path, uid: int, **hyperparameters: str) -> None:
