@@ -8,7 +8,7 @@ FROM ${BASE} AS tools
 ARG PIP_INDEX_URL PIP_FIND_LINKS
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
-COPY locks/build.txt locks/cuda.txt locks/
+COPY locks/build.txt locks/
 RUN python3 -m venv /tools && /tools/bin/pip install --quiet --require-hashes -r locks/build.txt
 
 FROM tools AS wheel
@@ -35,7 +35,8 @@ ARG PIP_INDEX_URL PIP_FIND_LINKS
 # TORCH=cuda takes torch's public wheel with CUDA, which makes the image six gigabytes larger
 ARG TORCH=cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-COPY locks/steps.txt locks/cpu.txt locks/
+COPY locks/steps.txt locks/cpu.txt locks/cuda.txt locks/
+RUN case "$TORCH" in cpu|cuda) ;; *) echo "TORCH is cpu or cuda, not $TORCH" >&2; exit 2;; esac
 RUN test "$TORCH" = cuda || /tools/bin/pip install --quiet --require-hashes --no-deps --retries 0 \
     --extra-index-url "$TORCH_INDEX" -r locks/cpu.txt
 RUN /tools/bin/pip install --quiet --require-hashes --only-binary :all: -r locks/steps.txt -c locks/cuda.txt
@@ -46,13 +47,13 @@ COPY nbs/0?_*.ipynb /opt/intel-nb/nbs/
 
 FROM ${BASE} AS steps
 COPY --from=steps-environment /opt/intel-nb /opt/intel-nb
-ENV PATH=/opt/intel-nb/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+ENV PATH=/opt/intel-nb/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PYTHONSAFEPATH=1 \
     INTEL_NB_NOTEBOOKS=/opt/intel-nb/nbs
 CMD ["train"]
 
 # The last one, which a build without --target makes.
 FROM ${BASE} AS serve
 COPY --from=serve-environment /opt/intel-nb /opt/intel-nb
-ENV PATH=/opt/intel-nb/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+ENV PATH=/opt/intel-nb/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PYTHONSAFEPATH=1
 EXPOSE 8080
 CMD ["serve"]

@@ -56,8 +56,9 @@ hooks: .venv/run.stamp
 	@echo "Installing into .venv (some minutes, once) …"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(LOCKED) -r locks/build.txt
-	@$(if $(TORCH_INDEX),$(LOCKED) --no-deps --retries 0 --extra-index-url $(TORCH_INDEX) -r locks/cpu.txt 2>/dev/null \
-	  || echo "torch's CPU build for this Python is not to be had here; taking the public wheel")
+	@$(if $(TORCH_INDEX),log=$$(mktemp); $(LOCKED) --no-deps --retries 0 --extra-index-url $(TORCH_INDEX) -r locks/cpu.txt >$$log 2>&1 \
+	  || { if grep -q "HASHES" $$log; then cat $$log; exit 1; fi; \
+	       echo "torch's CPU build is not to be had here; taking the public wheel"; }; rm -f $$log)
 	@$(LOCKED) -r locks/run.txt
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@

@@ -58,19 +58,28 @@ def resolve(uv: str, source: Path, extras: list[str], known: Pins) -> Pins:
         return parse(out.read_text())
 
 
-def cpu_builds(version: str) -> set[str]:
-    "Return the hashes of torch's CPU builds of `version`: those of PyTorch's index and those on this machine's disk."
+WHEEL = re.compile(r"torch-(?P<version>[\d.]+)(?:\+|%2B)cpu-cp3(?P<minor>\d+)-cp3\d+-"
+                   r"manylinux\w*_(?P<machine>x86_64|aarch64)")
+
+
+def cpu_builds(version: str) -> Pins:
+    "Return the pins of torch's CPU builds of `version`: a line for each Python and machine that a wheel was found for."
     places = os.environ.get("PIP_FIND_LINKS", "").split()
-    wheels = [wheel for place in places for wheel in Path(place).glob(f"torch-{version}+cpu-*.whl")]
-    found = {f"sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}" for wheel in wheels}
+    wheels = [wheel for place in places for wheel in Path(place).glob("torch-*.whl")]
+    found = [(wheel.name, hashlib.sha256(wheel.read_bytes()).hexdigest()) for wheel in wheels]
     try:
         with urlopen(TORCH_CPU, timeout=30) as page:
-            links = rf"/torch-{re.escape(version)}(?:\+|%2B)cpu-[^#\"]*#sha256=(\w{{64}})"
-            listed = re.findall(links, page.read().decode())
+            found += re.findall(r"(torch-[^/\"#]+\.whl)#sha256=(\w{64})", page.read().decode())
     except OSError as e:
         print(f"{TORCH_CPU}: {e}; its hashes are kept as they were", file=sys.stderr)
-        listed = []
-    return found | {f"sha256:{digest}" for digest in listed}
+    pins = read("cpu") if all(pin.startswith(f"torch=={version}+") for pin in read("cpu")) else {}
+    for name, digest in found:
+        match = WHEEL.match(name)
+        if match and match["version"] == version:
+            marker = (f"python_version == '3.{match['minor']}' and sys_platform == 'linux' "
+                      f"and platform_machine == '{match['machine']}'")
+            pins.setdefault(f"torch=={version}+cpu ; {marker}", set()).add(f"sha256:{digest}")
+    return pins
 
 
 def main() -> None:
@@ -91,8 +100,8 @@ def main() -> None:
     for name, pins in found.items():
         write(name, {pin: hashes for pin, hashes in pins.items() if pin not in cuda})
     write("cuda", cuda)
-    [version] = {pin.split()[0] for pin in found["run"] if pin.startswith("torch==")}
-    write("cpu", {f"{version}+cpu": read("cpu").get(f"{version}+cpu", set()) | cpu_builds(version.partition("==")[2])})
+    [version] = {pin.split()[0].partition("==")[2] for pin in found["run"] if pin.startswith("torch==")}
+    write("cpu", cpu_builds(version))
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@
 # %% ../nbs/20_cli.ipynb #393d94e4
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .storage import InputError, cloud_module
+from .storage import InputError, absolute_keys, cloud_module
 
 if TYPE_CHECKING:  # each command imports what it needs, so that --help does not wait for all of it
     from intel_nb.chain.plan import RunRequest, Workspace
@@ -55,7 +56,6 @@ def print_line(text: str) -> None:
 
 def _drop_output() -> int:
     "Send standard output to nowhere, because its reader has gone. Return exit status 0."
-    import os
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
@@ -71,6 +71,7 @@ INTERRUPTED = "interrupted; the same command continues where it stopped"
 def call(arguments: list[str]) -> int:
     "Carry out the command line `arguments`. Return its exit status."
     debug = "--debug" in arguments
+    os.environ.update(absolute_keys())
     try:
         status = app([a for a in arguments if a != "--debug"], prog_name="intel-nb", standalone_mode=False) or 0
         return print_error(INTERRUPTED, status) if status == 130 else status  # typer's status for a KeyboardInterrupt
@@ -506,7 +507,6 @@ def serve_command(
     ray_config: Annotated[bool, typer.Option("--ray-config", help="Print Ray Serve's configuration instead.")] = False,
 ) -> None:
     "Serve a model package in the foreground, until Ctrl-C."
-    import os
     path, version = _package_path(model), os.environ.get("INTEL_NB_VERSION") or (model if model.isdecimal() else "")
     if ray_config:
         from intel_nb.serving.ray import serve_config

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import os
+import shutil
 import tarfile
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -30,9 +33,10 @@ if TYPE_CHECKING:  # imported when used: reading a package needs neither
     from intel_nb.detector import OnlineMMD
 
 # %% auto #0
-__all__ = ['FILES', 'IGNORED', 'SIGNATURE', 'MAX_PACKAGE_BYTES', 'write_manifest', 'read_manifest', 'check_files',
-           'check_manifest', 'sign_manifest', 'check_signature', 'cores', 'open_session', 'run_batches', 'Package',
-           'pack', 'unpack', 'load_package', 'sign_package', 'to_yaml', 'card_text', 'write_package', 'sample_package']
+__all__ = ['FILES', 'IGNORED', 'SIGNATURE', 'MAX_PACKAGE_BYTES', 'MAX_TEXT_BYTES', 'write_manifest', 'read_manifest',
+           'check_files', 'check_content', 'check_manifest', 'sign_manifest', 'check_signature', 'check_keys', 'cores',
+           'open_session', 'run_batches', 'Package', 'pack', 'unpack', 'load_package', 'sign_package', 'to_yaml',
+           'card_text', 'write_package', 'sample_package']
 
 # %% ../nbs/18_model.ipynb #4eca6a82
 FILES = ("model.onnx", "model.safetensors", "labels.json", "hparams.yaml", "drift.npz", "card.md")
@@ -64,21 +68,29 @@ def _is_file(folder: Path, name: str) -> bool:
     return Path(name).name == name and (folder / name).is_file() and not (folder / name).is_symlink()
 
 # %% ../nbs/18_model.ipynb #56a3099a
-def read_manifest(folder: Path) -> dict[str, Any]:
-    "Return the manifest in `folder`, whose files are not checked yet. Raise `InputError` if it is none of format 1."
-    if not (folder / "manifest.json").is_file():
+def read_manifest(folder: Path, check: Callable[[bytes], None] = lambda data: None) -> dict[str, Any]:
+    """Return the manifest in `folder`, whose files are not checked yet. Raise `InputError` if it is none of format 1.
+
+    `check` gets the very bytes that are parsed afterwards."""
+    if not _is_file(folder, "manifest.json"):
         raise InputError(f"{folder} is not a model package: it has no manifest.json; "
                          "give the model/ folder of a train step")
-    manifest = read_json(folder / "manifest.json")
-    known = isinstance(manifest, dict) and manifest.get("format") == 1
-    if not known or not all(isinstance(manifest.get(name), dict) for name in ("files", "card")):
+    check(data := (folder / "manifest.json").read_bytes())
+    try:
+        manifest = json.loads(data)
+    except (ValueError, RecursionError):
+        manifest = None
+    is_known = isinstance(manifest, dict) and type(manifest.get("format")) is int and manifest["format"] == 1
+    if not is_known or not all(isinstance(manifest.get(name), dict) for name in ("files", "card")):
         raise InputError(f"{folder / 'manifest.json'} is not a manifest of format 1")
     return manifest
 
 # %% ../nbs/18_model.ipynb #8e21f44a
 def check_files(folder: Path, files: dict[str, str]) -> None:
     "Raise `InputError` unless `folder` holds exactly a package's files, with the digests in `files`."
-    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*")} - {"manifest.json", SIGNATURE}
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*")} - {"manifest.json"}
+    if SIGNATURE in present and _is_file(folder, SIGNATURE):
+        present.remove(SIGNATURE)
     for name in sorted({*FILES, *files} | present):
         if name not in files:
             raise InputError(f"{folder} holds {name}, which its manifest does not list; do not trust this package")
@@ -87,15 +99,28 @@ def check_files(folder: Path, files: dict[str, str]) -> None:
         if not _is_file(folder, name) or sha256_file(folder / name) != files[name]:
             raise InputError(f"{folder / name} is not the file that the manifest lists; copy the package again")
 
+# %% ../nbs/18_model.ipynb #fa938c8d
+def check_content(folder: Path, card: dict[str, Any]) -> None:
+    "Raise `InputError` unless the labels in `folder` and the `card` are what whoever serves them relies on."
+    labels = read_json(folder / "labels.json")
+    if not isinstance(labels, list) or not labels or not all(isinstance(name, str) for name in labels):
+        raise InputError(f"{folder / 'labels.json'} is no list of class names; do not trust this package")
+    if len(set(labels)) < len(labels):
+        raise InputError(f"{folder / 'labels.json'} names a class twice; do not trust this package")
+    side, name = card.get("image_size"), card.get("model_name")
+    if type(side) is not int or not 8 <= side <= 4096 or not isinstance(name, str):
+        raise InputError(f"the card in {folder / 'manifest.json'} has no model_name, or no image_size from 8 to 4096; "
+                         "do not trust this package")
+
 # %% ../nbs/18_model.ipynb #ca0ef19d
 def check_manifest(folder: str | Path) -> dict[str, Any]:
     """Return the manifest of the package in `folder`. Raise `InputError` unless exactly its files are there, unchanged.
 
     Where `INTEL_NB_VERIFY_KEY` names a public key, the manifest must be signed with its private key."""
-    manifest = read_manifest(Path(folder))
-    if key := os.environ.get("INTEL_NB_VERIFY_KEY"):
-        check_signature(folder, key)
+    key = os.environ.get("INTEL_NB_VERIFY_KEY")
+    manifest = read_manifest(Path(folder), lambda data: None if key is None else check_signature(folder, key, data))
     check_files(Path(folder), manifest["files"])
+    check_content(Path(folder), manifest["card"])
     return manifest
 
 # %% ../nbs/18_model.ipynb #963bf372
@@ -107,11 +132,14 @@ def _read_key(path: str | Path, private: bool) -> Any:
     except ImportError:
         raise InputError("signatures need a library that is not installed here: pip install 'intel-nb[sign]'") from None
     kind, wanted = ("private", ed25519.Ed25519PrivateKey) if private else ("public", ed25519.Ed25519PublicKey)
+    if not str(path):
+        raise InputError(f"the variable for the {kind} key is set and empty; unset it, or name the key's file")
     try:
         data = Path(path).read_bytes()
         key = load_pem_private_key(data, password=None) if private else load_pem_public_key(data)
     except (OSError, ValueError, TypeError) as e:  # TypeError: a private key with a password
-        raise InputError(f"{path} cannot be read as a {kind} key in PEM without a password ({e})") from None
+        hint = " without a password" if private else ""
+        raise InputError(f"{path} cannot be read as a {kind} key in PEM{hint} ({e})") from None
     if not isinstance(key, wanted):
         raise InputError(f"{path} holds another key than a {kind} one for ed25519; make one with openssl genpkey")
     return key
@@ -123,17 +151,25 @@ def sign_manifest(folder: str | Path, key: str | Path) -> Path:
     return write_bytes(Path(folder) / SIGNATURE, signature)
 
 # %% ../nbs/18_model.ipynb #e92d8906
-def check_signature(folder: str | Path, key: str | Path) -> None:
-    "Raise `InputError` unless the manifest in `folder` is signed by the owner of the public key in the file `key`."
+def check_signature(folder: str | Path, key: str | Path, manifest: bytes) -> None:
+    "Raise `InputError` unless the signature in `folder` is that of `manifest` by the owner of the public `key`."
     public, path = _read_key(key, private=False), Path(folder) / SIGNATURE
     if not _is_file(Path(folder), SIGNATURE):
-        raise InputError(f"{folder} is not signed, and INTEL_NB_VERIFY_KEY asks for it: intel-nb sign {folder} --key …")
+        raise InputError(f"{folder} is not signed, and INTEL_NB_VERIFY_KEY asks for it; whoever made it signs it with "
+                         "intel-nb sign")
     from cryptography.exceptions import InvalidSignature
     try:
-        public.verify(path.read_bytes(), (Path(folder) / "manifest.json").read_bytes())
+        public.verify(path.read_bytes(), manifest)
     except InvalidSignature:
         raise InputError(f"{path} is not the signature of this manifest by the owner of {key}; "
                          "do not trust this package") from None
+
+# %% ../nbs/18_model.ipynb #550502b4
+def check_keys(environ: Mapping[str, str] = os.environ) -> None:
+    "Raise `InputError` if a key that `environ` names cannot be read: better now than after an hour of training."
+    for name, private in {"INTEL_NB_SIGNING_KEY": True, "INTEL_NB_VERIFY_KEY": False}.items():
+        if name in environ:
+            _read_key(environ[name], private)
 
 # %% ../nbs/18_model.ipynb #cfd945ef
 def cores(quota: str | Path = "/sys/fs/cgroup/cpu.max") -> int:
@@ -236,6 +272,7 @@ class Package:
 
 # %% ../nbs/18_model.ipynb #59718104
 MAX_PACKAGE_BYTES = 4 * 2**30
+MAX_TEXT_BYTES = 16 * 2**20  # of a file that is read whole
 
 def pack(folder: str | Path, path: str | Path) -> Path:
     "Write the package in `folder` as the archive `path` and return `path`. The same package gives the same bytes."
@@ -250,25 +287,34 @@ def pack(folder: str | Path, path: str | Path) -> Path:
 
 # %% ../nbs/18_model.ipynb #e34cfabd
 def _extract(archive: tarfile.TarFile, folder: Path, name: str) -> None:
-    "Write the files in `archive` to `folder`. Raise `InputError` for a member that no package has."
-    left = MAX_PACKAGE_BYTES
-    for count, member in enumerate(archive, 1):
-        left, plain = left - member.size, member.name.removeprefix("./")  # `tar -C folder .` writes such names
+    "Write the files in `archive` to `folder`. Raise `InputError` for a member that no package has, or has twice."
+    large, left = {"model.onnx", "model.safetensors", "drift.npz"}, MAX_PACKAGE_BYTES
+    seen: set[str] = set()
+    known = {*FILES, *IGNORED, "manifest.json", SIGNATURE}
+    for member in archive:
+        plain = member.name.removeprefix("./")  # `tar -C folder .` writes such names
         if member.isdir() and plain in ("", "."):
             continue
-        content = archive.extractfile(member) if member.isreg() else None
-        if content is None or Path(plain).name != plain or count > 100 or left < 0:
-            raise InputError(f"{name} holds {member.name!r}, which no package holds; do not trust this archive")
-        write_bytes(folder / plain, content.read())
+        left -= member.size
+        is_small = plain in large or member.size <= MAX_TEXT_BYTES
+        if not member.isreg() or plain not in known - seen or not is_small or left < 0:
+            raise InputError(f"{name} holds {member.name[:100]!r}, which no package holds; do not trust this archive")
+        seen.add(plain)
+        with written_aside(folder / plain) as aside, open(aside, "wb") as out:
+            shutil.copyfileobj(archive.extractfile(member) or io.BytesIO(), out)
 
 # %% ../nbs/18_model.ipynb #f3af6416
 def unpack(path: str | Path, folder: str | Path) -> Path:
     "Unpack the archive of a package into `folder` and return it. Raise `InputError` for an archive that is not sound."
     Path(folder).mkdir(parents=True, exist_ok=True)
     try:
-        with tarfile.open(path, "r:gz") as archive:
+        with gzip.open(path) as stream, tarfile.open(fileobj=cast(IO[bytes], stream), mode="r:") as archive:
             _extract(archive, Path(folder), str(path))
-    except (tarfile.TarError, OSError, EOFError) as e:
+            if len(stream.read(2**20)) == 2**20:  # padding; at its end stands the checksum of all
+                raise InputError(f"{path} goes on after its last file; do not trust this archive")
+    except InputError:
+        raise
+    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, RecursionError) as e:
         raise InputError(f"{path} cannot be read as a model.tar.gz ({e}); copy it again") from None
     return Path(folder)
 
@@ -333,8 +379,9 @@ def write_package(folder: str | Path, onnx: bytes, tensors: dict[str, np.ndarray
     detector.save(folder / "drift.npz")
     write_text(folder / "card.md", card_text(labels, card, data, notes))
     write_manifest(folder, card, data)
-    if key := os.environ.get("INTEL_NB_SIGNING_KEY"):
-        sign_manifest(folder, key)
+    (folder / SIGNATURE).unlink(missing_ok=True)  # of an earlier package
+    if "INTEL_NB_SIGNING_KEY" in os.environ:
+        sign_manifest(folder, os.environ["INTEL_NB_SIGNING_KEY"])
     return load_package(folder)
 
 # %% ../nbs/18_model.ipynb #684f621d

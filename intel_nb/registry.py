@@ -139,7 +139,8 @@ def create_database_in_background(database: Path) -> subprocess.Popen | None:
     code = ("import sys; from pathlib import Path; from intel_nb.registry import create_database; "
             "create_database(Path(sys.argv[1]))")
     nothing = subprocess.DEVNULL
-    return subprocess.Popen([sys.executable, "-c", code, str(database)], stdin=nothing, stdout=nothing, stderr=nothing,
+    command = [sys.executable, "-P", "-c", code, str(database)]
+    return subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing,
                             start_new_session=True)
 
 # %% ../nbs/19_registry.ipynb #35022e1f

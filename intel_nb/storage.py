@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ import intel_nb
 # %% auto #0
 __all__ = ['InputError', 'remove', 'written_aside', 'write_bytes', 'write_text', 'write_json', 'read_json', 'last_line',
            'sha256_file', 'files_of', 'tree_digest', 'is_remote', 'cloud_module', 'fetch', 'each_source', 'put', 'link',
-           'utc_text', 'utc_now', 'output_folder', 'check_all_or_none', 'python_path', 'whole_number']
+           'utc_text', 'utc_now', 'output_folder', 'check_all_or_none', 'absolute_keys', 'python_path', 'whole_number']
 
 # %% ../nbs/10_storage.ipynb #57c23216
 class InputError(ValueError):
@@ -74,7 +74,7 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise InputError(f"{path} is not JSON ({e}); was it edited by hand or cut short?") from None
 
 # %% ../nbs/10_storage.ipynb #bb88a796
@@ -188,6 +188,12 @@ def check_all_or_none(**inputs: str) -> None:
     missing = [name for name, value in inputs.items() if not value]
     if 0 < len(missing) < len(inputs):
         raise InputError(f"give {' and '.join(missing)} too, or none of {', '.join(inputs)}")
+
+# %% ../nbs/10_storage.ipynb #e1b6c919
+def absolute_keys(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    "Return the variables in `environ` that name the keys for signatures, as absolute paths: processes start elsewhere."
+    names = ("INTEL_NB_SIGNING_KEY", "INTEL_NB_VERIFY_KEY")
+    return {name: str(Path(environ[name]).absolute()) for name in names if environ.get(name)}
 
 # %% ../nbs/10_storage.ipynb #5d0f6a25
 def python_path(folder: Path = Path(intel_nb.__file__).parents[1]) -> str:

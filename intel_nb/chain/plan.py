@@ -17,7 +17,7 @@ from .parameters import Parameter, check_known, check_values, read_parameters, r
 from .runs import Run
 from .store import CHECKPOINTS, OUTPUTS, Store
 from ..registry import Registry, note_stage, note_test, open_registry
-from ..storage import InputError, each_source
+from ..storage import InputError, absolute_keys, each_source
 
 if TYPE_CHECKING:
     from intel_nb.serving.endpoints import LocalEndpoints
@@ -224,6 +224,9 @@ def settable_parameters(step: Step, declared: Mapping[str, Parameter]) -> dict[s
 def check_request(request: RunRequest, declared: Declared, plan: Iterable[Step]) -> RunRequest:
     "Return `request` with all values in their types. Raise `InputError` for a wrong name or value."
     from intel_nb.serving.endpoints import check_engine
+    if absolute_keys():
+        from intel_nb.model import check_keys
+        check_keys()
     checked = {}
     steps = {step.name: step for step in plan}
     for name, values in request.parameters.items():

@@ -260,7 +260,7 @@ def queue_uploads(queue: UploadQueue, inbox: Inbox, template: RunRequest) -> Upl
         remove(queue.drafts / run_id)  # left only if no run came of it
 
 # %% ../../nbs/chain/10_watch.ipynb #569b61ee
-COMMAND = (sys.executable, "-c", "from intel_nb.cli import main; main()")
+COMMAND = (sys.executable, "-P", "-c", "from intel_nb.cli import main; main()")
 
 def start_process(folder: Path, arguments: Sequence[str], command: Sequence[str],
                   workspace: Workspace) -> subprocess.Popen:

@@ -24,7 +24,7 @@ from ..locks import locked
 from .captures import TEST
 from .shadow import LOOK_SECONDS, current_tally, read_shadow, read_tally, remove_shadow, write_shadow
 from .supervisor import ENGINES, StageRequest, is_alive, read_record, supervisor_command
-from ..storage import InputError, cloud_module, last_line, python_path, write_json
+from ..storage import InputError, absolute_keys, cloud_module, last_line, python_path, write_json
 
 # %% auto #0
 __all__ = ['SHADOW_ENV', 'Endpoint', 'EndpointError', 'Endpoints', 'open_endpoints', 'Refused', 'as_refusal', 'request_json',
@@ -170,7 +170,8 @@ def captures_folder(stage: Path) -> Path:
 # %% ../../nbs/serving/12_endpoints.ipynb #51e3dee7
 def start_supervisor(folder: Path, first_port: int, owned: bool, env: Mapping[str, str]) -> subprocess.Popen:
     "Start a supervisor process for the stage in `folder`, with `env` added to the environment."
-    known = {**os.environ, "PYTHONPATH": python_path(), "INTEL_NB_CAPTURE_DIR": str(captures_folder(folder))}
+    known = {**os.environ, **absolute_keys(), "PYTHONPATH": python_path(),
+             "INTEL_NB_CAPTURE_DIR": str(captures_folder(folder))}
     with open(folder / "supervisor.log", "ab") as log:
         process = subprocess.Popen(
             supervisor_command(folder, first_port, owned), stdin=subprocess.PIPE if owned else subprocess.DEVNULL,
@@ -228,7 +229,7 @@ def wait_for_endpoint(folder: Path, patience: float = 60) -> Endpoint:
     return found
 
 # %% ../../nbs/serving/12_endpoints.ipynb #40c60ca1
-def end_processes(folder: Path, patience: float = 25) -> None:
+def end_processes(folder: Path, patience: float = 30) -> None:
     "Return when no process of the stage is left; kill what does not end within `patience` seconds."
     pid = read_record(folder).pid
     if pid and is_alive(folder):

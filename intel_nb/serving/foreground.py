@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from ..locks import is_locked
 from ..model import load_package
 from .supervisor import StageRequest, StageWorkers, WorkerFailed, read_record, run_supervisor
 from ..storage import InputError, remove, write_json
@@ -44,8 +43,6 @@ def state_folder(given: str | Path = "") -> Iterator[Path]:
         raise InputError(f"the state cannot be kept in {folder} ({e}); name another folder") from None
     if not os.access(folder, os.W_OK):
         raise InputError(f"the state cannot be kept in {folder}, which is not writable; name another folder")
-    if is_locked(folder / "supervisor.lock"):
-        raise InputError(f"another process keeps its state in {folder}; name another folder")
     yield folder
 
 # %% ../../nbs/serving/15_foreground.ipynb #0ed8002c
@@ -65,13 +62,17 @@ def serve_package(model: str | Path, host: str = "127.0.0.1", port: int = 8080, 
     Answers name `version`, or else the first digits of the package's fingerprint. What is to last is kept in the folder
     `state`. Raise `InputError` for a wrong package, port or folder, `WorkerFailed` if the package cannot be served."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    with state_folder(state) as folder:
-        remove(folder / "model")
-        package = load_package(find_package(model), folder / "model")
-        request = StageRequest(str(package.path.absolute()), version or package.fingerprint[:12])
-        remove(folder / "endpoint.json")  # of the last time
-        write_json(folder / "request.json", asdict(request))
-        with listen(host, port) as listener:
-            asyncio.run(run_supervisor(folder, lambda: StageWorkers(folder, listener)))
+    package = load_package(find_package(model).absolute())  # an unpacked archive stays as long as this object
+    request = StageRequest(str(package.path), version or package.fingerprint[:12])
+    with state_folder(state) as folder, listen(host, port) as listener:
+        def open_stage() -> StageWorkers:
+            remove(folder / "endpoint.json")  # of the last time
+            write_json(folder / "request.json", asdict(request))
+            return StageWorkers(folder, listener)
+
+        try:
+            asyncio.run(run_supervisor(folder, open_stage))
+        except BlockingIOError:
+            raise InputError(f"another process keeps its state in {folder}; name another folder") from None
         if error := read_record(folder).error:
             raise WorkerFailed(error)

@@ -148,8 +148,10 @@ class HttpServer(uvicorn.Server):
             cast(Connection, connection).move()
         await self._wait_for_clients(patience)
 
-    async def drain(self, listener: socket.socket, patience: float = 1) -> None:
-        "Accept those who wait at `listener`, close it for good, and wait up to `patience` seconds for the clients."
+    async def drain(self, listener: socket.socket, patience: float = 1, at_most: float = 18) -> None:
+        """Accept those who wait at `listener`, close it for good, and let the clients finish.
+
+        Close idle connections after `patience` seconds, and wait up to `at_most` seconds for the others."""
         for listening in self.servers:
             listening.close()
         listener.setblocking(False)
@@ -159,6 +161,10 @@ class HttpServer(uvicorn.Server):
         listener.shutdown(socket.SHUT_RDWR)  # for each process that has it
         listener.close()
         await self._wait_for_clients(patience)
+        for connection in list(self.server_state.connections):
+            if cast(Connection, connection).is_idle():
+                cast(Connection, connection).transport.close()
+        await self._wait_for_clients(at_most - patience)
 
     async def _add(self, client: socket.socket) -> None:
         connection = partial(Connection, self.config, self.server_state, self.lifespan.state)

@@ -220,8 +220,8 @@ def model_deployment(package: Package, settings: Settings, scale: Scale, local: 
 # %% ../../nbs/serving/13_ray.ipynb #793a9a8f
 def serve_config(folder: str | Path, version: str = "") -> dict[str, Any]:
     "Return Ray Serve's configuration for the package in `folder`, once it was checked; `version` is named in answers."
-    package = load_package(Path(folder).absolute())
-    arguments = {"package": str(package.path), "fingerprint": package.fingerprint, "version": version}
+    path = Path(folder).absolute()
+    arguments = {"package": str(path), "fingerprint": load_package(path).fingerprint, "version": version}
     return {"http_options": {"host": "127.0.0.1", "port": 8000},
             "applications": [{"name": "intel-nb", "route_prefix": "/", "import_path": "intel_nb.serving.ray:build_app",
                               "args": arguments}]}
@@ -293,8 +293,8 @@ def end_session_at_exit(folder: Path) -> None:
     "Make a session of this process and all that it starts from now on; at its end kill them and remove `folder`."
     os.setsid()
     code = "import sys; from intel_nb.serving.ray import end_session; end_session(int(sys.argv[1]), sys.argv[2])"
-    sweeper = subprocess.Popen([sys.executable, "-c", code, str(os.getpid()), str(folder)], stdin=subprocess.PIPE,
-                               start_new_session=True)
+    sweeper = subprocess.Popen([sys.executable, "-P", "-c", code, str(os.getpid()), str(folder)],
+                               stdin=subprocess.PIPE, start_new_session=True)
     atexit.register(sweeper.communicate)  # this closes its standard input and waits for it
 
 # %% ../../nbs/serving/13_ray.ipynb #fe54df14

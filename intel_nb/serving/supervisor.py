@@ -24,10 +24,11 @@ from .worker import Assignment, python_command
 from ..storage import InputError, last_line, read_json, utc_now, whole_number, write_json
 
 # %% auto #0
-__all__ = ['ENGINES', 'START_SECONDS', 'LEAVE_SECONDS', 'STANDBY_SECONDS', 'STANDBY_DEFAULTS', 'StageRequest', 'StageRecord',
-           'read_record', 'extend_history', 'is_alive', 'reserved_ports', 'open_listener', 'ServedVersion',
-           'WorkerFailed', 'WorkerProcess', 'start_worker', 'standby_limit', 'StageWorkers', 'apply_request',
-           'restart_worker', 'serve_requests', 'open_stage', 'run_supervisor', 'supervise', 'supervisor_command']
+__all__ = ['ENGINES', 'START_SECONDS', 'LEAVE_SECONDS', 'STOP_SECONDS', 'STANDBY_SECONDS', 'STANDBY_DEFAULTS', 'StageRequest',
+           'StageRecord', 'read_record', 'extend_history', 'is_alive', 'reserved_ports', 'open_listener',
+           'ServedVersion', 'WorkerFailed', 'WorkerProcess', 'start_worker', 'standby_limit', 'StageWorkers',
+           'apply_request', 'restart_worker', 'serve_requests', 'open_stage', 'run_supervisor', 'supervise',
+           'supervisor_command']
 
 # %% ../../nbs/serving/11_supervisor.ipynb #ce454b24
 @dataclass(frozen=True)
@@ -165,7 +166,8 @@ class WorkerProcess:
         return line.decode().strip()
 
 # %% ../../nbs/serving/11_supervisor.ipynb #9b703227
-START_SECONDS, LEAVE_SECONDS, STANDBY_SECONDS = 120, 15, 5  # to load and serve; to leave; to load again and stand by
+# to load and serve; to leave; to finish with all clients; to load again and stand by
+START_SECONDS, LEAVE_SECONDS, STOP_SECONDS, STANDBY_SECONDS = 120, 15, 22, 5
 
 async def start_worker(served: ServedVersion, folder: Path, sockets: list[socket.socket]) -> WorkerProcess:
     """Start a worker and return it once it has loaded its package; raise `WorkerFailed`.
@@ -276,7 +278,7 @@ class StageWorkers:
             await old.end()
             return
         try:
-            await old.send(order, "left", LEAVE_SECONDS)
+            await old.send(order, "left", STOP_SECONDS if order == "stop" else LEAVE_SECONDS)
         except WorkerFailed as e:
             logging.getLogger(__name__).warning("the old worker did not leave (%s) and is killed", e)
             await old.end()
@@ -374,6 +376,8 @@ async def run_supervisor(folder: Path, open_stage: Callable[[], StageWorkers], o
             with suppress(asyncio.CancelledError):
                 await serve_requests(stage, requested)
         finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, lambda: None)  # it is ending; a second one cuts nobody off
             await stage.close()
 
 def supervise(folder: str, first_port: int, owned: bool) -> None:

@@ -33,7 +33,7 @@ def python_command(function: str, *arguments: Any) -> list[str]:
     "Return the command line of a Python process that calls `function`, as in `module:name`, with `arguments`."
     module, _, name = function.partition(":")
     code = f"import json, sys; from {module} import {name}; {name}(*json.loads(sys.argv[1]))"
-    return [sys.executable, "-c", code, json.dumps(arguments)]
+    return [sys.executable, "-P", "-c", code, json.dumps(arguments)]  # -P: files in the current folder are no modules
 
 @dataclass(frozen=True)
 class Assignment:
