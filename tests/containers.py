@@ -53,8 +53,14 @@ class Images:
     def root(self, image: str) -> str:
         "Return the folder with the files of an image. It is the same for all containers: to copy it takes a minute."
         if image not in self._roots:
-            self._roots[image] = self("mount", self("from", image))
-        return self._roots[image]
+            container = self("from", image)
+            self._roots[image] = container, self("mount", container)
+        return self._roots[image][1]
+
+    def release(self) -> None:
+        "Remove the folders with the files of the images."
+        for container, _ in self._roots.values():
+            self("rm", container)
 
     @contextlib.contextmanager
     def run(self, image: str, mounts: dict[str, Path], command: list[str] | None = None, uid: int = 0,

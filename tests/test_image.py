@@ -29,6 +29,7 @@ def images(tmp_path_factory):
         made.make_base()
         made.build()
     yield made
+    made.release()
     if not kept:
         shutil.rmtree(made.folder, ignore_errors=True)
 
@@ -106,8 +107,9 @@ def files(tmp_path) -> list[str]:
 
 @USERS
 def test_a_package_is_served(images, package, ml, files, uid):
+    "The package belongs to root, so that another user may read it and no more."
     shutil.copytree(package, ml / "model")
-    give(ml, uid)
+    give(ml / "model", 0)
     with images.run("intel-nb:serve", {"/opt/ml": ml}, uid=uid) as container:
         ask(container, [])
         print(f"uid {uid}: ready after {time.monotonic() - container.began:.1f} s")

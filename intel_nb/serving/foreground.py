@@ -52,7 +52,7 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as e:
-        raise InputError(f"{host}:{port} cannot be listened on ({e}); give another --port") from None
+        raise InputError(f"nobody can listen at {host}:{port} ({e}); give another --host or --port") from None
 
 # %% ../../nbs/serving/15_foreground.ipynb #3d869c31
 def serve_package(model: str | Path, host: str = "127.0.0.1", port: int = 8080, state: str | Path = "",
