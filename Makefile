@@ -60,7 +60,7 @@ hooks: .venv/run.stamp
 	  || { if grep -q "HASHES" $$log; then cat $$log; exit 1; fi; \
 	       echo "torch's CPU build is not to be had here; taking the public wheel"; }; rm -f $$log)
 	@$(LOCKED) -r locks/run.txt
-	@$(PIP) --no-deps --no-build-isolation -e .
+	@PYTHONWARNINGS=ignore $(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
 .venv/test.stamp: .venv/run.stamp
