@@ -123,7 +123,10 @@ def print_json(document: Any) -> None:
 # %% ../nbs/20_cli.ipynb #fcb2b4a0
 def print_rows(rows: Iterable[dict[str, Any]], as_json: bool, empty: str) -> None:
     "Print `rows` as a JSON list, or as a table (the text `empty` if there are none)."
-    print_json(list(rows)) if as_json else print_line(format_table(rows, empty))
+    if as_json:
+        print_json(list(rows))
+    else:
+        print_line(format_table(rows, empty))
 
 # %% ../nbs/20_cli.ipynb #c1880262
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
@@ -475,23 +478,22 @@ def predict_command(
     print_predictions(endpoint.url, images, as_json)
 
 # %% ../nbs/20_cli.ipynb #c2cda8be
-def _package_path(model: str) -> str:
-    "Return the path of the package `model`: a path, or a version in the workspace's registry."
+def _find_package(model: str) -> tuple[str, str]:
+    "Return the path of the package `model` and its version: a path has none, the registry knows the others."
     from pathlib import Path
-    is_version = model.isdecimal() and not Path(model).exists()
-    return str(_workspace().registry().package(model)) if is_version else model
+    if Path(model).exists() or not model.isdecimal():
+        return model, ""
+    return str(_workspace().registry().package(model)), model
 
 # %% ../nbs/20_cli.ipynb #f9783291
 def _copies(path: str) -> list[str]:
-    "Return `path` and, if a version of the workspace lies there, where the store has the same package."
+    "Return where the package of the workspace's registry at `path` lies: there, and as a training step's output."
     from pathlib import Path
 
     from intel_nb.storage import sha256_file
-    manifest, store = Path(path) / "manifest.json", _workspace().home / "store"
-    if not manifest.is_file() or not manifest.resolve().is_relative_to(_workspace().home.resolve()):
-        return [path]
-    made = (other.parent for other in store.glob("train/*/model/manifest.json")
-            if sha256_file(other) == sha256_file(manifest))
+    fingerprint = sha256_file(Path(path) / "manifest.json")
+    made = (other.parent for other in (_workspace().home / "store").glob("train/*/model/manifest.json")
+            if sha256_file(other) == fingerprint)
     return list(dict.fromkeys([path, *map(str, made)]))
 
 # %% ../nbs/20_cli.ipynb #5ebeb261
@@ -507,7 +509,8 @@ def serve_command(
     ray_config: Annotated[bool, typer.Option("--ray-config", help="Print Ray Serve's configuration instead.")] = False,
 ) -> None:
     "Serve a model package in the foreground, until Ctrl-C."
-    path, version = _package_path(model), os.environ.get("INTEL_NB_VERSION") or (model if model.isdecimal() else "")
+    path, version = _find_package(model)
+    version = os.environ.get("INTEL_NB_VERSION") or version
     if ray_config:
         from intel_nb.serving.ray import serve_config
         print_json(serve_config(path, version))
@@ -521,9 +524,10 @@ def sign_command(model: ModelArgument, key: Annotated[str, typer.Option(
         help="The file of an ed25519 private key in PEM.", envvar="INTEL_NB_SIGNING_KEY", show_default=False)]) -> None:
     "Sign a model package, so that who checks with the public key knows whose it is."
     from intel_nb.model import sign_package
-    for path in _copies(_package_path(model)):
-        sign_package(path, key)
-        print_line(f"{path} is signed")
+    path, version = _find_package(model)
+    for copy in _copies(path) if version else [path]:
+        sign_package(copy, key)
+        print_line(f"{copy} is signed")
 
 # %% ../nbs/20_cli.ipynb #45aae6c0
 @app.command("watch")

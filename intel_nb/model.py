@@ -35,8 +35,8 @@ if TYPE_CHECKING:  # imported when used: reading a package needs neither
 # %% auto #0
 __all__ = ['FILES', 'IGNORED', 'SIGNATURE', 'MAX_PACKAGE_BYTES', 'MAX_TEXT_BYTES', 'write_manifest', 'read_manifest',
            'check_files', 'check_content', 'check_manifest', 'sign_manifest', 'check_signature', 'check_keys', 'cores',
-           'open_session', 'run_batches', 'Package', 'pack', 'unpack', 'load_package', 'sign_package', 'to_yaml',
-           'card_text', 'write_package', 'sample_package']
+           'open_session', 'run_batches', 'Package', 'pack', 'unpack', 'find_package', 'load_package', 'sign_package',
+           'to_yaml', 'card_text', 'write_package', 'sample_package']
 
 # %% ../nbs/18_model.ipynb #4eca6a82
 FILES = ("model.onnx", "model.safetensors", "labels.json", "hparams.yaml", "drift.npz", "card.md")
@@ -318,12 +318,18 @@ def unpack(path: str | Path, folder: str | Path) -> Path:
         raise InputError(f"{path} cannot be read as a model.tar.gz ({e}); copy it again") from None
     return Path(folder)
 
+# %% ../nbs/18_model.ipynb #d0ec1476
+def find_package(path: str | Path) -> Path:
+    "Return where the package at `path` is: `path` itself, or the `model.tar.gz` in it."
+    inside = Path(path) / "model.tar.gz"
+    return inside if inside.is_file() and not (Path(path) / "manifest.json").exists() else Path(path)
+
 # %% ../nbs/18_model.ipynb #3b6a0b38
 def load_package(path: str | Path, into: str | Path | None = None) -> Package:
     """Check and load the package at `path`, a folder or a `model.tar.gz`. Raise `InputError` when the check fails.
 
     An archive is unpacked into `into`, or into a temporary folder that lasts as long as the package."""
-    path = Path(path)
+    path = find_package(path)
     if path.is_dir():
         return Package(path, check_manifest(path))
     if not path.is_file():
@@ -338,13 +344,12 @@ def load_package(path: str | Path, into: str | Path | None = None) -> Package:
 # %% ../nbs/18_model.ipynb #11932b83
 def sign_package(path: str | Path, key: str | Path) -> None:
     "Sign the package at `path`, a folder or an archive, with the private key in the file `key`, once it was checked."
-    folder = Path(path)
+    path = find_package(path)
     with tempfile.TemporaryDirectory(prefix="intel-nb-") as temporary:
-        if not folder.is_dir():
-            folder = unpack(path, temporary)
+        folder = path if path.is_dir() else unpack(path, temporary)
         check_files(folder, read_manifest(folder)["files"])
         sign_manifest(folder, key)
-        if folder != Path(path):
+        if folder != path:
             pack(folder, path)
 
 # %% ../nbs/18_model.ipynb #df8da758

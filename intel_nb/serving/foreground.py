@@ -20,13 +20,7 @@ from .supervisor import StageRequest, StageWorkers, WorkerFailed, read_record, r
 from ..storage import InputError, remove, write_json
 
 # %% auto #0
-__all__ = ['find_package', 'state_folder', 'listen', 'serve_package']
-
-# %% ../../nbs/serving/15_foreground.ipynb #40fe95e8
-def find_package(path: str | Path) -> Path:
-    "Return where the package at `path` is: `path` itself, or the `model.tar.gz` in it."
-    inside = Path(path) / "model.tar.gz"
-    return inside if inside.is_file() and not (Path(path) / "manifest.json").exists() else Path(path)
+__all__ = ['state_folder', 'listen', 'serve_package']
 
 # %% ../../nbs/serving/15_foreground.ipynb #8282abe9
 @contextmanager
@@ -62,8 +56,8 @@ def serve_package(model: str | Path, host: str = "127.0.0.1", port: int = 8080, 
     Answers name `version`, or else the first digits of the package's fingerprint. What is to last is kept in the folder
     `state`. Raise `InputError` for a wrong package, port or folder, `WorkerFailed` if the package cannot be served."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    package = load_package(find_package(model).absolute())  # an unpacked archive stays as long as this object
-    request = StageRequest(str(package.path), version or package.fingerprint[:12])
+    package = load_package(model)  # an unpacked archive stays as long as this object
+    request = StageRequest(str(package.path.absolute()), version or package.fingerprint[:12])
     with state_folder(state) as folder, listen(host, port) as listener:
         def open_stage() -> StageWorkers:
             remove(folder / "endpoint.json")  # of the last time
