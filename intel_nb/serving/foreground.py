@@ -25,7 +25,7 @@ __all__ = ['state_folder', 'listen', 'serve_package']
 # %% ../../nbs/serving/15_foreground.ipynb #8282abe9
 @contextmanager
 def state_folder(given: str | Path = "") -> Iterator[Path]:
-    "Yield the folder `given`, made if need be, or a temporary one. Raise `InputError` if it is in use or not writable."
+    "Yield the folder `given`, made if need be, or a temporary one. Raise `InputError` if it is not writable."
     if not given:
         with tempfile.TemporaryDirectory(prefix="intel-nb-serve-") as temporary:
             yield Path(temporary)
