@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,18 +22,20 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from .. import _torchvision
 from ..images import decode
 from ..model import cores
+from ..storage import written_aside
 from .backbone import Embedder
 
 _torchvision.allow()
 import lightning as L  # noqa: E402  (it imports torchvision, so the guard comes first)
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger  # noqa: E402
+from lightning.pytorch.plugins.io import TorchCheckpointIO  # noqa: E402
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig  # noqa: E402
 from timm.optim import create_optimizer_v2  # noqa: E402
 
 # %% auto #0
 __all__ = ['RECIPES', 'Recipe', 'ImageDataset', 'EpochSampler', 'augment', 'scale_learning_rate', 'SceneClassifier',
-           'make_callbacks', 'finetune']
+           'WholeCheckpoints', 'make_callbacks', 'finetune']
 
 # %% ../../nbs/training/02_finetune.ipynb #f52e9e88
 @dataclass(frozen=True)
@@ -157,6 +160,13 @@ class _PrintEpoch(L.Callback):
             values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val")}
             print(f"epoch {trainer.current_epoch + 1}: " + ", ".join(f"{k} {v:.4f}" for k, v in sorted(values.items())))
 
+# %% ../../nbs/training/02_finetune.ipynb #2564d03d
+class WholeCheckpoints(TorchCheckpointIO):
+    "Writes checkpoints so that a file of that name is always a whole one."
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        with written_aside(path) as aside:
+            torch.save(checkpoint, aside)
+
 # %% ../../nbs/training/02_finetune.ipynb #e82ee329
 def make_callbacks(recipe: Recipe, checkpoint_dir: str | Path) -> list[L.Callback]:
     "Return the callbacks for averaging, checkpoints, early stopping and one printed line per epoch."
@@ -177,7 +187,8 @@ def _make_trainer(recipe: Recipe, checkpoint_dir: str | Path, log_dir: str | Pat
     "Return a trainer that logs to TensorBoard and CSV and shows no progress bar."
     loggers = [TensorBoardLogger(log_dir, "tensorboard", ""), CSVLogger(log_dir, "csv", "")]
     return L.Trainer(max_epochs=recipe.epochs, logger=loggers, callbacks=make_callbacks(recipe, checkpoint_dir),
-                     devices=1, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+                     plugins=[WholeCheckpoints()], devices=1, enable_progress_bar=False,
+                     enable_model_summary=False, num_sanity_val_steps=0,
                      log_every_n_steps=1)
 
 # %% ../../nbs/training/02_finetune.ipynb #d4a02d1f
