@@ -151,9 +151,6 @@ ACTIONS = {  # where an action is not called as the service's model calls the op
     Call("s3", "download_file"): ("s3:GetObject",),
     Call("s3", "upload_file"): ("s3:AbortMultipartUpload", "s3:PutObject"),
     Call("s3", "delete_objects"): ("s3:DeleteObject", "s3:DeleteObjectVersion"),
-    Call("sagemaker", "create_model"): ("iam:PassRole", "sagemaker:CreateModel"),
-    Call("sagemaker", "create_pipeline"): ("iam:PassRole", "sagemaker:CreatePipeline"),
-    Call("sagemaker", "update_pipeline"): ("iam:PassRole", "sagemaker:UpdatePipeline"),
 }
 
 

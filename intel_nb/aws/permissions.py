@@ -12,10 +12,11 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['RESOURCES', 'UNSCOPED', 'WRITE_LOGS', 'WRITE_SAGEMAKER_LOGS', 'UPLOAD', 'READ_VERSIONS', 'METRICS', 'SERVICE_METRICS',
-           'TO_SAGEMAKER', 'PULL_IMAGE', 'JOB_METRICS', 'READ_GROUP', 'READ_ARTIFACTS', 'PIPELINE', 'JOB', 'MODEL',
-           'WATCH', 'BUILDING', 'BUILD', 'DEPLOY', 'CODEPIPELINE', 'FROM_S3', 'FROM_CONNECTION', 'EVENTS', 'SCHEDULER',
-           'OPERATOR', 'SCALING', 'IMPLIED', 'ROLES', 'Grant', 'Role', 'local_arn', 'Implied', 'with_implied',
-           'image_arn', 'resource_arns', 'policy_document', 'policy']
+           'PULL_IMAGE', 'JOB_METRICS', 'READ_GROUP', 'LIST_ARTIFACTS', 'READ_ARTIFACTS', 'PIPELINE', 'JOB',
+           'REGISTRAR', 'MODEL', 'WATCH', 'BUILDING', 'BUILD', 'IMAGE', 'DEPLOY', 'CODEPIPELINE', 'FROM_S3',
+           'FROM_CONNECTION', 'EVENTS', 'PIPES', 'SCHEDULER', 'OPERATOR', 'SCALING', 'PASSING', 'AUTOSCALING_ROLE',
+           'IMPLIED', 'ROLES', 'BASE_ROLES', 'Grant', 'Role', 'local_arn', 'bucket_arn', 'Implied', 'pass_to',
+           'with_implied', 'image_arn', 'fill_names', 'resource_arns', 'policy_document', 'policy']
 
 # %% ../../nbs/aws/12_permissions.ipynb #5a28ce16
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ def local_arn(service: str, resource: str) -> str:
     "Return the ARN, in CloudFormation's syntax, of a resource in the account and the region of the stack."
     return f"arn:${{AWS::Partition}}:{service}:${{AWS::Region}}:${{AWS::AccountId}}:{resource}"
 
+def bucket_arn(kind: str, key: str = "") -> str:
+    "Return the ARN, in CloudFormation's syntax, of the stack's bucket for `kind`, or of the objects `key` in it."
+    return f"arn:${{AWS::Partition}}:s3:::{{name}}-{kind}-${{AWS::AccountId}}-${{AWS::Region}}{key and '/'}{key}"
+
+# %% ../../nbs/aws/12_permissions.ipynb #af33d1dc
 RESOURCES = {
     "pipeline": local_arn("sagemaker", "pipeline/{name}"),
     "executions": local_arn("sagemaker", "pipeline/{name}/execution/*"),
@@ -49,26 +55,32 @@ RESOURCES = {
     "versions": local_arn("sagemaker", "model-package/{name}/*"),
     "models": local_arn("sagemaker", "model/{name}-*"),
     "endpoints": local_arn("sagemaker", "endpoint/{name}-*"),
+    "staging endpoint": local_arn("sagemaker", "endpoint/{name}-staging"),
     "endpoint configs": local_arn("sagemaker", "endpoint-config/{name}-*"),
     "scaling": local_arn("application-autoscaling", "scalable-target/*"),
     "alarms": local_arn("cloudwatch", "alarm:{name}-*"),
     "scaling alarms": local_arn("cloudwatch", "alarm:TargetTracking-*"),
-    "pipeline role": "${PipelineRole.Arn}", "job role": "${JobRole.Arn}",
-    "model role": "${ModelRole.Arn}", "watch role": "${WatchRole.Arn}",
+    "pipeline role": "${PipelineRole.Arn}", "job role": "${JobRole.Arn}", "registrar role": "${RegistrarRole.Arn}",
+    "model role": "${ModelRole.Arn}", "watch role": "${WatchRole.Arn}", "scheduler role": "${SchedulerRole.Arn}",
     "scaling role": "arn:${AWS::Partition}:iam::${AWS::AccountId}:role/aws-service-role/"
                     "sagemaker.application-autoscaling.amazonaws.com/"
                     "AWSServiceRoleForApplicationAutoScaling_SageMakerEndpoint",
-    "data": "${DataBucket.Arn}", "data files": "${DataBucket.Arn}/*",
-    "annotations": "${AnnotationsBucket.Arn}", "annotation files": "${AnnotationsBucket.Arn}/*",
-    "artifacts": "${ArtifactBucket.Arn}",
-    "pipeline files": "${ArtifactBucket.Arn}/pipeline/*", "registry files": "${ArtifactBucket.Arn}/registry/*",
-    "captures": "${ArtifactBucket.Arn}/registry/captures/*", "codepipeline files": "${ArtifactBucket.Arn}/{short}*",
-    "code": "${CodeBucket.Arn}", "code files": "${CodeBucket.Arn}/*",
+    "data": bucket_arn("data"), "data files": bucket_arn("data", "*"), "archive": bucket_arn("data", "intel.zip"),
+    "annotations": bucket_arn("annotations"), "annotation files": bucket_arn("annotations", "*"),
+    "artifacts": bucket_arn("artifacts"),
+    "pipeline files": bucket_arn("artifacts", "pipeline/runs/*"), "registry files": bucket_arn("artifacts", "registry/*"),
+    "captures": bucket_arn("artifacts", "captures/*"), "drift files": bucket_arn("artifacts", "drift/*"),
+    "state files": bucket_arn("artifacts", "state/*"), "codepipeline files": bucket_arn("artifacts", "{short}*"),
+    "code": bucket_arn("code"), "code files": bucket_arn("code", "*"),
     "job logs": local_arn("logs", "log-group:/aws/sagemaker/*Jobs*"),
     "endpoint logs": local_arn("logs", "log-group:/aws/sagemaker/Endpoints/{name}-*"),
-    "build logs": local_arn("logs", "log-group:/aws/codebuild/{name}-*"),
-    "builds": local_arn("codebuild", "project/{name}-*"),
+    "build logs": local_arn("logs", "log-group:/aws/codebuild/{name}-model*"),
+    "image logs": local_arn("logs", "log-group:/aws/codebuild/{name}-image*"),
+    "builds": local_arn("codebuild", "project/{name}-model*"), "image build": local_arn("codebuild", "project/{name}-image"),
     "codepipelines": local_arn("codepipeline", "{name}-model*"),
+    "data queue": "${DataQueue.Arn}", "label queue": "${LabelQueue.Arn}", "undelivered": "${Undelivered.Arn}",
+    "staging schedule": local_arn("scheduler", "schedule/default/{name}-staging-end"),
+    "settings": local_arn("ssm", "parameter/{name}/settings"), "repository": local_arn("ecr", "repository/{name}"),
     "topic": "${Topic}", "connection": "{connection}", "images": "{images}", "any": "*",
 }
 
@@ -86,7 +98,6 @@ UPLOAD = ("s3:AbortMultipartUpload", "s3:PutObject")
 READ_VERSIONS = ("s3:GetObject", "s3:GetObjectVersion")
 METRICS = {"StringEquals": {"cloudwatch:namespace": ["intel-nb"]}}
 SERVICE_METRICS = {"StringLike": {"cloudwatch:namespace": ["/aws/sagemaker/*", "AWS/SageMaker", "aws/sagemaker/*"]}}
-TO_SAGEMAKER = {"StringEquals": {"iam:PassedToService": "sagemaker.amazonaws.com"}}
 
 PULL_IMAGE = (
     Grant(("ecr:GetAuthorizationToken",), ("any",), "SageMaker pulls the image"),
@@ -96,9 +107,8 @@ JOB_METRICS = (Grant(("cloudwatch:PutMetricData",), ("any",), "SageMaker sends a
 READ_GROUP = (
     Grant(("sagemaker:DescribeModelPackageGroup", "sagemaker:ListTags"), ("group",)),
     Grant(("sagemaker:DescribeModelPackage", "sagemaker:ListModelPackages"), ("versions",)))
-READ_ARTIFACTS = (
-    Grant(("s3:ListBucket",), ("artifacts",)),
-    Grant(("s3:GetObject",), ("pipeline files", "registry files")))
+LIST_ARTIFACTS = Grant(("s3:ListBucket",), ("artifacts",))
+READ_ARTIFACTS = (LIST_ARTIFACTS, Grant(("s3:GetObject",), ("pipeline files", "registry files")))
 
 # %% ../../nbs/aws/12_permissions.ipynb #ad1134fd
 PIPELINE = Role("sagemaker", "starts the pipeline's steps", (
@@ -108,9 +118,8 @@ PIPELINE = Role("sagemaker", "starts the pipeline's steps", (
            "sagemaker:StopTrainingJob"), ("training jobs",), "the pipeline starts a training step"),
     Grant(("sagemaker:AddTags", "sagemaker:CreateModelPackage"), ("group", "versions"),
           "the pipeline registers a version"),
-    Grant(("iam:PassRole",), ("job role",), "the pipeline gives the jobs their role", TO_SAGEMAKER),
     Grant(("s3:ListBucket",), ("artifacts",), "the pipeline looks for a step's outputs"),
-    Grant(("s3:GetObject",), ("pipeline files",), "the pipeline's condition reads the evaluation")))
+    Grant(("s3:GetObject",), ("pipeline files", "registry files"), "the pipeline's conditions read the steps' results")))
 
 JOB = Role("sagemaker", "runs the notebooks of the pipeline's steps", (
     *READ_GROUP, *READ_ARTIFACTS, *PULL_IMAGE, *JOB_METRICS,
@@ -119,18 +128,30 @@ JOB = Role("sagemaker", "runs the notebooks of the pipeline's steps", (
     Grant(UPLOAD, ("pipeline files",), "SageMaker uploads what a step wrote"),
     Grant(WRITE_SAGEMAKER_LOGS, ("job logs",), "SageMaker keeps a job's output")))
 
+# %% ../../nbs/aws/12_permissions.ipynb #a8545535
+REGISTRAR = Role("sagemaker", "copies a package that passed to the registry's files", (
+    *PULL_IMAGE, *JOB_METRICS,
+    *(Grant(grant.actions, grant.resources, "the step asks whether the same package is registered already")
+      for grant in READ_GROUP),
+    Grant(("s3:ListBucket",), ("artifacts",), "SageMaker lists the step's input"),
+    Grant(("s3:GetObject",), ("pipeline files", "registry files"), "the step reads what a run wrote, and what it kept"),
+    Grant(UPLOAD, ("registry files",), "the step keeps the package, its evaluation and its own result"),
+    Grant(WRITE_SAGEMAKER_LOGS, ("job logs",), "SageMaker keeps a job's output")))
+
 # %% ../../nbs/aws/12_permissions.ipynb #9507766c
 MODEL = Role("sagemaker", "runs the endpoints", (
     *PULL_IMAGE, *JOB_METRICS,
     Grant(("s3:ListBucket",), ("artifacts",), "SageMaker looks for the package"),
-    Grant(("s3:GetObject",), ("pipeline files", "registry files"), "SageMaker fetches the package"),
-    Grant(("s3:PutObject",), ("captures",), "SageMaker captures requests and answers"),
+    Grant(("s3:GetObject",), ("registry files",), "SageMaker fetches the package"),
+    Grant(UPLOAD, ("captures",), "SageMaker captures requests and answers"),
+    Grant(("cloudwatch:DescribeAlarms",), ("alarms",), "SageMaker looks at the alarms that call an update back"),
     Grant(WRITE_SAGEMAKER_LOGS, ("endpoint logs",), "SageMaker keeps an endpoint's output")))
 
 WATCH = Role("sagemaker", "looks for drift in the endpoints' captured requests", (
-    *READ_GROUP, *READ_ARTIFACTS, *PULL_IMAGE, *JOB_METRICS,
+    *READ_GROUP, LIST_ARTIFACTS, *PULL_IMAGE, *JOB_METRICS,
+    Grant(("s3:GetObject",), ("registry files", "captures", "drift files")),
+    Grant(UPLOAD, ("drift files",)),
     Grant(("sagemaker:DescribeEndpoint",), ("endpoints",)),
-    Grant(UPLOAD, ("registry files",)),
     Grant(("cloudwatch:PutMetricData",), ("any",), condition=METRICS),
     Grant(WRITE_SAGEMAKER_LOGS, ("job logs",), "SageMaker keeps a job's output")))
 
@@ -145,33 +166,38 @@ BUILD = Role("codebuild", "tests the code, updates the pipeline and starts it", 
     Grant(("s3:ListBucket",), ("artifacts", "data", "annotations")),
     Grant(("s3:PutObject",), ("pipeline files",)),
     Grant(("sagemaker:CreatePipeline", "sagemaker:DescribePipeline", "sagemaker:StartPipelineExecution",
-           "sagemaker:UpdatePipeline"), ("pipeline",)),
-    Grant(("iam:PassRole",), ("pipeline role",), condition=TO_SAGEMAKER)))
+           "sagemaker:UpdatePipeline"), ("pipeline",))))
+
+IMAGE = Role("codebuild", "builds the image and pushes it", (
+    Grant(WRITE_LOGS[1:], ("image logs",), "CodeBuild keeps the build's output"),
+    Grant(READ_VERSIONS, ("code files",), "CodeBuild reads the source"),
+    Grant(("ecr:GetAuthorizationToken",), ("any",), "the build logs in to the registry"),
+    Grant(("ecr:BatchCheckLayerAvailability", "ecr:BatchGetImage", "ecr:CompleteLayerUpload", "ecr:DescribeImages",
+           "ecr:InitiateLayerUpload", "ecr:PutImage", "ecr:UploadLayerPart"), ("repository",),
+          "the build asks for a tag, and pushes what is missing")))
 
 # %% ../../nbs/aws/12_permissions.ipynb #34e75011
 DEPLOY = Role("codebuild", "deploys a version to a stage and tests it there", (
     *BUILDING, *READ_GROUP, *READ_ARTIFACTS,
+    Grant(("s3:GetObject", "s3:PutObject"), ("state files",), "the stage's state and lock lie there"),
     Grant(("sagemaker:AddTags", "sagemaker:DeleteTags"), ("group",)),
     Grant(("sagemaker:UpdateModelPackage",), ("versions",)),
     Grant(("sagemaker:CreateModel",), ("models",)),
     Grant(("sagemaker:CreateEndpointConfig",), ("endpoint configs",)),
-    Grant(("sagemaker:CreateEndpoint", "sagemaker:UpdateEndpoint"), ("endpoints", "endpoint configs")),
-    Grant(("sagemaker:DeleteEndpoint", "sagemaker:DescribeEndpoint", "sagemaker:InvokeEndpoint"), ("endpoints",)),
-    Grant(("iam:PassRole",), ("model role",), condition=TO_SAGEMAKER),
+    Grant(("sagemaker:CreateEndpoint", "sagemaker:DeleteEndpoint", "sagemaker:DescribeEndpoint",
+           "sagemaker:InvokeEndpoint", "sagemaker:UpdateEndpoint"), ("endpoints",)),
     Grant(("cloudwatch:DescribeAlarms", "cloudwatch:PutMetricAlarm"), ("alarms",)),
     Grant(("application-autoscaling:DeregisterScalableTarget", "application-autoscaling:PutScalingPolicy",
            "application-autoscaling:RegisterScalableTarget"), ("scaling",)),
-    Grant(("iam:CreateServiceLinkedRole",), ("scaling role",),
-          "the first endpoint that scales makes the role of auto-scaling",
-          {"StringEquals": {"iam:AWSServiceName": "sagemaker.application-autoscaling.amazonaws.com"}})))
+    Grant(("scheduler:CreateSchedule", "scheduler:DeleteSchedule", "scheduler:UpdateSchedule"), ("staging schedule",),
+          "the endpoint of staging ends some hours after its test")))
 
 # %% ../../nbs/aws/12_permissions.ipynb #feb7da3a
 CODEPIPELINE = Role("codepipeline", "runs modelbuild and modeldeploy", (
     Grant(("codebuild:BatchGetBuilds", "codebuild:StartBuild"), ("builds",), "each step is a build"),
     Grant((*READ_VERSIONS, "s3:PutObject"), ("codepipeline files",), "a stage passes files to the next"),
     Grant(("s3:GetBucketVersioning",), ("artifacts",), "CodePipeline checks its own bucket"),
-    Grant(("sns:Publish",), ("topic",), "CodePipeline asks a person to approve"),
-    Grant(("cloudwatch:DescribeAlarms",), ("alarms",), "an alarm after the deployment rolls production back")))
+    Grant(("sns:Publish",), ("topic",), "CodePipeline asks a person to approve")))
 FROM_S3 = (
     Grant(("s3:GetBucketVersioning", "s3:ListBucket"), ("code",), "the source is an object"),
     Grant(READ_VERSIONS, ("code files",), "the source is an object"))
@@ -179,17 +205,23 @@ FROM_CONNECTION = (
     Grant(("codeconnections:UseConnection", "codestar-connections:UseConnection"), ("connection",),
           "the source is a repository"),)
 
-EVENTS = Role("events", "starts what the rules name", (
-    Grant(("codepipeline:StartPipelineExecution",), ("codepipelines",), "a rule starts modelbuild or modeldeploy"),
-    Grant(("sagemaker:StartPipelineExecution",), ("pipeline",), "a rule starts the pipeline")))
+EVENTS = Role("events", "starts modelbuild and modeldeploy", (
+    Grant(("codepipeline:StartPipelineExecution",), ("codepipelines",), "a rule starts modelbuild or modeldeploy"),))
 
-SCHEDULER = Role("scheduler", "starts the jobs that look for drift", (
+PIPES = Role("pipes", "takes messages from the queues and starts the pipeline", (
+    Grant(("sqs:DeleteMessage", "sqs:GetQueueAttributes", "sqs:ReceiveMessage"), ("data queue", "label queue"),
+          "a pipe reads its queue"),
+    Grant(("sagemaker:StartPipelineExecution",), ("pipeline",), "a pipe starts the pipeline")))
+
+SCHEDULER = Role("scheduler", "starts the jobs that look for drift, and ends the endpoint of staging", (
     Grant(("sagemaker:CreateProcessingJob",), ("drift jobs",), "the schedule makes this call"),
-    Grant(("iam:PassRole",), ("watch role",), "the schedule gives the job its role", TO_SAGEMAKER)))
+    Grant(("sagemaker:DeleteEndpoint",), ("staging endpoint",), "the schedule makes this call"),
+    Grant(("sqs:SendMessage",), ("undelivered",), "the schedule keeps a call that failed")))
 
 # %% ../../nbs/aws/12_permissions.ipynb #fbe16330
 OPERATOR = Role("", "starts the pipeline, looks at it, and approves versions", (
     *READ_GROUP, *READ_ARTIFACTS,
+    Grant(("s3:GetObject", "s3:PutObject"), ("state files",), "the stages' states and locks lie there"),
     Grant(("sagemaker:DescribePipeline", "sagemaker:ListPipelineExecutions", "sagemaker:StartPipelineExecution"),
           ("pipeline",)),
     Grant(("sagemaker:DescribePipelineExecution", "sagemaker:ListPipelineExecutionSteps"), ("executions",)),
@@ -200,40 +232,73 @@ OPERATOR = Role("", "starts the pipeline, looks at it, and approves versions", (
 # %% ../../nbs/aws/12_permissions.ipynb #e317d903
 @dataclass(frozen=True)
 class Implied:
-    "The rights that a service checks on whoever makes `call`, and who says so."
+    "The rights that a service checks on whoever makes `call` (on the resource `on`, if it is given), and who says so."
     call: str
     actions: tuple[str, ...]
     resources: tuple[str, ...]
     source: str
+    on: str = ""
+    condition: Mapping[str, Any] = field(default_factory=dict)
 
+def pass_to(service: str) -> dict[str, Any]:
+    "Return the condition under which a role may be given to `service` alone."
+    return {"StringEquals": {"iam:PassedToService": f"{service}.amazonaws.com"}}
+
+# %% ../../nbs/aws/12_permissions.ipynb #0f0bbd2e
 SCALING = "SageMaker's developer guide, Auto scaling prerequisites"
+PASSING = "SageMaker's developer guide, API permissions: actions, permissions, and resources reference"
+AUTOSCALING_ROLE = {"StringEquals": {"iam:AWSServiceName": "sagemaker.application-autoscaling.amazonaws.com"}}
 IMPLIED = (
     Implied("application-autoscaling:RegisterScalableTarget", ("sagemaker:DescribeEndpoint",
             "sagemaker:UpdateEndpointWeightsAndCapacities"), ("endpoints",), SCALING),
     Implied("application-autoscaling:RegisterScalableTarget", ("sagemaker:DescribeEndpointConfig",), ("any",),
             f"{SCALING}; ACK community#2110"),
+    Implied("application-autoscaling:RegisterScalableTarget", ("iam:CreateServiceLinkedRole",), ("scaling role",),
+            SCALING, condition=AUTOSCALING_ROLE),
     Implied("application-autoscaling:PutScalingPolicy", ("cloudwatch:DescribeAlarms", "cloudwatch:PutMetricAlarm"),
             ("scaling alarms",), SCALING),
     Implied("application-autoscaling:DeregisterScalableTarget", ("cloudwatch:DeleteAlarms",), ("scaling alarms",),
             SCALING),
     Implied("sagemaker:DeleteEndpoint", ("application-autoscaling:DeregisterScalableTarget",), ("scaling",),
-            "stable-diffusion-aws-extension#161"),
+            "stable-diffusion-aws-extension#161", on="endpoints"),
+    Implied("sagemaker:CreateEndpoint", ("sagemaker:CreateEndpoint",), ("endpoint configs",), PASSING),
     Implied("sagemaker:UpdateEndpoint", ("sagemaker:UpdateEndpoint",), ("endpoint configs",), "aws-cdk#11594"),
     Implied("sagemaker:UpdateEndpoint", ("cloudwatch:DescribeAlarms",), ("alarms",),
             "SageMaker's developer guide, Auto-rollback configuration and monitoring"),
+    Implied("sagemaker:CreateModel", ("iam:PassRole",), ("model role",), PASSING,
+            condition=pass_to("sagemaker")),
+    Implied("sagemaker:CreatePipeline", ("iam:PassRole",), ("pipeline role",), PASSING, condition=pass_to("sagemaker")),
+    Implied("sagemaker:UpdatePipeline", ("iam:PassRole",), ("pipeline role",), PASSING, condition=pass_to("sagemaker")),
+    Implied("sagemaker:CreateTrainingJob", ("iam:PassRole",), ("job role",), PASSING, condition=pass_to("sagemaker")),
+    Implied("sagemaker:CreateProcessingJob", ("iam:PassRole",), ("job role",), PASSING, "processing jobs",
+            pass_to("sagemaker")),
+    Implied("sagemaker:CreateProcessingJob", ("iam:PassRole",), ("registrar role",), PASSING, "processing jobs",
+            pass_to("sagemaker")),
+    Implied("sagemaker:CreateProcessingJob", ("iam:PassRole",), ("watch role",), PASSING, "drift jobs",
+            pass_to("sagemaker")),
+    Implied("scheduler:CreateSchedule", ("iam:PassRole",), ("scheduler role",),
+            "EventBridge Scheduler's user guide, Identity-based policies, iam:PassRole", condition=pass_to("scheduler")),
+    Implied("scheduler:UpdateSchedule", ("iam:PassRole",), ("scheduler role",),
+            "EventBridge Scheduler's user guide, Identity-based policies, iam:PassRole", condition=pass_to("scheduler")),
 )
 
 # %% ../../nbs/aws/12_permissions.ipynb #c50f868a
 def with_implied(role: Role, rows: Iterable[Implied] = IMPLIED) -> Role:
-    "Return `role` with the rights that its calls imply."
-    calls = {action for grant in role.grants for action in grant.actions}
-    implied = (Grant(row.actions, row.resources, f"checked for {row.call}: {row.source}") for row in rows
-               if row.call in calls)
-    return replace(role, grants=(*role.grants, *implied))
+    "Return `role` with the rights that its calls imply, each once."
+    calls = {(action, on) for grant in role.grants for action in grant.actions for on in ("", *grant.resources)}
+    found: dict[tuple, Grant] = {}
+    for row in rows:
+        if (row.call, row.on) in calls:
+            reason = f"checked for {row.call}: {row.source}"
+            found.setdefault((row.actions, row.resources, str(row.condition)),
+                             Grant(row.actions, row.resources, reason, row.condition))
+    return replace(role, grants=(*role.grants, *found.values()))
 
 ROLES = {name: with_implied(role) for name, role in {
-    "Pipeline": PIPELINE, "Job": JOB, "Model": MODEL, "Watch": WATCH, "Build": BUILD, "Deploy": DEPLOY,
-    "CodePipeline": CODEPIPELINE, "Events": EVENTS, "Scheduler": SCHEDULER, "Operator": OPERATOR}.items()}
+    "Pipeline": PIPELINE, "Job": JOB, "Registrar": REGISTRAR, "Model": MODEL, "Watch": WATCH, "Build": BUILD,
+    "Deploy": DEPLOY, "CodePipeline": CODEPIPELINE, "Events": EVENTS, "Pipes": PIPES, "Scheduler": SCHEDULER,
+    "Operator": OPERATOR, "Image": IMAGE}.items()}
+BASE_ROLES = ("Image",)  # that the stack NAME-base has; the others are in NAME
 
 # %% ../../nbs/aws/12_permissions.ipynb #e008e577
 def image_arn(uri: str) -> str:
@@ -243,12 +308,20 @@ def image_arn(uri: str) -> str:
     return f"arn:${{AWS::Partition}}:ecr:{region}:{account}:repository/{re.split('[:@]', image)[0]}"
 
 # %% ../../nbs/aws/12_permissions.ipynb #0fa0eaf6
+def fill_names(value: Any, names: Mapping[str, Any]) -> Any:
+    "Return `value` with `names` for what stands in single braces in its texts, and CloudFormation's syntax around them."
+    if isinstance(value, Mapping):
+        return {key: fill_names(one, names) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [fill_names(one, names) for one in value]
+    for name, text in names.items():
+        value = value.replace(f"{{{name}}}", str(text))
+    return {"Fn::Sub": value} if "${" in value else value
+
 def resource_arns(resource: str, names: Mapping[str, Any]) -> list:
     "Return the ARNs of `resource` (a name in `RESOURCES`) for a template; `names` fills in what stands in braces."
     arns = [image_arn(uri) for uri in names["images"]] if resource == "images" else [RESOURCES[resource]]
-    for name, value in names.items():
-        arns = [arn.replace(f"{{{name}}}", str(value)) for arn in arns]
-    return [{"Fn::Sub": arn} if "${" in arn else arn for arn in arns]
+    return fill_names(arns, names)
 
 # %% ../../nbs/aws/12_permissions.ipynb #5d843723
 def policy_document(statements: Iterable[dict]) -> dict:
@@ -262,4 +335,4 @@ def policy(grants: Iterable[Grant], **names: Any) -> dict:
 def _statement(grant: Grant, names: Mapping[str, Any]) -> dict:
     arns = [arn for resource in grant.resources for arn in resource_arns(resource, names)]
     made = {"Effect": "Allow", "Action": sorted(grant.actions), "Resource": arns}
-    return made | ({"Condition": dict(grant.condition)} if grant.condition else {})
+    return made | ({"Condition": fill_names(grant.condition, names)} if grant.condition else {})

@@ -35,7 +35,8 @@ def image_uri(target: str, account: str, region: str, repository: str = "intel-n
 class PipelineConfig:
     "The settings of a definition. The defaults name no real account; they are for reading, checking and rehearsing."
     bucket: str = "intel-nb-artifacts-123456789012"  # for the code and everything that the pipeline writes
-    role: str = "arn:aws:iam::123456789012:role/intel-nb-pipeline"
+    role: str = "arn:aws:iam::123456789012:role/intel-nb-job"  # of the jobs, which write below PREFIX/runs alone
+    registrar_role: str = "arn:aws:iam::123456789012:role/intel-nb-registrar"  # of the one that writes below registry/
     account: str = "123456789012"  # whose registry has the images
     region: str = "us-east-1"
     prefix: str = "pipeline"  # of all keys in the bucket

@@ -5,15 +5,15 @@
 # %% ../../nbs/aws/11_rules.ipynb #301acfc9
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..chain.watch import STARTS, Start
 from ..storage import InputError
 
 # %% auto #0
-__all__ = ['WRITES', 'UPLOAD_EVENTS', 'PUSH_PATHS', 'ResourceNames', 'EventRule', 'key_filter', 'direct_pattern', 'trail_pattern',
-           'approval_pattern', 'rule_of', 'event_rules']
+__all__ = ['WRITES', 'UPLOAD_EVENTS', 'QUEUES', 'PUSH_PATHS', 'ResourceNames', 'EventRule', 'key_filter', 'direct_pattern',
+           'trail_pattern', 'approval_pattern', 'StartQueue', 'rule_of', 'event_rules']
 
 # %% ../../nbs/aws/11_rules.ipynb #1f0042a3
 @dataclass(frozen=True)
@@ -27,12 +27,16 @@ class ResourceNames:
 # %% ../../nbs/aws/11_rules.ipynb #667af9c7
 @dataclass(frozen=True)
 class EventRule:
-    "A rule of EventBridge: events that match `pattern` start `starts`."
+    """A rule of EventBridge: events that match `pattern` start `starts`.
+
+    One that starts the pipeline does so by way of a queue. Its message is the text `message`, in which `values` (JSON
+    paths into the event) stand in angle brackets."""
     name: str
     why: str
     pattern: dict
     starts: str  # modelbuild, modeldeploy or pipeline
-    parameters: dict[str, str] = field(default_factory=dict)  # of the pipeline: a JSON path into the event
+    message: str = ""
+    values: dict[str, str] = field(default_factory=dict)
 
 # %% ../../nbs/aws/11_rules.ipynb #81f035b8
 def key_filter(key: str) -> list:
@@ -67,18 +71,30 @@ def approval_pattern(start: Start, group: Any) -> dict:
                        "UpdatedModelPackageFields": ["ModelApprovalStatus"]}}
 
 # %% ../../nbs/aws/11_rules.ipynb #121b64ab
-UPLOAD_EVENTS = {  # the pattern, and the JSON path to what identifies the upload
+UPLOAD_EVENTS = {  # the pattern, and the JSON path to the object's version
     "direct": (direct_pattern, "$.detail.object.version-id"),
-    "cloudtrail": (trail_pattern, "$.detail.eventID"),
+    "cloudtrail": (trail_pattern, "$.detail.responseElements.x-amz-version-id"),
 }
+
+@dataclass(frozen=True)
+class StartQueue:
+    "A queue between a rule and the pipeline: `data_version` is a JSON path into what a pipe reads from it."
+    name: str
+    delay: int  # in seconds, of each message
+    data_version: str
+
+QUEUES = {"data-uploaded": StartQueue("data", 0, "$.body.version"),
+          "annotations-added": StartQueue("labels", 300, "$.messageId")}
 
 def rule_of(start: Start, names: ResourceNames, events: str) -> EventRule:
     "Return the rule for one row of `STARTS`; `events` is a key of `UPLOAD_EVENTS`."
     if start.place == "registry":
         return EventRule(start.name, start.why, approval_pattern(start, names.group), start.starts)
     pattern, version = UPLOAD_EVENTS[events]
-    parameters = {"DataVersion": version} if start.starts == "pipeline" else {}
-    return EventRule(start.name, start.why, pattern(start, getattr(names, start.place)), start.starts, parameters)
+    found = EventRule(start.name, start.why, pattern(start, getattr(names, start.place)), start.starts)
+    if start.name == "data-uploaded":
+        return replace(found, message='{"version": <version>}', values={"version": version})
+    return replace(found, message='{"labels": "changed"}') if start.name == "annotations-added" else found
 
 # %% ../../nbs/aws/11_rules.ipynb #3b36c168
 def event_rules(names: ResourceNames, source: str = "s3", events: str = "direct") -> list[EventRule]:

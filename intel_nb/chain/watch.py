@@ -55,7 +55,7 @@ STARTS = (
           "the code of deploy, drift or staging was pushed"),
     Start("model-approved", "registry", "Approved", "modeldeploy", "a person approved a version"),
     Start("data-uploaded", "data", ARCHIVE, "pipeline", "a new archive of photographs was uploaded"),
-    Start("annotations-added", "annotations", LABELS, "modelbuild", "labels were created or restored"),
+    Start("annotations-added", "annotations", LABELS, "pipeline", "labels were created or restored"),
     Start("drift-alarm", "endpoints", "alarms/", "labelling", "an endpoint sees images unlike those it was trained on"),
 )
 UPLOADS = {start.key: start.name for start in STARTS if start.key in (ARCHIVE, LABELS)}
