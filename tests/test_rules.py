@@ -1,13 +1,16 @@
 """The five rules and the paths of a push: what starts which run, and that the matcher decides as EventBridge does."""
 import ast
 import json
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
+from event_delivery import FifoQueue, parameters_of, transformed
 from event_patterns import FILTERS, is_pushed, matches
 
-from intel_nb.aws.rules import PUSH_PATHS, STARTS, ResourceNames, event_rules
+from intel_nb.aws.rules import PUSH_PATHS, QUEUES, STARTS, ResourceNames, event_rules
+from intel_nb.aws.stack import Options, template
 from intel_nb.storage import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -85,6 +88,56 @@ def package_event(group: str = "intel-nb", status: str = "Approved",
                        "UpdatedModelPackageFields": [changed],
                        "LastModifiedTime": "2026-01-31T12:00:00Z"}}
 
+
+def sagemaker_event(kind: str, resource: str, **detail) -> dict:
+    return {"version": "0", "id": "d2921b5a-b0ad-cace-a8e3-0f159d018e06", "detail-type": kind, "source": "aws.sagemaker",
+            "account": "123456789012", "time": "2026-01-31T12:00:00Z", "region": "us-east-1",
+            "resources": [f"arn:aws:sagemaker:us-east-1:123456789012:{resource}"], "detail": detail}
+
+
+def pipeline_event(status: str = "Failed", name: str = "intel-nb") -> dict:
+    "SageMaker's event, as in its developer guide (Pipeline execution state change)."
+    arn = f"arn:aws:sagemaker:us-east-1:123456789012:pipeline/{name}"
+    return sagemaker_event(
+        "SageMaker Model Building Pipeline Execution Status Change", f"pipeline/{name}",
+        pipelineExecutionDisplayName="execution-1", currentPipelineExecutionStatus=status,
+        previousPipelineExecutionStatus="Executing", executionStartTime="2026-01-31T11:00:00Z",
+        executionEndTime="2026-01-31T12:00:00Z", pipelineArn=arn, pipelineExecutionArn=f"{arn}/execution/p4jn9xou8a8s")
+
+
+def endpoint_event(status: str = "OUT_OF_SERVICE", stage: str = "production", name: str = "intel-nb") -> dict:
+    "SageMaker's event, as in its developer guide (Endpoint state change)."
+    return sagemaker_event(
+        "SageMaker Endpoint State Change", f"endpoint/{name}-{stage}", EndpointName=f"{name}-{stage}",
+        EndpointArn=f"arn:aws:sagemaker:us-east-1:123456789012:endpoint/{name}-{stage}",
+        EndpointConfigName=f"{name}-{stage}-v3-0123abcd", EndpointStatus=status, CreationTime=1592411992203.0,
+        ProductionVariants=[{"DesiredWeight": 1.0, "DesiredInstanceCount": 1.0}], LastModifiedTime=1592411994287.0, Tags={})
+
+
+def run_event(name: str = "intel-nb-modeldeploy", state: str = "FAILED") -> dict:
+    "CodePipeline's event, as in its user guide (Monitoring CodePipeline events)."
+    return {"version": "0", "id": "01234567-0123-0123-0123-012345678901",
+            "detail-type": "CodePipeline Pipeline Execution State Change", "source": "aws.codepipeline",
+            "account": "123456789012", "time": "2026-01-31T12:00:00Z", "region": "us-east-1",
+            "resources": [f"arn:aws:codepipeline:us-east-1:123456789012:{name}"],
+            "detail": {"pipeline": name, "execution-id": "12345678-1234-5678-abcd-12345678abcd", "state": state,
+                       "start-time": "2026-01-31T11:00:00.000Z", "pipeline-execution-attempt": 1.0, "version": 3.0}}
+
+
+def build_event(name: str = "intel-nb-image", status: str = "FAILED") -> dict:
+    "CodeBuild's event, as in its user guide (Build notifications sample)."
+    id_ = f"arn:aws:codebuild:us-east-1:123456789012:build/{name}:8745a7a9-c340-456a-9166-edf953571bee"
+    return {"version": "0", "id": "c030038d-8c4d-6141-9545-00ff7b7153ec", "detail-type": "CodeBuild Build State Change",
+            "source": "aws.codebuild", "account": "123456789012", "time": "2026-01-31T12:00:00Z", "region": "us-east-1",
+            "resources": [id_], "detail": {"build-status": status, "project-name": name, "build-id": id_,
+                                           "current-phase": "COMPLETED", "version": "1"}}
+
+
+EVENTS = {"a run failed": pipeline_event(), "a run succeeded": pipeline_event("Succeeded"),
+          "an endpoint failed": endpoint_event(), "an endpoint serves": endpoint_event("IN_SERVICE"),
+          "modeldeploy failed": run_event(), "modelbuild failed": run_event("intel-nb-modelbuild"),
+          "modelbuild succeeded": run_event("intel-nb-modelbuild", "SUCCEEDED"), "the image failed": build_event(),
+          "a build failed": build_event("intel-nb-modelbuild")}
 
 MUST = {
     "modelbuild-code": [created("intel-nb-code", "modelbuild.zip"),
@@ -194,19 +247,195 @@ def test_patterns_fit_what_eventbridge_takes():
 def test_five_rules_and_what_they_start():
     assert {rule.name: rule.starts for rule in DIRECT.values()} == {
         "modelbuild-code": "modelbuild", "modeldeploy-code": "modeldeploy", "model-approved": "modeldeploy",
-        "data-uploaded": "pipeline", "annotations-added": "modelbuild"}
+        "data-uploaded": "pipeline", "annotations-added": "pipeline"}
     behind_a_connection = [rule.name for rule in event_rules(NAMES, "connection")]
     assert behind_a_connection == ["model-approved", "data-uploaded", "annotations-added"]
 
 
 @pytest.mark.parametrize("found, event", [(DIRECT, MUST["data-uploaded"][0]), (TRAIL, TRAIL_MUST["data-uploaded"][0])],
                          ids=["direct", "cloudtrail"])
-def test_the_value_that_a_rule_passes_on_is_in_the_event(found, event):
-    for path in found["data-uploaded"].parameters.values():
-        value = event
-        for name in path.removeprefix("$.").split("."):
-            value = value[name]
-        assert isinstance(value, str) and value
+def test_the_message_of_an_upload_is_the_version_of_the_object(found, event):
+    rule = found["data-uploaded"]
+    target = {"InputTransformer": {"InputPathsMap": rule.values, "InputTemplate": rule.message}}
+    assert json.loads(transformed(target, event)) == {"version": "IYV3p45BT0ac8hjHg1houSdS1a.Mro8e"}
+
+
+def test_rules_by_way_of_a_queue_are_those_that_start_the_pipeline():
+    assert {name for name, rule in DIRECT.items() if rule.message} == set(QUEUES)
+    assert {DIRECT[name].starts for name in QUEUES} == {"pipeline"}
+
+
+# -- once: the rules, queues and pipes of the template, and a simulation of what SQS keeps apart
+
+class Cloud:
+    "The rules, the queues and the pipes of a template; `starts` are the executions that events have caused."
+    def __init__(self, made: dict):
+        self.resources = made["Resources"]
+        self.queues = {name: FifoQueue(one["Properties"]) for name, one in self.resources.items()
+                       if one["Type"] == "AWS::SQS::Queue" and one["Properties"].get("ContentBasedDeduplication")}
+        self.runs: list[str] = []  # of CodePipelines
+
+    def targets(self, event: dict) -> list[dict]:
+        text = re.sub(r'\{"Fn::Sub": "([^"]*)"\}', lambda m: json.dumps(m[1].replace("${AWS::AccountId}", "123456789012")
+                      .replace("${AWS::Region}", "us-east-1").replace("${AWS::Partition}", "aws")),
+                      json.dumps({name: one for name, one in self.resources.items()
+                                  if one["Type"] == "AWS::Events::Rule"}))
+        return [target for one in json.loads(text).values() for target in one["Properties"]["Targets"]
+                if matches(one["Properties"]["EventPattern"], event)]
+
+    def send(self, event: dict, now: float = 0) -> None:
+        for target in self.targets(event):
+            if "SqsParameters" in target:
+                self.queues[target["Arn"]["Fn::GetAtt"][0]].send(transformed(target, event), now)
+            elif target["Arn"] != {"Ref": "Topic"}:
+                self.runs.append(target["Id"])
+
+    def starts(self) -> list[tuple[float, str, dict]]:
+        pipes = [one["Properties"] for one in self.resources.values() if one["Type"] == "AWS::Pipes::Pipe"]
+        return sorted((now, pipe["Source"]["Fn::GetAtt"][0], parameters_of(pipe, record)) for pipe in pipes
+                      for now, record in self.queues[pipe["Source"]["Fn::GetAtt"][0]].delivered)
+
+
+SMALL = {"Version": "2020-12-01", "Parameters": [], "Steps": []}
+BUCKETS = {kind: f"intel-nb-{kind}-123456789012-us-east-1" for kind in ("data", "annotations", "artifacts", "code", "logs")}
+
+
+@pytest.fixture(params=["direct", "cloudtrail"])
+def way(request):
+    "An empty cloud, and a function that makes the event of an upload in the way that the stack notices it."
+    def upload(kind: str, key: str, version: str = "v1", id_: str = "1") -> dict:
+        event = (created(BUCKETS[kind], key) if request.param == "direct" else logged("PutObject", BUCKETS[kind], key))
+        text = json.dumps(event | {"id": id_}).replace("IYV3p45BT0ac8hjHg1houSdS1a.Mro8e", version)
+        return json.loads(text)
+    return Cloud(template(Options(events=request.param), SMALL)), upload
+
+
+def test_500_labels_within_five_minutes_start_one_run(way):
+    cloud, upload = way
+    for i in range(500):
+        cloud.send(upload("annotations", f"annotations/batch/{i}.json", f"v{i}", str(i)), now=i * 300 / 499)
+    (start,) = cloud.starts()
+    assert start == (300, "LabelQueue", {"DataVersion": "id-0"}) and cloud.runs == []
+
+
+def test_the_run_begins_after_the_last_of_its_labels(way):
+    "The labels that start nothing are there when the run that was started before them begins."
+    cloud, upload = way
+    for i, now in enumerate((0, 100, 300)):
+        cloud.send(upload("annotations", f"annotations/{i}.csv", f"v{i}"), now)
+    assert [now for now, _, _ in cloud.starts()] == [300]
+
+
+def test_labels_after_five_minutes_start_a_second_run_with_another_version(way):
+    cloud, upload = way
+    cloud.send(upload("annotations", "annotations/a.csv", "v1"), 0)
+    cloud.send(upload("annotations", "annotations/b.csv", "v2"), 301)
+    first, second = cloud.starts()
+    assert (first[0], second[0]) == (300, 601) and first[2] != second[2]
+
+
+def test_an_upload_that_is_delivered_twice_starts_one_run(way):
+    cloud, upload = way
+    cloud.send(upload("data", "intel.zip", "v1", "1"), 0)
+    cloud.send(upload("data", "intel.zip", "v1", "2"), 60)
+    assert cloud.starts() == [(0, "DataQueue", {"DataVersion": "v1"})]
+
+
+def test_an_upload_that_is_delivered_again_late_has_the_same_version(way):
+    "After the five minutes it starts a second execution, which the pipeline answers from its cache."
+    cloud, upload = way
+    cloud.send(upload("data", "intel.zip", "v1"), 0)
+    cloud.send(upload("data", "intel.zip", "v1"), 4000)
+    assert [version for _, _, version in cloud.starts()] == [{"DataVersion": "v1"}] * 2
+
+
+def test_two_uploads_of_the_archive_start_two_runs(way):
+    cloud, upload = way
+    cloud.send(upload("data", "intel.zip", "v1"), 0)
+    cloud.send(upload("data", "intel.zip", "v2"), 60)
+    assert [version for _, _, version in cloud.starts()] == [{"DataVersion": "v1"}, {"DataVersion": "v2"}]
+
+
+# All that our own code writes while it works, and what it must start: nothing, but for a code archive and an approval.
+WRITTEN = {
+    "jobs": [("artifacts", "pipeline/runs/abc/data/report.json"), ("artifacts", "pipeline/runs/abc/executed/00_data.ipynb"),
+             ("artifacts", "pipeline/runs/abc/annotations/a.csv"), ("artifacts", "pipeline/runs/abc/intel.zip")],
+    "registrar": [("artifacts", "registry/abc/model.tar.gz"), ("artifacts", "registry/abc/evaluation.json")],
+    "endpoints": [("artifacts", "captures/intel-nb-production/AllTraffic/2026/01/31/12/x.jsonl")],
+    "watch": [("artifacts", "drift/intel-nb-production/state.json"), ("artifacts", "drift/intel-nb-production/seen.json")],
+    "stages": [("artifacts", "state/staging.json"), ("artifacts", "state/production.json")],
+    "CodePipeline": [("artifacts", "intel-nb-modelbuild/Code/abc.zip"),
+                     ("artifacts", "intel-nb-modeldeploy/DeployNote/abc"), ("artifacts", "modelbuild.zip")],
+    "S3": [("logs", "access/data/2026-01-31"), ("logs", "AWSLogs/123456789012/CloudTrail/x.json.gz")],
+    "deploy": [("code", "image/abc.zip"), ("code", "image.zip")],
+}
+
+
+@pytest.mark.parametrize("who", WRITTEN)
+def test_what_our_own_code_writes_starts_nothing(way, who):
+    cloud, upload = way
+    for kind, key in WRITTEN[who]:
+        assert cloud.targets(upload(kind, key)) == [], (kind, key)
+
+
+def test_the_placeholder_of_labels_starts_nothing():
+    cloud = Cloud(template(Options(), SMALL))
+    assert cloud.targets(created(BUCKETS["annotations"], "annotations/.nothing", size=0)) == []
+    assert len(cloud.targets(created(BUCKETS["annotations"], "annotations/a.csv", size=1))) == 1
+
+
+def test_a_code_archive_starts_its_pipeline(way):
+    cloud, upload = way
+    cloud.send(upload("code", "modelbuild.zip"))
+    cloud.send(upload("code", "modeldeploy.zip"))
+    assert cloud.runs == ["modelbuild", "modeldeploy"] and cloud.starts() == []
+
+
+@pytest.mark.parametrize("status, changed, runs", [
+    ("Approved", ["ModelApprovalStatus"], ["modeldeploy"]),
+    ("Approved", ["CustomerMetadataProperties"], []), ("Approved", ["ModelPackageDescription"], []),
+    ("Approved", ["ModelApprovalStatus", "ApprovalDescription"], ["modeldeploy"]),
+    ("PendingManualApproval", ["ModelApprovalStatus"], []), ("PendingManualApproval", None, []),
+    ("Rejected", ["ModelApprovalStatus"], []), ("Rejected", ["CustomerMetadataProperties"], [])])
+def test_a_change_of_a_version_starts_modeldeploy_when_it_was_approved_just_now(status, changed, runs):
+    "A note on an approved version (a tag, a test's result) says Approved too, and names what was changed."
+    cloud = Cloud(template(Options(), SMALL))
+    event = package_event(status=status)
+    event["detail"].pop("UpdatedModelPackageFields")
+    cloud.send({**event, "detail": event["detail"] | ({"UpdatedModelPackageFields": changed} if changed else {})})
+    assert cloud.runs == runs and cloud.starts() == []
+
+
+def test_the_events_of_runs_and_endpoints_start_nothing():
+    cloud = Cloud(template(Options(), SMALL))
+    for event in EVENTS.values():
+        cloud.send(event)
+    assert cloud.runs == [] and cloud.starts() == []
+
+
+def test_a_queue_that_is_full_of_failures_is_given_up_and_kept():
+    made = template(Options(), SMALL)["Resources"]
+    for name, dead in (("DataQueue", "DataDead"), ("LabelQueue", "LabelDead")):
+        queue, letters = made[name]["Properties"], made[dead]["Properties"]
+        assert queue["RedrivePolicy"] == {"deadLetterTargetArn": {"Fn::GetAtt": [dead, "Arn"]}, "maxReceiveCount": 5}
+        assert queue["FifoQueue"] and letters["FifoQueue"], "the queue behind a FIFO queue is one too"
+        assert queue["QueueName"].endswith(".fifo") and letters["QueueName"].endswith(".fifo")
+        assert queue["VisibilityTimeout"] >= 6 * 60 and "ContentBasedDeduplication" not in letters
+        assert made[f"{name}Pipe"]["Properties"]["SourceParameters"] == {"SqsQueueParameters": {"BatchSize": 1}}
+        (sender, _) = made[f"{name}Policy"]["Properties"]["PolicyDocument"]["Statement"]
+        ((rule,),) = [[arn["Fn::GetAtt"][0] for arn in sender["Condition"]["ArnEquals"]["aws:SourceArn"]]]
+        (target,) = made[rule]["Properties"]["Targets"]
+        assert target["Arn"] == {"Fn::GetAtt": [name, "Arn"]} and target["SqsParameters"]["MessageGroupId"]
+    assert "FifoQueue" not in made["Undelivered"]["Properties"], "EventBridge takes a standard queue alone"
+
+
+def test_targets_with_a_policy_of_their_own_take_no_role():
+    "EventBridge's guide: a role on a target of SQS or SNS makes its delivery fail."
+    for one in template(Options(), SMALL)["Resources"].values():
+        if one["Type"] == "AWS::Events::Rule":
+            (target,) = one["Properties"]["Targets"]
+            assert ("RoleArn" in target) == ("Fn::Sub" in target["Arn"]), "a CodePipeline alone"
+            assert target["DeadLetterConfig"] == {"Arn": {"Fn::GetAtt": ["Undelivered", "Arn"]}}
 
 
 BUILD, DEPLOY = "modelbuild", "modeldeploy"

@@ -272,7 +272,7 @@ def repository(options: Options) -> Resources:
         "LifecyclePolicy": {"LifecyclePolicyText": json.dumps({"rules": [UNTAGGED]})}, "EmptyOnDelete": True},
         Metadata=linter_exceptions(CKV_AWS_136=reason))}
 
-# %% ../../nbs/aws/14_base.ipynb #36e8b921
+# %% ../../nbs/aws/14_base.ipynb #192f5469
 BUILDX = ("docker buildx build --target $target --provenance=false --sbom=false "
           "--output type=image,oci-mediatypes=false,push=true --tag $REPOSITORY:$tag .")
 IMAGE_SPEC = {"version": 0.2, "env": {"shell": "bash"}, "phases": {
@@ -282,7 +282,7 @@ IMAGE_SPEC = {"version": 0.2, "env": {"shell": "bash"}, "phases": {
         "docker buildx create --use --name intel-nb --driver docker-container"]},
     "build": {"commands": [
         "(\nset -eu\n"
-        "for target in steps serve; do\n"
+        "for target in ${TARGETS:-steps serve}; do\n"
         "  tag=$target-$TAG\n"
         "  if aws ecr describe-images --repository-name ${REPOSITORY#*/} --image-ids imageTag=$tag >/dev/null; then\n"
         '    echo "$tag is there already"\n'
@@ -291,7 +291,7 @@ IMAGE_SPEC = {"version": 0.2, "env": {"shell": "bash"}, "phases": {
         "  fi\n"
         "done\n)\n"]}}}
 
-# %% ../../nbs/aws/14_base.ipynb #0b2a63d9
+# %% ../../nbs/aws/14_base.ipynb #f8362b7e
 def image_build(options: Options, account: str) -> Resources:
     "Return the CodeBuild project of the image with its log group; its source is given when it is started."
     reason = "logs are encrypted with the key of CloudWatch; no image and no secret is written to them"
@@ -301,7 +301,7 @@ def image_build(options: Options, account: str) -> Resources:
                                         "RetentionInDays": options.log_days},
                      Metadata=linter_exceptions(CKV_AWS_158=reason))
     return {"LogImage": group, "ImageBuild": resource("CodeBuild::Project", {
-        "Name": f"{options.name}-image", "ServiceRole": attribute("ImageRole"), "TimeoutInMinutes": 60,
+        "Name": f"{options.name}-image", "ServiceRole": attribute("ImageRole"), "TimeoutInMinutes": 90,
         "ConcurrentBuildLimit": 1, "Artifacts": {"Type": "NO_ARTIFACTS"},
         "Source": {"Type": "S3", "Location": location, "BuildSpec": template_yaml(IMAGE_SPEC)},
         "Environment": {"Type": "LINUX_CONTAINER", "ComputeType": "BUILD_GENERAL1_MEDIUM", "PrivilegedMode": True,
