@@ -272,7 +272,7 @@ def repository(options: Options) -> Resources:
         "LifecyclePolicy": {"LifecyclePolicyText": json.dumps({"rules": [UNTAGGED]})}, "EmptyOnDelete": True},
         Metadata=linter_exceptions(CKV_AWS_136=reason))}
 
-# %% ../../nbs/aws/14_base.ipynb #192f5469
+# %% ../../nbs/aws/14_base.ipynb #0fb7e887
 BUILDX = ("docker buildx build --target $target --provenance=false --sbom=false "
           "--output type=image,oci-mediatypes=false,push=true --tag $REPOSITORY:$tag .")
 IMAGE_SPEC = {"version": 0.2, "env": {"shell": "bash"}, "phases": {
@@ -281,13 +281,13 @@ IMAGE_SPEC = {"version": 0.2, "env": {"shell": "bash"}, "phases": {
         "(set -o pipefail; aws ecr get-login-password | docker login --username AWS --password-stdin ${REPOSITORY%%/*})",
         "docker buildx create --use --name intel-nb --driver docker-container"]},
     "build": {"commands": [
-        "(\nset -eu\n"
+        "(\n"
         "for target in ${TARGETS:-steps serve}; do\n"
         "  tag=$target-$TAG\n"
         "  if aws ecr describe-images --repository-name ${REPOSITORY#*/} --image-ids imageTag=$tag >/dev/null; then\n"
         '    echo "$tag is there already"\n'
         "  else\n"
-        f"    {BUILDX}\n"
+        f"    {BUILDX} || exit 1\n"
         "  fi\n"
         "done\n)\n"]}}}
 

@@ -1,0 +1,126 @@
+"""The build of the image: its shell, with stand-ins on PATH that note how they are called, and what it is made from."""
+import itertools
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from intel_nb.aws.base import IMAGE_SPEC, Options, base_template
+
+ROOT = Path(__file__).parent.parent
+REPOSITORY = "123456789012.dkr.ecr.us-east-1.amazonaws.com/intel-nb"
+BASH = "/bin/bash"
+
+
+def spec() -> dict:
+    "The build description as CodeBuild reads it from the template."
+    made = base_template(Options(), "123456789012")["Resources"]["ImageBuild"]["Properties"]["Source"]["BuildSpec"]
+    return yaml.safe_load(made)
+
+
+def commands() -> list[str]:
+    return list(itertools.chain.from_iterable(phase["commands"] for phase in spec()["phases"].values()))
+
+
+def test_the_description_travels_whole():
+    assert spec() == json.loads(json.dumps(IMAGE_SPEC))
+
+
+@pytest.mark.parametrize("command", commands(), ids=range(len(commands())))
+def test_each_command_is_shell(command):
+    assert subprocess.run([BASH, "-n", "-c", command], capture_output=True, text=True).stderr == ""
+
+
+def build(folder: Path, there: str = "", fails: str = "", **variables: str) -> tuple[int, list[str], str]:
+    """Run the commands as CodeBuild does, one after another in one shell, and return the status, the calls and the output.
+
+    `there` are the tags that the registry has; a call that begins with `fails` fails."""
+    tools = folder / "bin"
+    tools.mkdir()
+    for name in ("aws", "docker"):
+        (tools / name).write_text(f"""#!{BASH}
+echo "{name} $*" >> {folder}/calls
+if [ -n "$FAILS" ]; then case "{name} $*" in "$FAILS"*) exit 1;; esac; fi
+case "{name} $1 $2" in
+  "aws ecr get-login-password") echo secret;;
+  "aws ecr describe-images") for tag in $THERE; do case "$*" in *"imageTag=$tag") exit 0;; esac; done; exit 254;;
+  "docker login "*) cat >> {folder}/password;;
+esac
+""")
+        (tools / name).chmod(0o755)
+    shell = subprocess.run([BASH, "-c", " || exit 1\n".join(c.rstrip() for c in commands()) + " || exit 1"],
+                           capture_output=True, text=True,
+                           env={"PATH": f"{tools}:/usr/bin:/bin", "REPOSITORY": REPOSITORY, "THERE": there,
+                                "FAILS": fails, "TAG": "abc", **variables})
+    calls = (folder / "calls").read_text().splitlines() if (folder / "calls").exists() else []
+    return shell.returncode, calls, shell.stdout + shell.stderr
+
+
+def pushed(calls: list[str]) -> list[str]:
+    return [call.split()[-2] for call in calls if call.startswith("docker buildx build")]
+
+
+def test_both_targets_are_built_and_pushed(tmp_path):
+    status, calls, _ = build(tmp_path)
+    assert status == 0 and pushed(calls) == [f"{REPOSITORY}:steps-abc", f"{REPOSITORY}:serve-abc"]
+    assert (tmp_path / "password").read_text() == "secret\n"
+    assert f"docker login --username AWS --password-stdin {REPOSITORY.partition('/')[0]}" in calls
+    first = next(call for call in calls if call.startswith("docker buildx build"))
+    assert first == ("docker buildx build --target steps --provenance=false --sbom=false --output "
+                     f"type=image,oci-mediatypes=false,push=true --tag {REPOSITORY}:steps-abc .")
+
+
+def test_what_is_there_is_not_built_again(tmp_path):
+    status, calls, output = build(tmp_path, there="steps-abc")
+    assert status == 0 and pushed(calls) == [f"{REPOSITORY}:serve-abc"] and "steps-abc is there already" in output
+    asked = [call for call in calls if "describe-images" in call]
+    assert asked[0] == "aws ecr describe-images --repository-name intel-nb --image-ids imageTag=steps-abc"
+
+
+def test_a_second_build_does_nothing(tmp_path):
+    status, calls, _ = build(tmp_path, there="steps-abc serve-abc")
+    assert status == 0 and pushed(calls) == []
+
+
+def test_one_target_alone(tmp_path):
+    status, calls, _ = build(tmp_path, TARGETS="serve")
+    assert status == 0 and pushed(calls) == [f"{REPOSITORY}:serve-abc"]
+
+
+@pytest.mark.parametrize("fails, built", [
+    ("docker buildx build --target steps", 1), ("docker buildx build --target serve", 2), ("docker login", 0),
+    ("aws ecr get-login-password", 0), ("docker buildx create", 0)])
+def test_a_build_that_fails_is_red(tmp_path, fails, built):
+    status, calls, _ = build(tmp_path, fails=fails)
+    assert status != 0 and len(pushed(calls)) == built
+
+
+def test_without_a_tag_nothing_is_built(tmp_path):
+    status, calls, output = build(tmp_path, TAG="")
+    assert status != 0 and calls == [] and "TAG is not set" in output
+
+
+def test_the_targets_are_those_of_the_dockerfile():
+    text = (ROOT / "Dockerfile").read_text()
+    assert "AS steps\n" in text and "AS serve\n" in text and "${TARGETS:-steps serve}" in commands()[-1]
+
+
+def test_the_project_is_started_from_an_archive_and_pushes_to_the_repository_of_the_stack():
+    made = base_template(Options(), "123456789012")["Resources"]
+    project = made["ImageBuild"]["Properties"]
+    assert project["Source"]["Type"] == "S3" and project["Artifacts"] == {"Type": "NO_ARTIFACTS"}
+    assert project["Environment"]["PrivilegedMode"] and project["ServiceRole"] == {"Fn::GetAtt": ["ImageRole", "Arn"]}
+    variables = {one["Name"]: one["Value"] for one in project["Environment"]["EnvironmentVariables"]}
+    assert variables["REPOSITORY"] == {"Fn::GetAtt": ["Repository", "RepositoryUri"]}
+    assert os.path.dirname(project["Source"]["Location"]) == "intel-nb-code-123456789012-us-east-1"
+
+
+def test_the_repository_keeps_what_has_a_tag():
+    made = base_template(Options(), "123456789012")["Resources"]["Repository"]["Properties"]
+    assert made["ImageTagMutability"] == "IMMUTABLE" and made["ImageScanningConfiguration"] == {"ScanOnPush": True}
+    (rule,) = json.loads(made["LifecyclePolicy"]["LifecyclePolicyText"])["rules"]
+    assert rule["selection"]["tagStatus"] == "untagged" and rule["action"] == {"type": "expire"}
+    assert "RepositoryPolicyText" not in made, "all who pull and push are roles of the same account"
