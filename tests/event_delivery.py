@@ -9,6 +9,7 @@ JSON path is read from the record, whose body counts as JSON where it is JSON.
 import hashlib
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,15 @@ def value_at(path: str, event: dict) -> Any:
     for name in path.removeprefix("$.").split("."):
         event = event[name]
     return event
+
+
+def resolved(value: Any) -> Any:
+    "Return a value of a template with the account and the region of the tests' events in its texts."
+    places = {"${AWS::AccountId}": "123456789012", "${AWS::Region}": "us-east-1", "${AWS::Partition}": "aws"}
+    text = re.sub(r'\{"Fn::Sub": ("[^"]*")\}', r"\1", json.dumps(value))
+    for place, given in places.items():
+        text = text.replace(place, given)
+    return json.loads(text)
 
 
 def transformed(target: dict, event: dict) -> str:
@@ -55,9 +65,7 @@ class FifoQueue:
 def parameters_of(pipe: dict, record: dict) -> dict[str, str]:
     "Return the parameters that a pipe starts a SageMaker pipeline with."
     given = pipe["TargetParameters"]["SageMakerPipelineParameters"]["PipelineParameterList"]
-    try:
+    with suppress(ValueError):
         record = {**record, "body": json.loads(record["body"])}
-    except ValueError:
-        pass
     return {one["Name"]: value_at(one["Value"], record) if one["Value"].startswith("$.") else one["Value"]
             for one in given}

@@ -4,7 +4,7 @@ import re
 import shlex
 
 import pytest
-from event_delivery import transformed
+from event_delivery import resolved, transformed
 from event_patterns import matches
 from test_rules import EVENTS, SMALL, build_event, endpoint_event, package_event, pipeline_event, run_event
 
@@ -14,22 +14,13 @@ from intel_nb.aws.stack import template
 from intel_nb.cli import aws_app
 
 OPTIONS = {"intel-nb": Options(), "scenes": Options(name="scenes", email="ann@example.org")}
-TO_COME = {"logs", "promote", "reject", "rollback"}  # commands that the plan names; the ones that exist must not be here
+TO_COME = {"logs", "promote", "reject", "rollback"}  # commands of the plan that are not written yet
 COMMANDS = {one.name for one in aws_app.registered_commands} | TO_COME
 
 
 @pytest.fixture(scope="module", params=OPTIONS)
 def made(request):
     return request.param, template(OPTIONS[request.param], SMALL)["Resources"]
-
-
-def resolved(value, name: str = ""):
-    "Return a value of a template with the account and region of the tests' events."
-    places = {"${AWS::AccountId}": "123456789012", "${AWS::Region}": "us-east-1", "${AWS::Partition}": "aws"}
-    text = re.sub(r'\{"Fn::Sub": ("[^"]*")\}', r"\1", json.dumps(value))
-    for place, given in places.items():
-        text = text.replace(place, given)
-    return json.loads(text)
 
 
 def told(resources: dict, event: dict) -> list[str]:
@@ -57,8 +48,8 @@ EXPECTED = {
                            "A run of modeldeploy failed; read its output with: intel-nb aws logs modeldeploy"),
     "the image failed": (lambda name: build_event(f"{name}-image"),
                          "The image of {0} could not be built; read the output with: intel-nb aws logs image"),
-    "staging is broken": (lambda name: endpoint_event("FAILED", "staging", name), "The endpoint of staging is not ready "
-                          "(FAILED); read its output with: intel-nb aws logs staging"),
+    "staging is broken": (lambda name: endpoint_event("FAILED", "staging", name), "The endpoint of staging is not "
+                          "ready (FAILED); read its output with: intel-nb aws logs staging"),
     "production is broken": (lambda name: endpoint_event(name=name), "The endpoint of production is not ready "
                              "(OUT_OF_SERVICE); read its output with: intel-nb aws logs production"),
 }
@@ -77,7 +68,7 @@ def test_each_event_that_needs_a_person_is_one_sentence_with_a_command(made, cas
 def assert_command_exists(text: str) -> None:
     found = re.search(r": (intel-nb aws .*)$", text)
     assert found, f"no command at the end of: {text}"
-    program, part, command, *_ = shlex.split(found[1].replace("<", "").replace(">", "").replace("#{", "").replace("}", ""))
+    program, part, command, *_ = shlex.split(re.sub("[<>#{}]", "", found[1]))
     assert (program, part) == ("intel-nb", "aws") and command in COMMANDS, text
     assert text.count(". ") == 0 and len(text) < 256 and text[0].isupper()
 
@@ -99,7 +90,8 @@ def test_a_command_that_nobody_has_would_be_found():
     pipeline_event("Succeeded"), pipeline_event("Executing"), pipeline_event(name="other"), pipeline_event("Stopped"),
     run_event(state="SUCCEEDED"), run_event(state="SUPERSEDED"), run_event("other-modelbuild"),
     build_event(status="SUCCEEDED"), build_event("intel-nb-modelbuild"),
-    endpoint_event("IN_SERVICE"), endpoint_event("UPDATING"), endpoint_event("DELETING"), endpoint_event(stage="other")],
+    endpoint_event("IN_SERVICE"), endpoint_event("UPDATING"), endpoint_event("DELETING"),
+    endpoint_event(stage="other")],
     ids=lambda event: event["detail-type"])
 def test_nothing_else_is_told(made, event):
     if made[0] == "intel-nb":

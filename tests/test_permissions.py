@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from permission_reader import ENTRY_POINTS, PACKAGE, Call, actions_of, calls_from, calls_in, derived, granted
 
-from intel_nb.aws.client import service_model
 from intel_nb.aws import permissions
+from intel_nb.aws.client import service_model
 from intel_nb.aws.permissions import BASE_ROLES, IMPLIED, ROLES, UNSCOPED, Grant, policy, with_implied
 
 NAMES = {"name": "intel-nb", "short": "intel-nb-model",
@@ -100,7 +100,8 @@ DOCUMENTED = {
         ("sagemaker:DescribeEndpoint", ":endpoint/"), ("sagemaker:UpdateEndpointWeightsAndCapacities", ":endpoint/"),
         ("sagemaker:DescribeEndpointConfig", '"*"'), ("cloudwatch:PutMetricAlarm", "alarm:TargetTracking-"),
         ("cloudwatch:DescribeAlarms", "alarm:TargetTracking-"), ("cloudwatch:DeleteAlarms", "alarm:TargetTracking-"),
-        ("cloudwatch:DescribeAlarms", "alarm:intel-nb-"), ("application-autoscaling:DeregisterScalableTarget", "target/"),
+        ("cloudwatch:DescribeAlarms", "alarm:intel-nb-"),
+        ("application-autoscaling:DeregisterScalableTarget", "scalable-target/"),
         ("iam:CreateServiceLinkedRole", "AWSServiceRoleForApplicationAutoScaling_SageMakerEndpoint"),
         ("sagemaker:CreateEndpoint", ":endpoint-config/"), ("sagemaker:UpdateEndpoint", ":endpoint-config/"),
         ("iam:PassRole", "${ModelRole.Arn}", SAGEMAKER), ("iam:PassRole", "${SchedulerRole.Arn}", SCHEDULER)],

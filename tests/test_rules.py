@@ -1,12 +1,11 @@
 """The five rules and the paths of a push: what starts which run, and that the matcher decides as EventBridge does."""
 import ast
 import json
-import re
 import subprocess
 from pathlib import Path
 
 import pytest
-from event_delivery import FifoQueue, parameters_of, transformed
+from event_delivery import FifoQueue, parameters_of, resolved, transformed
 from event_patterns import FILTERS, is_pushed, matches
 
 from intel_nb.aws.rules import PUSH_PATHS, QUEUES, STARTS, ResourceNames, event_rules
@@ -90,8 +89,8 @@ def package_event(group: str = "intel-nb", status: str = "Approved",
 
 
 def sagemaker_event(kind: str, resource: str, **detail) -> dict:
-    return {"version": "0", "id": "d2921b5a-b0ad-cace-a8e3-0f159d018e06", "detail-type": kind, "source": "aws.sagemaker",
-            "account": "123456789012", "time": "2026-01-31T12:00:00Z", "region": "us-east-1",
+    return {"version": "0", "id": "d2921b5a-b0ad-cace-a8e3-0f159d018e06", "detail-type": kind,
+            "source": "aws.sagemaker", "account": "123456789012", "time": "2026-01-31T12:00:00Z", "region": "us-east-1",
             "resources": [f"arn:aws:sagemaker:us-east-1:123456789012:{resource}"], "detail": detail}
 
 
@@ -111,7 +110,8 @@ def endpoint_event(status: str = "OUT_OF_SERVICE", stage: str = "production", na
         "SageMaker Endpoint State Change", f"endpoint/{name}-{stage}", EndpointName=f"{name}-{stage}",
         EndpointArn=f"arn:aws:sagemaker:us-east-1:123456789012:endpoint/{name}-{stage}",
         EndpointConfigName=f"{name}-{stage}-v3-0123abcd", EndpointStatus=status, CreationTime=1592411992203.0,
-        ProductionVariants=[{"DesiredWeight": 1.0, "DesiredInstanceCount": 1.0}], LastModifiedTime=1592411994287.0, Tags={})
+        ProductionVariants=[{"DesiredWeight": 1.0, "DesiredInstanceCount": 1.0}], LastModifiedTime=1592411994287.0,
+        Tags={})
 
 
 def run_event(name: str = "intel-nb-modeldeploy", state: str = "FAILED") -> dict:
@@ -276,12 +276,8 @@ class Cloud:
         self.runs: list[str] = []  # of CodePipelines
 
     def targets(self, event: dict) -> list[dict]:
-        text = re.sub(r'\{"Fn::Sub": "([^"]*)"\}', lambda m: json.dumps(m[1].replace("${AWS::AccountId}", "123456789012")
-                      .replace("${AWS::Region}", "us-east-1").replace("${AWS::Partition}", "aws")),
-                      json.dumps({name: one for name, one in self.resources.items()
-                                  if one["Type"] == "AWS::Events::Rule"}))
-        return [target for one in json.loads(text).values() for target in one["Properties"]["Targets"]
-                if matches(one["Properties"]["EventPattern"], event)]
+        rules = [one["Properties"] for one in self.resources.values() if one["Type"] == "AWS::Events::Rule"]
+        return [target for one in rules for target in one["Targets"] if matches(resolved(one["EventPattern"]), event)]
 
     def send(self, event: dict, now: float = 0) -> None:
         for target in self.targets(event):
@@ -297,7 +293,8 @@ class Cloud:
 
 
 SMALL = {"Version": "2020-12-01", "Parameters": [], "Steps": []}
-BUCKETS = {kind: f"intel-nb-{kind}-123456789012-us-east-1" for kind in ("data", "annotations", "artifacts", "code", "logs")}
+BUCKETS = {kind: f"intel-nb-{kind}-123456789012-us-east-1"
+           for kind in ("data", "annotations", "artifacts", "code", "logs")}
 
 
 @pytest.fixture(params=["direct", "cloudtrail"])
@@ -358,11 +355,12 @@ def test_two_uploads_of_the_archive_start_two_runs(way):
 
 # All that our own code writes while it works, and what it must start: nothing, but for a code archive and an approval.
 WRITTEN = {
-    "jobs": [("artifacts", "pipeline/runs/abc/data/report.json"), ("artifacts", "pipeline/runs/abc/executed/00_data.ipynb"),
-             ("artifacts", "pipeline/runs/abc/annotations/a.csv"), ("artifacts", "pipeline/runs/abc/intel.zip")],
+    "jobs": [("artifacts", "pipeline/runs/abc/data/report.json"),
+             ("artifacts", "pipeline/runs/abc/executed/00_data.ipynb"), ("artifacts", "pipeline/runs/abc/annotations/a.csv"), ("artifacts", "pipeline/runs/abc/intel.zip")],
     "registrar": [("artifacts", "registry/abc/model.tar.gz"), ("artifacts", "registry/abc/evaluation.json")],
     "endpoints": [("artifacts", "captures/intel-nb-production/AllTraffic/2026/01/31/12/x.jsonl")],
-    "watch": [("artifacts", "drift/intel-nb-production/state.json"), ("artifacts", "drift/intel-nb-production/seen.json")],
+    "watch": [("artifacts", "drift/intel-nb-production/state.json"),
+              ("artifacts", "drift/intel-nb-production/seen.json")],
     "stages": [("artifacts", "state/staging.json"), ("artifacts", "state/production.json")],
     "CodePipeline": [("artifacts", "intel-nb-modelbuild/Code/abc.zip"),
                      ("artifacts", "intel-nb-modeldeploy/DeployNote/abc"), ("artifacts", "modelbuild.zip")],

@@ -15,14 +15,14 @@ from .permissions import BASE_ROLES, ROLES, Grant, local_arn, policy, policy_doc
 from ..storage import InputError
 
 # %% auto #0
-__all__ = ['STAGES', 'CHOICES', 'RANGES', 'FORMS', 'Resources', 'IN_ACCOUNT', 'TEMPLATE_BYTES', 'BUCKET_KINDS', 'WATCHED',
-           'ALL_PRIVATE', 'UNFINISHED', 'ENCRYPTION', 'KEPT', 'TO_CHEAPER', 'UNTAGGED', 'BUILDX', 'IMAGE_SPEC',
-           'Options', 'checked_options', 'ref', 'attribute', 'sub', 'resource', 'linter_exceptions', 'allow_service',
-           'deny_without_tls', 'template_yaml', 'template_json', 'bucket_name', 'expire_versions', 'expire_objects',
-           'bucket_resource', 'artifact_prefix', 'lifecycles', 'buckets', 'log_statements', 'bucket_policies',
-           'role_resource', 'repository', 'image_build', 'base_template']
+__all__ = ['DEFAULTS', 'STAGES', 'CHOICES', 'RANGES', 'FORMS', 'Resources', 'IN_ACCOUNT', 'TEMPLATE_BYTES', 'BUCKET_KINDS',
+           'WATCHED', 'ALL_PRIVATE', 'UNFINISHED', 'ENCRYPTION', 'KEPT', 'TO_CHEAPER', 'UNTAGGED', 'BUILDX',
+           'IMAGE_SPEC', 'Options', 'checked_options', 'ref', 'attribute', 'sub', 'resource', 'linter_exceptions',
+           'allow_service', 'deny_without_tls', 'template_yaml', 'template_json', 'bucket_name', 'expire_versions',
+           'expire_objects', 'bucket_resource', 'artifact_prefix', 'lifecycles', 'buckets', 'log_statements',
+           'bucket_policies', 'role_resource', 'repository', 'image_build', 'base_template']
 
-# %% ../../nbs/aws/14_base.ipynb #cf52461c
+# %% ../../nbs/aws/14_base.ipynb #92890435
 @dataclass(frozen=True)
 class Options:
     "What a stack is made from; each field is an option of `intel-nb aws deploy`."
@@ -44,6 +44,8 @@ class Options:
     log_days: int = 30  # that logs are kept
     capture_days: int = 90  # that captured requests are kept
     staging_hours: int = 0  # after its test that the endpoint of staging is deleted; 0: it stays
+
+DEFAULTS = Options()
 
 # %% ../../nbs/aws/14_base.ipynb #b5d81aab
 STAGES = ("staging", "production")
@@ -243,9 +245,9 @@ def bucket_policies(options: Options, account: str) -> Resources:
     return {f"{name}Policy": resource("S3::BucketPolicy", {"Bucket": ref(name), "PolicyDocument": document})
             for name, document in documents.items()}
 
-# %% ../../nbs/aws/14_base.ipynb #fa2ad045
+# %% ../../nbs/aws/14_base.ipynb #4da2aa84
 def role_resource(options: Options, name: str, images: Iterable[str] = (), more: Iterable[Grant] = ()) -> Resources:
-    "Return the role called `name` in `ROLES`, with `more` grants, or the policy for people where no service assumes it."
+    "Return the role called `name` in `ROLES`, with `more` grants; a policy for people where no service assumes it."
     role, description = ROLES[name], f"{options.name}: {ROLES[name].purpose}"
     names = {"name": options.name, "short": artifact_prefix(options), "connection": options.connection,
              "images": sorted(images)}
@@ -272,13 +274,14 @@ def repository(options: Options) -> Resources:
         "LifecyclePolicy": {"LifecyclePolicyText": json.dumps({"rules": [UNTAGGED]})}, "EmptyOnDelete": True},
         Metadata=linter_exceptions(CKV_AWS_136=reason))}
 
-# %% ../../nbs/aws/14_base.ipynb #0fb7e887
+# %% ../../nbs/aws/14_base.ipynb #89cb644b
 BUILDX = ("docker buildx build --target $target --provenance=false --sbom=false "
           "--output type=image,oci-mediatypes=false,push=true --tag $REPOSITORY:$tag .")
 IMAGE_SPEC = {"version": 0.2, "env": {"shell": "bash"}, "phases": {
     "pre_build": {"commands": [
         'test -n "$TAG" || { echo "TAG is not set" >&2; false; }',
-        "(set -o pipefail; aws ecr get-login-password | docker login --username AWS --password-stdin ${REPOSITORY%%/*})",
+        "(set -o pipefail; aws ecr get-login-password | "
+        "docker login --username AWS --password-stdin ${REPOSITORY%%/*})",
         "docker buildx create --use --name intel-nb --driver docker-container"]},
     "build": {"commands": [
         "(\n"
@@ -291,12 +294,13 @@ IMAGE_SPEC = {"version": 0.2, "env": {"shell": "bash"}, "phases": {
         "  fi\n"
         "done\n)\n"]}}}
 
-# %% ../../nbs/aws/14_base.ipynb #f8362b7e
+# %% ../../nbs/aws/14_base.ipynb #761ad3ba
 def image_build(options: Options, account: str) -> Resources:
     "Return the CodeBuild project of the image with its log group; its source is given when it is started."
     reason = "logs are encrypted with the key of CloudWatch; no image and no secret is written to them"
     location = f"{bucket_name(options, 'code', account)}/image.zip"
-    variables = [{"Name": "REPOSITORY", "Value": attribute("Repository", "RepositoryUri")}, {"Name": "TAG", "Value": ""}]
+    variables = [{"Name": "REPOSITORY", "Value": attribute("Repository", "RepositoryUri")},
+                 {"Name": "TAG", "Value": ""}]
     group = resource("Logs::LogGroup", {"LogGroupName": f"/aws/codebuild/{options.name}-image",
                                         "RetentionInDays": options.log_days},
                      Metadata=linter_exceptions(CKV_AWS_158=reason))

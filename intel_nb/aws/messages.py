@@ -120,7 +120,7 @@ def messages(options: Options) -> list[Message]:
     return [waiting_message(options), failed_pipeline_message(options), *failed_build_messages(options),
             *(broken_endpoint_message(options, stage) for stage in STAGES)]
 
-# %% ../../nbs/aws/14_messages.ipynb #7eb63b73
+# %% ../../nbs/aws/14_messages.ipynb #5e948402
 RETRY = {"MaximumEventAgeInSeconds": 3600, "MaximumRetryAttempts": 8}
 
 def message_id(message: Message) -> str:
@@ -129,7 +129,7 @@ def message_id(message: Message) -> str:
 
 def message_resource(options: Options, message: Message) -> dict:
     "Return the rule that sends `message` to the topic; what it cannot deliver goes to the queue."
-    transformer = {"InputTemplate": json.dumps(message.text)}
+    transformer: dict[str, Any] = {"InputTemplate": json.dumps(message.text)}
     if message.values:
         transformer["InputPathsMap"] = dict(message.values)
     target = {"Id": "topic", "Arn": ref("Topic"), "InputTransformer": transformer, "RetryPolicy": RETRY,

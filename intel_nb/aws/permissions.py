@@ -14,9 +14,9 @@ from typing import Any
 __all__ = ['RESOURCES', 'UNSCOPED', 'WRITE_LOGS', 'WRITE_SAGEMAKER_LOGS', 'UPLOAD', 'READ_VERSIONS', 'METRICS', 'SERVICE_METRICS',
            'PULL_IMAGE', 'JOB_METRICS', 'READ_GROUP', 'LIST_ARTIFACTS', 'READ_ARTIFACTS', 'PIPELINE', 'JOB',
            'REGISTRAR', 'MODEL', 'WATCH', 'BUILDING', 'BUILD', 'IMAGE', 'DEPLOY', 'CODEPIPELINE', 'FROM_S3',
-           'FROM_CONNECTION', 'EVENTS', 'PIPES', 'SCHEDULER', 'OPERATOR', 'SCALING', 'PASSING', 'AUTOSCALING_ROLE',
-           'IMPLIED', 'ROLES', 'BASE_ROLES', 'Grant', 'Role', 'local_arn', 'bucket_arn', 'Implied', 'pass_to',
-           'with_implied', 'image_arn', 'fill_names', 'resource_arns', 'policy_document', 'policy']
+           'FROM_CONNECTION', 'EVENTS', 'PIPES', 'SCHEDULER', 'OPERATOR', 'SCALING', 'PASSING', 'SCHEDULING',
+           'AUTOSCALING_ROLE', 'IMPLIED', 'ROLES', 'BASE_ROLES', 'Grant', 'Role', 'local_arn', 'bucket_arn', 'Implied',
+           'pass_to', 'with_implied', 'image_arn', 'fill_names', 'resource_arns', 'policy_document', 'policy']
 
 # %% ../../nbs/aws/12_permissions.ipynb #5a28ce16
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def bucket_arn(kind: str, key: str = "") -> str:
     "Return the ARN, in CloudFormation's syntax, of the stack's bucket for `kind`, or of the objects `key` in it."
     return f"arn:${{AWS::Partition}}:s3:::{{name}}-{kind}-${{AWS::AccountId}}-${{AWS::Region}}{key and '/'}{key}"
 
-# %% ../../nbs/aws/12_permissions.ipynb #af33d1dc
+# %% ../../nbs/aws/12_permissions.ipynb #9d6cb9eb
 RESOURCES = {
     "pipeline": local_arn("sagemaker", "pipeline/{name}"),
     "executions": local_arn("sagemaker", "pipeline/{name}/execution/*"),
@@ -68,7 +68,8 @@ RESOURCES = {
     "data": bucket_arn("data"), "data files": bucket_arn("data", "*"), "archive": bucket_arn("data", "intel.zip"),
     "annotations": bucket_arn("annotations"), "annotation files": bucket_arn("annotations", "*"),
     "artifacts": bucket_arn("artifacts"),
-    "pipeline files": bucket_arn("artifacts", "pipeline/runs/*"), "registry files": bucket_arn("artifacts", "registry/*"),
+    "pipeline files": bucket_arn("artifacts", "pipeline/runs/*"),
+    "registry files": bucket_arn("artifacts", "registry/*"),
     "captures": bucket_arn("artifacts", "captures/*"), "drift files": bucket_arn("artifacts", "drift/*"),
     "state files": bucket_arn("artifacts", "state/*"), "codepipeline files": bucket_arn("artifacts", "{short}*"),
     "code": bucket_arn("code"), "code files": bucket_arn("code", "*"),
@@ -76,7 +77,8 @@ RESOURCES = {
     "endpoint logs": local_arn("logs", "log-group:/aws/sagemaker/Endpoints/{name}-*"),
     "build logs": local_arn("logs", "log-group:/aws/codebuild/{name}-model*"),
     "image logs": local_arn("logs", "log-group:/aws/codebuild/{name}-image*"),
-    "builds": local_arn("codebuild", "project/{name}-model*"), "image build": local_arn("codebuild", "project/{name}-image"),
+    "builds": local_arn("codebuild", "project/{name}-model*"),
+    "image build": local_arn("codebuild", "project/{name}-image"),
     "codepipelines": local_arn("codepipeline", "{name}-model*"),
     "data queue": "${DataQueue.Arn}", "label queue": "${LabelQueue.Arn}", "undelivered": "${Undelivered.Arn}",
     "staging schedule": local_arn("scheduler", "schedule/default/{name}-staging-end"),
@@ -119,7 +121,7 @@ PIPELINE = Role("sagemaker", "starts the pipeline's steps", (
     Grant(("sagemaker:AddTags", "sagemaker:CreateModelPackage"), ("group", "versions"),
           "the pipeline registers a version"),
     Grant(("s3:ListBucket",), ("artifacts",), "the pipeline looks for a step's outputs"),
-    Grant(("s3:GetObject",), ("pipeline files", "registry files"), "the pipeline's conditions read the steps' results")))
+    Grant(("s3:GetObject",), ("pipeline files", "registry files"), "the pipeline's conditions read what steps wrote")))
 
 JOB = Role("sagemaker", "runs the notebooks of the pipeline's steps", (
     *READ_GROUP, *READ_ARTIFACTS, *PULL_IMAGE, *JOB_METRICS,
@@ -244,9 +246,10 @@ def pass_to(service: str) -> dict[str, Any]:
     "Return the condition under which a role may be given to `service` alone."
     return {"StringEquals": {"iam:PassedToService": f"{service}.amazonaws.com"}}
 
-# %% ../../nbs/aws/12_permissions.ipynb #0f0bbd2e
+# %% ../../nbs/aws/12_permissions.ipynb #4ec6f904
 SCALING = "SageMaker's developer guide, Auto scaling prerequisites"
 PASSING = "SageMaker's developer guide, API permissions: actions, permissions, and resources reference"
+SCHEDULING = "EventBridge Scheduler's user guide, Identity-based policies, iam:PassRole"
 AUTOSCALING_ROLE = {"StringEquals": {"iam:AWSServiceName": "sagemaker.application-autoscaling.amazonaws.com"}}
 IMPLIED = (
     Implied("application-autoscaling:RegisterScalableTarget", ("sagemaker:DescribeEndpoint",
@@ -277,9 +280,9 @@ IMPLIED = (
     Implied("sagemaker:CreateProcessingJob", ("iam:PassRole",), ("watch role",), PASSING, "drift jobs",
             pass_to("sagemaker")),
     Implied("scheduler:CreateSchedule", ("iam:PassRole",), ("scheduler role",),
-            "EventBridge Scheduler's user guide, Identity-based policies, iam:PassRole", condition=pass_to("scheduler")),
+            SCHEDULING, condition=pass_to("scheduler")),
     Implied("scheduler:UpdateSchedule", ("iam:PassRole",), ("scheduler role",),
-            "EventBridge Scheduler's user guide, Identity-based policies, iam:PassRole", condition=pass_to("scheduler")),
+            SCHEDULING, condition=pass_to("scheduler")),
 )
 
 # %% ../../nbs/aws/12_permissions.ipynb #c50f868a
@@ -309,7 +312,7 @@ def image_arn(uri: str) -> str:
 
 # %% ../../nbs/aws/12_permissions.ipynb #0fa0eaf6
 def fill_names(value: Any, names: Mapping[str, Any]) -> Any:
-    "Return `value` with `names` for what stands in single braces in its texts, and CloudFormation's syntax around them."
+    "Return `value` with `names` for what stands in single braces, and CloudFormation's syntax around its texts."
     if isinstance(value, Mapping):
         return {key: fill_names(one, names) for key, one in value.items()}
     if isinstance(value, (list, tuple)):

@@ -12,14 +12,14 @@ from typing import Any
 
 from intel_nb.aws.base import (
     BUCKET_KINDS,
+    DEFAULTS,
     STAGES,
     WATCHED,
     Options,
     Resources,
     allow_service,
-    artifact_prefix,
     attribute,
-    base_template,
+    base_template,  # noqa: F401
     bucket_name,
     checked_options,
     deny_without_tls,
@@ -45,11 +45,11 @@ from intel_nb.aws.pipeline import (
 from .rules import PUSH_PATHS, QUEUES, EventRule, ResourceNames, StartQueue, event_rules
 
 # %% auto #0
-__all__ = ['ACCOUNT', 'ROLE', 'REGISTRAR', 'INSTALL', 'BUILD_SPECS', 'GIVEN', 'CHOSEN', 'NONE', 'RETENTION', 'RECEIVES', 'PARTS',
-           'bucket', 'trail', 'pipeline_config', 'fill_stand_ins', 'roles', 'settings', 'pipeline_and_group',
-           'build_project', 'build_projects', 'pipeline_action', 'source_stage', 'push_triggers', 'build_action',
-           'deploy_action', 'skippable_stage', 'deploy_stages', 'codepipeline', 'codepipelines', 'rule_id',
-           'rule_target', 'rule_resource', 'queue_id', 'queue_resource', 'queue_policy', 'start_queue',
+__all__ = ['ACCOUNT', 'ROLE', 'REGISTRAR', 'INSTALL', 'BUILD_SPECS', 'GIVEN', 'CHOSEN', 'NONE', 'STAGING_STEPS', 'RETENTION',
+           'RECEIVES', 'PARTS', 'bucket', 'trail', 'pipeline_config', 'fill_stand_ins', 'roles', 'settings',
+           'pipeline_and_group', 'build_project', 'build_projects', 'pipeline_action', 'source_stage', 'push_triggers',
+           'build_action', 'deploy_action', 'skippable_stage', 'deploy_stages', 'codepipeline', 'codepipelines',
+           'rule_id', 'rule_target', 'rule_resource', 'queue_id', 'queue_resource', 'queue_policy', 'start_queue',
            'rule_resources', 'log_groups', 'drift_job_request', 'drift_schedules', 'staging_end_request',
            'template_outputs', 'template', 'Options', 'base_template', 'bucket_name', 'checked_options',
            'template_json', 'template_yaml']
@@ -96,7 +96,8 @@ def pipeline_config(options: Options, account: str = ACCOUNT, role: str = ROLE,
 # %% ../../nbs/aws/14_stack.ipynb #52e635f7
 def fill_stand_ins(text: str) -> dict:
     "Return `text` with CloudFormation's references in the place of the stand-ins."
-    stand_ins = {"${": "${!", ROLE: "${JobRole.Arn}", REGISTRAR: "${RegistrarRole.Arn}", ACCOUNT: "${AWS::AccountId}"}
+    stand_ins = {"${": "${!", ROLE: "${JobRole.Arn}", REGISTRAR: "${RegistrarRole.Arn}",
+                 ACCOUNT: "${AWS::AccountId}"}
     for stand_in, reference in stand_ins.items():
         text = text.replace(stand_in, reference)
     return sub(text)
@@ -209,6 +210,7 @@ def build_action(project: str, name: str, order: int = 1, variables: Mapping[str
 
 # %% ../../nbs/aws/14_stack.ipynb #8243460b
 GIVEN, CHOSEN, NONE = "#{variables.VERSION}", "#{Choose.VERSION}", "none"
+STAGING_STEPS = ("deploy", "drift", "staging")  # 03, 04 and 05
 
 def deploy_action(step: str, order: int = 1, version: str = CHOSEN, notebook: bool = True, **more: Any) -> dict:
     "Return the action for a step of modeldeploy; its output is the executed notebook, if it runs one."
@@ -224,7 +226,7 @@ def skippable_stage(name: str, actions: list[dict]) -> dict:
     rule = {"Name": "IsChosen", "RuleTypeId": kind, "Configuration": check}
     return {"Name": name, "BeforeEntry": {"Conditions": [{"Result": "SKIP", "Rules": [rule]}]}, "Actions": actions}
 
-# %% ../../nbs/aws/14_stack.ipynb #29088347
+# %% ../../nbs/aws/14_stack.ipynb #6cdda984
 def deploy_stages(options: Options) -> list[dict]:
     "Return the stages of modeldeploy after its source."
     choose = deploy_action("choose", version=GIVEN, notebook=False, Namespace="Choose")
@@ -233,7 +235,7 @@ def deploy_stages(options: Options) -> list[dict]:
     request = {"NotificationArn": ref("Topic"), "CustomData": question}
     return [
         {"Name": "Choose", "Actions": [choose]},
-        skippable_stage("Staging", [deploy_action("deploy", 1), deploy_action("drift", 2), deploy_action("staging", 3)]),
+        skippable_stage("Staging", [deploy_action(step, i) for i, step in enumerate(STAGING_STEPS, 1)]),
         skippable_stage("Approval", [pipeline_action("Approve", "Approval", "Manual", request)]),
         skippable_stage("Production", [deploy_action("promote", 1), deploy_action("confirm", 2, notebook=False)])]
 
@@ -268,7 +270,8 @@ def rule_target(options: Options, rule: EventRule) -> dict:
     queue = QUEUES[rule.name]
     text = ({"InputTransformer": {"InputPathsMap": rule.values, "InputTemplate": rule.message}} if rule.values
             else {"Input": rule.message})
-    return {"Id": queue.name, "Arn": attribute(queue_id(queue)), "SqsParameters": {"MessageGroupId": queue.name}, **text}
+    return {"Id": queue.name, "Arn": attribute(queue_id(queue)), "SqsParameters": {"MessageGroupId": queue.name},
+            **text}
 
 def rule_resource(options: Options, rule: EventRule) -> dict:
     "Return a rule of EventBridge with its one target."
@@ -394,7 +397,7 @@ def template_outputs(options: Options) -> dict:
 PARTS = (trail, roles, build_projects, codepipelines, rule_resources, log_groups, topic, alarms, drift_schedules,
          dashboard)
 
-def template(options: Options = Options(), definition: dict | None = None) -> dict:
+def template(options: Options = DEFAULTS, definition: dict | None = None) -> dict:
     "Return the template, with the pipeline's `definition` (None: ours, checked); raise `InputError` for wrong options."
     checked_options(options)
     definition = definition or check_pipeline(pipeline_definition(pipeline_config(options)))
