@@ -356,7 +356,8 @@ def test_two_uploads_of_the_archive_start_two_runs(way):
 # All that our own code writes while it works, and what it must start: nothing, but for a code archive and an approval.
 WRITTEN = {
     "jobs": [("artifacts", "pipeline/runs/abc/data/report.json"),
-             ("artifacts", "pipeline/runs/abc/executed/00_data.ipynb"), ("artifacts", "pipeline/runs/abc/annotations/a.csv"), ("artifacts", "pipeline/runs/abc/intel.zip")],
+             ("artifacts", "pipeline/runs/abc/executed/00_data.ipynb"),
+             ("artifacts", "pipeline/runs/abc/annotations/a.csv"), ("artifacts", "pipeline/runs/abc/intel.zip")],
     "registrar": [("artifacts", "registry/abc/model.tar.gz"), ("artifacts", "registry/abc/evaluation.json")],
     "endpoints": [("artifacts", "captures/intel-nb-production/AllTraffic/2026/01/31/12/x.jsonl")],
     "watch": [("artifacts", "drift/intel-nb-production/state.json"),

@@ -234,7 +234,7 @@ def test_uploads_are_noticed_in_the_way_that_was_chosen(made, base, name):
     assert len(trails) == (options.events == "cloudtrail")
     for trail in trails.values():
         values = trail["EventSelectors"][0]["DataResources"][0]["Values"]
-        named = {one["Fn::Sub"].rpartition(":")[2].replace("${AWS::AccountId}", ACCOUNT) for one in values}
+        named = {one["Fn::Sub"].replace("${AWS::AccountId}", ACCOUNT).rpartition(":")[2] for one in values}
         assert named == {f"{buckets[key]['BucketName']}/" for key in watched}
         logs = buckets["LogBucket"]["BucketName"]
         assert trail["S3BucketName"]["Fn::Sub"].replace("${AWS::AccountId}", ACCOUNT) == logs
@@ -560,6 +560,23 @@ def test_the_bill_adds_up_and_grows_with_use():
     assert make_bill(replace(Usage(), runs=16)).per_month - one.per_month == pytest.approx(8 * one.per_run)
     assert make_bill(replace(Usage(), cloudtrail=True)).per_month > one.per_month
     assert make_bill(replace(Usage(), spot=True)).per_run < one.per_run
+
+
+def test_the_bill_counts_what_an_update_a_short_staging_and_images_cost():
+    from dataclasses import replace
+
+    from intel_nb.aws.cost import HOURS, Usage, deployment_items, make_bill, price_table, staging_hours
+    usage = Usage()
+    fleet = next(item for item in deployment_items(usage) if "second fleet" in item.reason)
+    assert fleet.quantity == usage.production_instances * usage.fleet_minutes / 60
+    short = replace(usage, staging_hours=4)
+    assert staging_hours(usage) == HOURS and staging_hours(short) == 5 * usage.deployments
+    assert staging_hours(replace(usage, staging_hours=720)) == HOURS, "a month has no more"
+    saved = (HOURS - 5 * usage.deployments) * price_table().price(usage.instance_serve).usd
+    assert make_bill(usage).per_month - make_bill(short).per_month == pytest.approx(saved)
+    more = replace(usage, image_gb=usage.image_gb + 10, images=usage.images + 1)
+    extra = 10 * price_table().price("ecr storage").usd + usage.image_minutes * price_table().price("build minute").usd
+    assert make_bill(more).per_month - make_bill(usage).per_month == pytest.approx(extra)
 
 
 def test_the_bill_counts_the_alarms_that_the_stack_has(made):

@@ -17,8 +17,8 @@ from ..storage import InputError
 
 # %% auto #0
 __all__ = ['SPOT_SHARE', 'HOURS', 'Price', 'PriceTable', 'price_table', 'Usage', 'BillItem', 'bill_item', 'job_items',
-           'run_items', 'deployment_items', 'standing_items', 'Bill', 'make_bill', 'bill_lines', 'cost_report',
-           'bill_document']
+           'run_items', 'deployment_items', 'staging_hours', 'endpoint_items', 'image_items', 'standing_items', 'Bill',
+           'make_bill', 'bill_lines', 'cost_report', 'bill_document']
 
 # %% ../../nbs/aws/13_cost.ipynb #ace579e9
 @dataclass(frozen=True)
@@ -64,18 +64,23 @@ class Usage:
     train_minutes: float = 12
     evaluate_minutes: float = 6
     build_minutes: float = 15  # installation and tests
-    deploy_minutes: float = 75  # four builds, most of it waiting for endpoints
+    deploy_minutes: float = 90  # six builds, most of it waiting: for endpoints, and ten minutes for an alarm
     drift_minutes: float = 5  # one job that reads an hour's captures
     runs: int = 8  # of the pipeline, in a month
     deployments: int = 2  # in a month
-    staging_hours: float = 730  # in a month that an endpoint is up
+    staging_hours: float = 0  # after each test that the endpoint of staging is up, as in the stack's option; 0: always
     production_hours: float = 730
     production_instances: int = 2
+    fleet_minutes: float = 30  # of an update of production in which the old and the new instances are both up
+    image_minutes: float = 20  # of a build of the image
+    images: int = 2  # that are built in a month
+    image_gb: float = 8  # of all images that are kept
     watched: int = 1  # stages that are watched for drift
     stored_gb: float = 20
     log_gb: float = 2
+    polls: float = 1.3  # million requests to the queues: five long polls of 20 s at a time for each of two pipes
     requests: int = 1_000_000  # in a month; each is captured with its answer, some hundred to a file
-    alarms: int = 8
+    alarms: int = 11
     cloudtrail: bool = False
 
 # %% ../../nbs/aws/13_cost.ipynb #386b44e3
@@ -122,22 +127,39 @@ def run_items(usage: Usage) -> list[BillItem]:
 
 # %% ../../nbs/aws/13_cost.ipynb #e21f649c
 def deployment_items(usage: Usage) -> list[BillItem]:
-    "Return what one pass through modeldeploy costs, without the endpoints."
+    "Return what one pass through modeldeploy costs: its builds, and production's second fleet while it is updated."
+    fleet = usage.production_instances * usage.fleet_minutes / 60 if usage.production_hours else 0
     return [bill_item("build minute", usage.deploy_minutes, "modeldeploy"),
-            bill_item("action minute", usage.deploy_minutes + 1, "modeldeploy")]
+            bill_item("action minute", usage.deploy_minutes + 1, "modeldeploy"),
+            bill_item(usage.instance_serve, fleet, "production: a second fleet while it is updated")]
 
 # %% ../../nbs/aws/13_cost.ipynb #0f183407
+def staging_hours(usage: Usage) -> float:
+    "Return the hours of a month in which the endpoint of staging is up: always, or for a while after each test."
+    up = usage.deployments * (usage.staging_hours + 1)  # it is made and tested in an hour
+    return min(HOURS, up) if usage.staging_hours else HOURS
+
+def endpoint_items(usage: Usage) -> list[BillItem]:
+    "Return what a month of the endpoints costs: instances that wait for requests."
+    production = usage.production_hours * usage.production_instances
+    return [bill_item(usage.instance_serve, staging_hours(usage), "staging: one instance"),
+            bill_item(usage.instance_serve, production, f"production: {usage.production_instances} instances")]
+
+def image_items(usage: Usage) -> list[BillItem]:
+    "Return what a month of the image costs: its builds, and the repository."
+    return [bill_item("build minute", usage.images * usage.image_minutes, f"{usage.images} builds of the image"),
+            bill_item("ecr storage", usage.image_gb, "images for jobs and endpoints")]
+
 def standing_items(usage: Usage) -> list[BillItem]:
     "Return what a month costs beside runs and deployments: most of it is instances that wait for requests."
     files = usage.requests / 100
-    production = usage.production_hours * usage.production_instances
     return [
-        bill_item(usage.instance_serve, usage.staging_hours, "staging: one instance"),
-        bill_item(usage.instance_serve, production, f"production: {usage.production_instances} instances"),
+        *endpoint_items(usage), *image_items(usage),
         bill_item("ml.m5.large", usage.watched * HOURS * usage.drift_minutes / 60, "a job an hour looks for drift"),
         bill_item("s3 storage", usage.stored_gb, "photographs, datasets, packages, captured requests"),
         bill_item("s3 writes", files / 1000, "files of captured requests"),
-        bill_item("alarm", usage.alarms, "errors, latency, drift, undelivered events, failed runs"),
+        bill_item("alarm", usage.alarms, "errors, latency, refused requests, drift, undelivered events"),
+        bill_item("queue request", usage.polls, "two pipes look into their queues"),
         bill_item("metric", 3 * usage.watched, "the drift job's figures"),
         bill_item("dashboard", 1, "the page of figures"),
         bill_item("logs", usage.log_gb, "output of jobs, builds and endpoints"),
@@ -181,7 +203,7 @@ def cost_report(usage: Usage = Usage()) -> list[str]:
             "A month:", *bill_lines(bill.month, "a month"), "",
             f"Prices of {prices.dated} for {prices.region}, without tax, free tier or transfer. "
             "Their sources are in intel_nb/aws/prices.json.",
-            "Instances that wait cost most: run intel-nb aws destroy, or stop staging when nobody tests."]
+            "Instances that wait cost most: run intel-nb aws destroy, or deploy with --option staging_hours=4."]
 
 # %% ../../nbs/aws/13_cost.ipynb #8644e67b
 def bill_document(usage: Usage = Usage()) -> dict[str, Any]:
