@@ -301,7 +301,7 @@ def queue_policy(name: str, rules: list[str]) -> dict:
     document = policy_document([*allow, deny_without_tls("sqs:*", attribute(name))])
     return resource("SQS::QueuePolicy", {"Queues": [ref(name)], "PolicyDocument": document})
 
-# %% ../../nbs/aws/14_stack.ipynb #bfb18d27
+# %% ../../nbs/aws/14_stack.ipynb #98a35b23
 def start_queue(options: Options, rule: str, queue: StartQueue) -> Resources:
     "Return `queue` for the rule named `rule`, the queue for what could not be started, and the pipe to the pipeline."
     name, dead = queue_id(queue), queue_id(queue).replace("Queue", "Dead")
@@ -309,7 +309,7 @@ def start_queue(options: Options, rule: str, queue: StartQueue) -> Resources:
     version = [{"Name": "DataVersion", "Value": queue.data_version}]
     return {
         name: queue_resource(options, f"{queue.name}.fifo", ContentBasedDeduplication=True, DelaySeconds=queue.delay,
-                             VisibilityTimeout=360, RedrivePolicy=redrive),
+                             VisibilityTimeout=360, MessageRetentionPeriod=4 * 86400, RedrivePolicy=redrive),
         f"{name}Policy": queue_policy(name, [rule_id(rule)]),
         dead: queue_resource(options, f"{queue.name}-dead.fifo"),
         f"{dead}Policy": queue_policy(dead, []),
