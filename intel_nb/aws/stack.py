@@ -45,7 +45,7 @@ from intel_nb.aws.pipeline import (
 from .rules import PUSH_PATHS, QUEUES, EventRule, ResourceNames, StartQueue, event_rules
 
 # %% auto #0
-__all__ = ['ACCOUNT', 'ROLE', 'REGISTRAR', 'INSTALL', 'BUILD_SPECS', 'GIVEN', 'CHOSEN', 'NONE', 'STAGING_STEPS', 'RETENTION',
+__all__ = ['ACCOUNT', 'ROLE', 'REGISTRAR_ROLE', 'INSTALL', 'BUILD_SPECS', 'GIVEN', 'CHOSEN', 'NONE', 'STAGING_STEPS', 'RETENTION',
            'RECEIVES', 'PARTS', 'bucket', 'trail', 'pipeline_config', 'fill_stand_ins', 'roles', 'settings',
            'pipeline_and_group', 'build_project', 'build_projects', 'pipeline_action', 'source_stage', 'push_triggers',
            'build_action', 'deploy_action', 'skippable_stage', 'deploy_stages', 'codepipeline', 'codepipelines',
@@ -79,14 +79,14 @@ def trail(options: Options) -> Resources:
 
 # %% ../../nbs/aws/14_stack.ipynb #b8553767
 ACCOUNT, ROLE = "123456789012", "arn:aws:iam::123456789012:role/intel-nb-job"
-REGISTRAR = "arn:aws:iam::123456789012:role/intel-nb-registrar"
+REGISTRAR_ROLE = "arn:aws:iam::123456789012:role/intel-nb-registrar"
 
 def pipeline_config(options: Options, account: str = ACCOUNT, role: str = ROLE,
-                    registrar: str = REGISTRAR) -> PipelineConfig:
+                    registrar_role: str = REGISTRAR_ROLE) -> PipelineConfig:
     "Return what the pipeline's definition is made from, in `account` and with the ARNs of its jobs' roles."
     names = {kind: bucket_name(options, kind, account) for kind in BUCKET_KINDS.values()}
     return PipelineConfig(
-        bucket=names["artifacts"], role=role, registrar_role=registrar, account=account,
+        bucket=names["artifacts"], role=role, registrar_role=registrar_role, account=account,
         region=options.region, group=options.name, profile=options.profile,
         spot=options.spot, data=f"s3://{names['data']}/intel.zip",
         annotations=f"s3://{names['annotations']}/annotations/",
@@ -96,7 +96,7 @@ def pipeline_config(options: Options, account: str = ACCOUNT, role: str = ROLE,
 # %% ../../nbs/aws/14_stack.ipynb #52e635f7
 def fill_stand_ins(text: str) -> dict:
     "Return `text` with CloudFormation's references in the place of the stand-ins."
-    stand_ins = {"${": "${!", ROLE: "${JobRole.Arn}", REGISTRAR: "${RegistrarRole.Arn}",
+    stand_ins = {"${": "${!", ROLE: "${JobRole.Arn}", REGISTRAR_ROLE: "${RegistrarRole.Arn}",
                  ACCOUNT: "${AWS::AccountId}"}
     for stand_in, reference in stand_ins.items():
         text = text.replace(stand_in, reference)
