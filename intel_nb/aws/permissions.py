@@ -12,10 +12,10 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['RESOURCES', 'UNSCOPED', 'WRITE_LOGS', 'WRITE_SAGEMAKER_LOGS', 'UPLOAD', 'READ_VERSIONS', 'METRICS', 'SERVICE_METRICS',
-           'TO_SAGEMAKER', 'PULL_IMAGE', 'JOB_METRICS', 'READ_GROUP', 'READ_ARTIFACTS', 'PIPELINE', 'JOB', 'MODEL',
-           'WATCH', 'BUILDING', 'BUILD', 'DEPLOY', 'CODEPIPELINE', 'FROM_S3', 'FROM_CONNECTION', 'EVENTS', 'SCHEDULER',
-           'OPERATOR', 'SCALING', 'IMPLIED', 'ROLES', 'Grant', 'Role', 'local_arn', 'Implied', 'with_implied',
-           'image_arn', 'resource_arns', 'policy_document', 'policy']
+           'TO_SAGEMAKER', 'PULL_IMAGE', 'JOB_METRICS', 'READ_GROUP', 'READ_ARTIFACTS', 'PIPELINE', 'JOB', 'REGISTRAR',
+           'MODEL', 'WATCH', 'BUILDING', 'BUILD', 'DEPLOY', 'CODEPIPELINE', 'FROM_S3', 'FROM_CONNECTION', 'EVENTS',
+           'SCHEDULER', 'OPERATOR', 'SCALING', 'IMPLIED', 'ROLES', 'Grant', 'Role', 'local_arn', 'Implied',
+           'with_implied', 'image_arn', 'resource_arns', 'policy_document', 'policy']
 
 # %% ../../nbs/aws/12_permissions.ipynb #5a28ce16
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ RESOURCES = {
     "scaling": local_arn("application-autoscaling", "scalable-target/*"),
     "alarms": local_arn("cloudwatch", "alarm:{name}-*"),
     "scaling alarms": local_arn("cloudwatch", "alarm:TargetTracking-*"),
-    "pipeline role": "${PipelineRole.Arn}", "job role": "${JobRole.Arn}",
+    "pipeline role": "${PipelineRole.Arn}", "job role": "${JobRole.Arn}", "registrar role": "${RegistrarRole.Arn}",
     "model role": "${ModelRole.Arn}", "watch role": "${WatchRole.Arn}",
     "scaling role": "arn:${AWS::Partition}:iam::${AWS::AccountId}:role/aws-service-role/"
                     "sagemaker.application-autoscaling.amazonaws.com/"
@@ -61,7 +61,7 @@ RESOURCES = {
     "data": "${DataBucket.Arn}", "data files": "${DataBucket.Arn}/*",
     "annotations": "${AnnotationsBucket.Arn}", "annotation files": "${AnnotationsBucket.Arn}/*",
     "artifacts": "${ArtifactBucket.Arn}",
-    "pipeline files": "${ArtifactBucket.Arn}/pipeline/*", "registry files": "${ArtifactBucket.Arn}/registry/*",
+    "pipeline files": "${ArtifactBucket.Arn}/pipeline/runs/*", "registry files": "${ArtifactBucket.Arn}/registry/*",
     "captures": "${ArtifactBucket.Arn}/registry/captures/*", "codepipeline files": "${ArtifactBucket.Arn}/{short}*",
     "code": "${CodeBucket.Arn}", "code files": "${CodeBucket.Arn}/*",
     "job logs": local_arn("logs", "log-group:/aws/sagemaker/*Jobs*"),
@@ -108,15 +108,20 @@ PIPELINE = Role("sagemaker", "starts the pipeline's steps", (
            "sagemaker:StopTrainingJob"), ("training jobs",), "the pipeline starts a training step"),
     Grant(("sagemaker:AddTags", "sagemaker:CreateModelPackage"), ("group", "versions"),
           "the pipeline registers a version"),
-    Grant(("iam:PassRole",), ("job role",), "the pipeline gives the jobs their role", TO_SAGEMAKER),
+    Grant(("iam:PassRole",), ("job role", "registrar role"), "the pipeline gives the jobs their roles", TO_SAGEMAKER),
     Grant(("s3:ListBucket",), ("artifacts",), "the pipeline looks for a step's outputs"),
-    Grant(("s3:GetObject",), ("pipeline files",), "the pipeline's condition reads the evaluation")))
+    Grant(("s3:GetObject",), ("pipeline files", "registry files"), "the pipeline's conditions read what steps wrote")))
 
 JOB = Role("sagemaker", "runs the notebooks of the pipeline's steps", (
     *READ_GROUP, *READ_ARTIFACTS, *PULL_IMAGE, *JOB_METRICS,
     Grant(("s3:ListBucket",), ("data", "annotations"), "SageMaker lists a step's input"),
     Grant(("s3:GetObject",), ("data files", "annotation files"), "SageMaker copies a step's input to the job"),
     Grant(UPLOAD, ("pipeline files",), "SageMaker uploads what a step wrote"),
+    Grant(WRITE_SAGEMAKER_LOGS, ("job logs",), "SageMaker keeps a job's output")))
+
+REGISTRAR = Role("sagemaker", "keeps the packages that are registered", (
+    *READ_GROUP, *READ_ARTIFACTS, *PULL_IMAGE, *JOB_METRICS,
+    Grant(UPLOAD, ("registry files",), "SageMaker uploads the package and its evaluation"),
     Grant(WRITE_SAGEMAKER_LOGS, ("job logs",), "SageMaker keeps a job's output")))
 
 # %% ../../nbs/aws/12_permissions.ipynb #9507766c
@@ -141,9 +146,8 @@ BUILDING = (
           "CodeBuild reads the source and uploads notebooks"))
 
 BUILD = Role("codebuild", "tests the code, updates the pipeline and starts it", (
-    *BUILDING,
-    Grant(("s3:ListBucket",), ("artifacts", "data", "annotations")),
-    Grant(("s3:PutObject",), ("pipeline files",)),
+    *BUILDING, *READ_GROUP, *READ_ARTIFACTS,
+    Grant(("s3:ListBucket",), ("data", "annotations")),
     Grant(("sagemaker:CreatePipeline", "sagemaker:DescribePipeline", "sagemaker:StartPipelineExecution",
            "sagemaker:UpdatePipeline"), ("pipeline",)),
     Grant(("iam:PassRole",), ("pipeline role",), condition=TO_SAGEMAKER)))
@@ -232,8 +236,8 @@ def with_implied(role: Role, rows: Iterable[Implied] = IMPLIED) -> Role:
     return replace(role, grants=(*role.grants, *implied))
 
 ROLES = {name: with_implied(role) for name, role in {
-    "Pipeline": PIPELINE, "Job": JOB, "Model": MODEL, "Watch": WATCH, "Build": BUILD, "Deploy": DEPLOY,
-    "CodePipeline": CODEPIPELINE, "Events": EVENTS, "Scheduler": SCHEDULER, "Operator": OPERATOR}.items()}
+    "Pipeline": PIPELINE, "Job": JOB, "Registrar": REGISTRAR, "Model": MODEL, "Watch": WATCH, "Build": BUILD,
+    "Deploy": DEPLOY, "CodePipeline": CODEPIPELINE, "Events": EVENTS, "Scheduler": SCHEDULER, "Operator": OPERATOR}.items()}
 
 # %% ../../nbs/aws/12_permissions.ipynb #e008e577
 def image_arn(uri: str) -> str:

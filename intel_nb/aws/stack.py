@@ -18,18 +18,16 @@ from intel_nb.aws.pipeline import (
     PipelineConfig,
     check_pipeline,
     code_environment,
-    code_uri,
     pipeline_definition,
-    s3_input,
 )
 from .rules import PUSH_PATHS, EventRule, ResourceNames, event_rules
 from ..storage import InputError
 
 # %% auto #0
 __all__ = ['STAGES', 'CHOICES', 'FORMS', 'Resources', 'BUCKET_KINDS', 'WATCHED', 'ALL_PRIVATE', 'UNFINISHED', 'ENCRYPTION',
-           'TO_CHEAPER', 'IN_ACCOUNT', 'ACCOUNT', 'ROLE', 'INSTALL', 'BUILD_SPECS', 'VERSION', 'PIPELINE_METRICS',
-           'PARTS', 'TEMPLATE_BYTES', 'Options', 'checked_options', 'ref', 'attribute', 'sub', 'resource',
-           'linter_exceptions', 'bucket_name', 'expire_versions', 'expire_objects', 'bucket_resource',
+           'TO_CHEAPER', 'IN_ACCOUNT', 'ACCOUNT', 'ROLE', 'REGISTRAR_ROLE', 'INSTALL', 'BUILD_SPECS', 'VERSION',
+           'PIPELINE_METRICS', 'PARTS', 'TEMPLATE_BYTES', 'Options', 'checked_options', 'ref', 'attribute', 'sub',
+           'resource', 'linter_exceptions', 'bucket_name', 'expire_versions', 'expire_objects', 'bucket_resource',
            'artifact_prefix', 'buckets', 'deny_without_tls', 'allow_service', 'log_statements', 'bucket_policies',
            'trail', 'pipeline_config', 'roles', 'fill_stand_ins', 'pipeline_and_group', 'build_project',
            'template_yaml', 'build_projects', 'pipeline_action', 'source_stage', 'push_triggers', 'build_action',
@@ -242,12 +240,14 @@ def trail(options: Options) -> Resources:
 
 # %% ../../nbs/aws/14_stack.ipynb #b8553767
 ACCOUNT, ROLE = "123456789012", "arn:aws:iam::123456789012:role/intel-nb-job"
+REGISTRAR_ROLE = "arn:aws:iam::123456789012:role/intel-nb-registrar"
 
-def pipeline_config(options: Options, account: str = ACCOUNT, role: str = ROLE) -> PipelineConfig:
-    "Return what the pipeline's definition is made from, in `account` and with the ARN `role` for its jobs."
+def pipeline_config(options: Options, account: str = ACCOUNT, role: str = ROLE,
+                    registrar_role: str = REGISTRAR_ROLE) -> PipelineConfig:
+    "Return what the pipeline's definition is made from, in `account` and with the ARNs of the roles of its jobs."
     names = {kind: bucket_name(options, kind, account) for kind in BUCKET_KINDS.values()}
     return PipelineConfig(
-        bucket=names["artifacts"], role=role, account=account,
+        bucket=names["artifacts"], role=role, registrar_role=registrar_role, account=account,
         region=options.region, group=options.name, profile=options.profile,
         spot=options.spot, data=f"s3://{names['data']}/intel.zip",
         annotations=f"s3://{names['annotations']}/annotations/",
@@ -278,8 +278,12 @@ def roles(options: Options) -> Resources:
 
 # %% ../../nbs/aws/14_stack.ipynb #52e635f7
 def fill_stand_ins(text: str) -> dict:
-    "Return `text` with CloudFormation's references in the place of the stand-ins `ROLE` and `ACCOUNT`."
-    return sub(text.replace("${", "${!").replace(ROLE, "${JobRole.Arn}").replace(ACCOUNT, "${AWS::AccountId}"))
+    "Return `text` with CloudFormation's references in the place of the stand-ins for roles and the account."
+    stand_ins = {ROLE: "${JobRole.Arn}", REGISTRAR_ROLE: "${RegistrarRole.Arn}", ACCOUNT: "${AWS::AccountId}"}
+    text = text.replace("${", "${!")
+    for one, reference in stand_ins.items():
+        text = text.replace(one, reference)
+    return sub(text)
 
 # %% ../../nbs/aws/14_stack.ipynb #75ea704d
 def pipeline_and_group(options: Options, definition: dict) -> Resources:
@@ -315,7 +319,8 @@ def build_project(options: Options, kind: str, role: str, minutes: int) -> dict:
     "Return the CodeBuild project for modelbuild or modeldeploy with the stack's options; it stops after `minutes`."
     changed = {name: value for name, value in vars(options).items() if value != getattr(Options(), name)}
     variables = {"INTEL_NB_STACK": json.dumps(changed), "INTEL_NB_PIPELINE_ROLE": attribute("PipelineRole"),
-                 "INTEL_NB_JOB_ROLE": attribute("JobRole"), "INTEL_NB_ACCOUNT": ref("AWS::AccountId")}
+                 "INTEL_NB_JOB_ROLE": attribute("JobRole"), "INTEL_NB_REGISTRAR_ROLE": attribute("RegistrarRole"),
+                 "INTEL_NB_ACCOUNT": ref("AWS::AccountId")}
     return resource("CodeBuild::Project", {
         "Name": f"{options.name}-{kind}", "ServiceRole": attribute(role), "TimeoutInMinutes": minutes,
         "Environment": {"Type": "LINUX_CONTAINER", "ComputeType": "BUILD_GENERAL1_MEDIUM",
@@ -528,7 +533,6 @@ def topic(options: Options) -> Resources:
 # %% ../../nbs/aws/14_stack.ipynb #a5434ad2
 def drift_job_request(options: Options, stage: str) -> dict[str, Any]:
     "Return the request of CreateProcessingJob for an hour of the endpoint of `stage`; its role is the stand-in ROLE."
-    mount = s3_input("code", code_uri(pipeline_config(options)))
     app = {"ImageUri": pipeline_config(options).image("steps"),
            "ContainerEntrypoint": ["python3", "-c", DRIFT_COMMAND],
            "ContainerArguments": [options.name, stage]}
@@ -536,8 +540,7 @@ def drift_job_request(options: Options, stage: str) -> dict[str, Any]:
     name = f"{endpoint_name(options.name, stage)}-<aws.scheduler.execution-id>"
     return {"ProcessingJobName": name, "RoleArn": "ROLE", "AppSpecification": app,
             "ProcessingResources": {"ClusterConfig": machine}, "StoppingCondition": {"MaxRuntimeInSeconds": 3000},
-            "ProcessingInputs": [{"InputName": "code", "S3Input": mount}],
-            "Environment": code_environment(mount["LocalPath"])}
+            "Environment": code_environment()}
 
 # %% ../../nbs/aws/14_stack.ipynb #84c16422
 def drift_schedules(options: Options) -> Resources:
