@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .pipeline import KEEP, NEW, code_files, digest_code
+from .pipeline import KEEP, KEPT, NEW, code_files, digest_code
 from ..chain.execution import execute
 from ..chain.parameters import Parameter, check_values, read_parameters, read_value
 from ..chain.plan import notebooks_folder
