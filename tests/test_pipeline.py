@@ -310,8 +310,8 @@ def test_parameter_values_are_checked(made):
     assert {p.step for p in pipeline_problems(made, {"ProcessingInstanceType": "m5.large"})} == {
         "data", "evaluate", "keep"}
     [problem] = pipeline_problems(made, {"TrainSettings": "x" * 300})
-    assert str(problem) == ("step train: AlgorithmSpecification.ContainerArguments[4] has 300 characters, more than 256; "
-                            "it comes from the parameter TrainSettings")
+    assert str(problem) == ("step train: AlgorithmSpecification.ContainerArguments[4] has 300 characters, "
+                            "more than 256; it comes from the parameter TrainSettings")
     assert pipeline_problems(made, {"TrainSettings": "x" * 256}) == []
     [problem] = pipeline_problems(made, {"InputDataUrl": "s3://photographs//intel.zip"})
     assert problem.step == "data" and "two slashes in a row" in problem.message

@@ -123,8 +123,8 @@ def check_code(environ: Mapping[str, str] = os.environ) -> None:
     "Raise `InputError` when the code that runs here is not the code that the job is for."
     wanted = environ.get("INTEL_NB_CODE")
     if wanted and (found := digest_code(code_files(notebooks_folder(environ)))) != wanted:
-        raise InputError(f"the job is for the code {wanted}, and this image has the code {found}; "
-                         "run intel-nb aws deploy from one checkout, which builds the image and names it in the pipeline")
+        raise InputError(f"the job is for the code {wanted}, and this image has the code {found}; run intel-nb aws "
+                         "deploy, which builds the image of a checkout and names it in the pipeline")
 
 # %% ../../nbs/aws/09_container.ipynb #8ee20e8a
 def registered_version(registry: Registry, evaluation: Mapping[str, Any]) -> str:
@@ -140,8 +140,8 @@ def check_evaluated(package: Path, evaluation: Mapping[str, Any]) -> None:
     from intel_nb.model import load_package
     found, evaluated = load_package(package).fingerprint, evaluation["fingerprints"]["package"]
     if found != evaluated:
-        raise InputError(f"the package has the fingerprint {found}, and the evaluation is of {evaluated}; it was changed "
-                         "after its evaluation and is not registered: start the pipeline again")
+        raise InputError(f"the package has the fingerprint {found}, and the evaluation is of {evaluated}; it was "
+                         "changed after its evaluation and is not registered: start the pipeline again")
 
 # %% ../../nbs/aws/09_container.ipynb #ca4f9d4a
 REPORT_FILES = ("evaluation.json", "predictions.parquet", "plots")  # of an evaluation's files, what a version keeps

@@ -39,7 +39,7 @@ def deployed_definition(pipeline: str) -> dict[str, Any]:
 
 # %% ../../nbs/aws/07_executions.ipynb #380e2bfd
 def check_start(definition: dict, values: Mapping[str, Any]) -> None:
-    "Raise `InputError` for what SageMaker would refuse because of these parameter values, or for a wrong name or value."
+    "Raise `InputError` for a wrong name or value, and for what SageMaker would refuse because of these values."
     bind_parameters(definition, values)
     before = set(definition_problems(definition))
     problems = [str(one) for one in definition_problems(definition, values) if one not in before]

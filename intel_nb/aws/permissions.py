@@ -110,7 +110,7 @@ PIPELINE = Role("sagemaker", "starts the pipeline's steps", (
           "the pipeline registers a version"),
     Grant(("iam:PassRole",), ("job role", "registrar role"), "the pipeline gives the jobs their roles", TO_SAGEMAKER),
     Grant(("s3:ListBucket",), ("artifacts",), "the pipeline looks for a step's outputs"),
-    Grant(("s3:GetObject",), ("pipeline files", "registry files"), "the pipeline's conditions read what steps wrote")))
+    Grant(("s3:GetObject",), ("pipeline files", "registry files"), "the conditions read what steps wrote")))
 
 JOB = Role("sagemaker", "runs the notebooks of the pipeline's steps", (
     *READ_GROUP, *READ_ARTIFACTS, *PULL_IMAGE, *JOB_METRICS,
@@ -237,7 +237,8 @@ def with_implied(role: Role, rows: Iterable[Implied] = IMPLIED) -> Role:
 
 ROLES = {name: with_implied(role) for name, role in {
     "Pipeline": PIPELINE, "Job": JOB, "Registrar": REGISTRAR, "Model": MODEL, "Watch": WATCH, "Build": BUILD,
-    "Deploy": DEPLOY, "CodePipeline": CODEPIPELINE, "Events": EVENTS, "Scheduler": SCHEDULER, "Operator": OPERATOR}.items()}
+    "Deploy": DEPLOY, "CodePipeline": CODEPIPELINE, "Events": EVENTS, "Scheduler": SCHEDULER,
+    "Operator": OPERATOR}.items()}
 
 # %% ../../nbs/aws/12_permissions.ipynb #e008e577
 def image_arn(uri: str) -> str:

@@ -335,11 +335,11 @@ def check_arguments(definition: dict, parameters: Mapping[str, Any]) -> None:
 
 # %% ../../nbs/aws/10_rehearsal.ipynb #1ceef1ff
 def put_inputs(rehearsal: Rehearsal, data: Path | None) -> None:
-    "Put into the buckets what lies there before an execution: an empty file for labels, and `data` (None: drawn scenes)."
+    "Put into the buckets what lies there before: an empty file for labels, and `data` (None: drawn scenes)."
     defaults, buckets = syntax.bind_parameters(rehearsal.definition, {}), rehearsal.buckets
     data_uri, labels_uri = rehearsal.values.get("InputDataUrl"), rehearsal.values.get("Annotations")
     if labels_uri and labels_uri == defaults["Annotations"]:
-        write_bytes(buckets.path(labels_uri) / ".nothing", b"")  # an input needs a file, and notebooks leave out this one
+        write_bytes(buckets.path(labels_uri) / ".nothing", b"")  # an input needs a file; notebooks leave this out
     if data_uri and data:
         buckets.put(data, data_uri)
     elif data_uri and data_uri == defaults["InputDataUrl"]:
