@@ -24,7 +24,8 @@ def methods(owner: str, *names: str) -> tuple[str, ...]:
 
 GROUP, HOSTING = "aws.package_group:PackageGroup", "aws.hosting:SageMakerEndpoints"
 ENTRY_POINTS = {
-    "Job": methods(GROUP, "champion", "evaluation", "find", "package", "predictions"),
+    "Job": methods(GROUP, "champion", "package", "predictions"),
+    "Registrar": methods(GROUP, "evaluation", "versions"),
     "Watch": ("aws.capture:run_drift_job",),
     "Build": ("aws.stages:run_modelbuild",),
     "Deploy": ("aws.stages:run_modeldeploy",

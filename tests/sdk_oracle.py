@@ -42,8 +42,8 @@ from sagemaker.train.model_trainer import ModelTrainer
 from intel_nb.aws.package_group import SUPPORTED_TYPES
 from intel_nb.aws.pipeline import ACCURACY, CHOICES, ENTRY, PipelineConfig, code_environment, pipeline_parameters
 
-CODE, PROCESSING = "s3://bucket/code/0123", "/opt/ml/processing"
-CONFIG = PipelineConfig(code=CODE)
+CODE, PROCESSING = code_environment(), "/opt/ml/processing"
+CONFIG = PipelineConfig()
 SESSION = PipelineSession(default_bucket=CONFIG.bucket)
 SESSION._default_bucket = CONFIG.bucket
 P = {name: ParameterFloat(name, default_value=default) if isinstance(default, float)
@@ -74,21 +74,32 @@ def processing_input(name: str, uri: object) -> ProcessingInput:
         s3_uri=uri, local_path=f"{PROCESSING}/input/{name}", s3_data_type="S3Prefix", s3_input_mode="File"))
 
 
-def processing_output(name: str, folder: str, mode: str) -> ProcessingOutput:
+def processing_output(name: str, folder: str, mode: str, uri: object = None) -> ProcessingOutput:
     return ProcessingOutput(output_name=name, s3_output=ProcessingS3Output(
-        s3_uri=run_uri(name), local_path=f"{PROCESSING}/{folder}", s3_upload_mode=mode))
+        s3_uri=uri or run_uri(name), local_path=f"{PROCESSING}/{folder}", s3_upload_mode=mode))
+
+
+def run_processor(role: str, inputs: dict, outputs: list, arguments: list, environment: Mapping[str, Any]) -> Any:
+    processor = Processor(
+        role=role, image_uri=CONFIG.image("steps"), entrypoint=ENTRY, sagemaker_session=SESSION,
+        instance_count=1, instance_type=P["ProcessingInstanceType"], volume_size_in_gb=30,
+        env={**CODE, **environment}, max_runtime_in_seconds=CONFIG.max_seconds)
+    mounts = [processing_input(key, uri) for key, uri in inputs.items()]
+    return processor.run(inputs=mounts, outputs=outputs, arguments=arguments)
 
 
 def processing(name: str, notebook: str, inputs: dict, arguments: list, environment: Mapping[str, Any] = {},
                files: Sequence[PropertyFile] = ()) -> ProcessingStep:
-    processor = Processor(
-        role=CONFIG.role, image_uri=CONFIG.image("steps"), entrypoint=ENTRY, sagemaker_session=SESSION,
-        instance_count=1, instance_type=P["ProcessingInstanceType"], volume_size_in_gb=30,
-        env={**code_environment(f"{PROCESSING}/input/code"), **environment}, max_runtime_in_seconds=CONFIG.max_seconds)
-    mounts = [processing_input(key, uri) for key, uri in {"code": CODE, **inputs}.items()]
     outputs = [processing_output(name, "output", "EndOfJob"), processing_output("executed", "executed", "Continuous")]
-    run = processor.run(inputs=mounts, outputs=outputs, arguments=[notebook, *arguments])
+    run = run_processor(CONFIG.role, inputs, outputs, [notebook, *arguments], environment)
     return ProcessingStep(name, step_args=run, cache_config=CACHE, retry_policies=RETRIES, property_files=[*files])
+
+
+def keep_step(inputs: dict, file: PropertyFile) -> ProcessingStep:
+    uri = Join(on="/", values=[f"s3://{CONFIG.bucket}/registry", ExecutionVariables.PIPELINE_EXECUTION_ID])
+    run = run_processor(CONFIG.registrar_role, inputs, [processing_output("keep", "output", "EndOfJob", uri)],
+                        ["keep", P["Registry"]], {})
+    return ProcessingStep("keep", step_args=run, retry_policies=RETRIES, property_files=[file])
 
 
 def build() -> Pipeline:
@@ -99,12 +110,11 @@ def build() -> Pipeline:
         compute=Compute(instance_type=P["TrainingInstanceType"], instance_count=1, volume_size_in_gb=50,
                         enable_managed_spot_training=False),
         stopping_condition=StoppingCondition(max_runtime_in_seconds=CONFIG.max_seconds),
-        environment=code_environment("/opt/ml/input/data/code"),
+        environment=CODE,
         output_data_config=OutputDataConfig(s3_output_path=run_uri("train")),
-        checkpoint_config=CheckpointConfig(s3_uri=output_of(data, "checkpoints", "0123"),
+        checkpoint_config=CheckpointConfig(s3_uri=output_of(data, "checkpoints", *CODE.values()),
                                            local_path="/opt/ml/checkpoints"),
-        input_data_config=[InputData(channel_name="code", data_source=CODE),
-                           InputData(channel_name="dataset", data_source=output_of(data, "dataset"))],
+        input_data_config=[InputData(channel_name="dataset", data_source=output_of(data, "dataset"))],
     ).with_tensorboard_output_config(TensorBoardOutputConfig(s3_output_path=run_uri("tensorboard"),
                                                              local_path="/opt/ml/output/tensorboard"))
     train = TrainingStep("train", step_args=trainer.train(), cache_config=CACHE, retry_policies=RETRIES)
@@ -113,13 +123,17 @@ def build() -> Pipeline:
     evaluate = processing(
         "evaluate", "02_evaluate.ipynb", {"dataset": output_of(data, "dataset"), "model": model},
         ["--param", Join(on="=", values=["min_accuracy", P["AccuracyThreshold"]]), "--param", "register=False",
-         "--param", Join(on="=", values=["registry", P["Registry"]])], files=[file])
+         "--param", Join(on="=", values=["registry", P["Registry"]])],
+        {"INTEL_NB_CHAMPION": P["ChampionVersion"]}, [file])
+    kept = PropertyFile(name="Keep", output_name="keep", path="keep.json")
+    whole = evaluate.properties.ProcessingOutputConfig.Outputs["evaluate"].S3Output.S3Uri
+    keep = keep_step({"model": model, "evaluation": whole}, kept)
 
     def evaluation_entry(path: str) -> JsonGet:
         return JsonGet(step_name="evaluate", property_file=file, json_path=path)
 
-    statistics = MetricsSource(content_type="application/json", s3_uri=output_of(evaluate, "evaluation.json"))
-    builder = ModelBuilder(s3_model_data_url=model, image_uri=CONFIG.image("serve"),
+    statistics = MetricsSource(content_type="application/json", s3_uri=output_of(keep, "evaluation.json"))
+    builder = ModelBuilder(s3_model_data_url=output_of(keep, "model.tar.gz"), image_uri=CONFIG.image("serve"),
                            sagemaker_session=SESSION, role_arn=CONFIG.role)
     registered = builder.register(
         model_package_group_name=CONFIG.group, model_metrics=ModelMetrics(model_statistics=statistics),
@@ -133,7 +147,9 @@ def build() -> Pipeline:
     passed = ConditionEquals(left=evaluation_entry("gate.passed"), right=True)
     register = ModelStep("register", step_args=registered, retry_policies=[STEP_RETRY])
     refuse = FailStep("refuse", error_message=evaluation_entry("gate.reason"))
-    gate = ConditionStep("gate", conditions=[accurate, passed], if_steps=[register], else_steps=[refuse])
+    is_new = ConditionEquals(left=JsonGet(step_name="keep", property_file=kept, json_path="new"), right=True)
+    once = ConditionStep("once", conditions=[is_new], if_steps=[register], else_steps=[])
+    gate = ConditionStep("gate", conditions=[accurate, passed], if_steps=[keep, once], else_steps=[refuse])
     return Pipeline(name="intel-nb", parameters=list(P.values()), steps=[data, train, evaluate, gate],
                     sagemaker_session=SESSION, pipeline_experiment_config=None)
 

@@ -226,11 +226,11 @@ def test_a_role_is_passed_on_only_to_one_service(name):
 
 
 # Who may write and read each prefix of the artifacts bucket, from the plan.
-WRITERS = {"pipeline files": {"Job", "Build"}, "registry files": {"Registrar"}, "captures": {"Model"},
+WRITERS = {"pipeline files": {"Job"}, "registry files": {"Registrar"}, "captures": {"Model"},
            "drift files": {"Watch"}, "state files": {"Deploy", "Operator"},
            "codepipeline files": {"Build", "Deploy", "CodePipeline"}}
 READERS = {"pipeline files": {"Pipeline", "Job", "Registrar", "Deploy", "Operator"},
-           "registry files": {"Pipeline", "Job", "Registrar", "Model", "Watch", "Deploy", "Operator"},
+           "registry files": {"Pipeline", "Job", "Registrar", "Model", "Watch", "Build", "Deploy", "Operator"},
            "captures": {"Watch"}, "drift files": {"Watch"}, "state files": {"Deploy", "Operator"},
            "codepipeline files": {"Build", "Deploy", "CodePipeline"}}
 

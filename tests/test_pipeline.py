@@ -9,18 +9,19 @@ from pathlib import Path
 
 import pytest
 
+from intel_nb.aws.definition import walk_steps
 from intel_nb.aws.pipeline import (
     NOTEBOOKS,
     PipelineConfig,
     check_pipeline,
-    code_uri,
+    code_environment,
     pipeline_definition,
     pipeline_problems,
 )
 from intel_nb.chain.plan import notebooks_folder
 from intel_nb.storage import InputError
 
-CONFIG = PipelineConfig(code="s3://bucket/code/0123")
+CONFIG = PipelineConfig()
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +31,14 @@ def made() -> dict:
 
 def steps_of(made: dict) -> dict[str, dict]:
     "Return the steps by name, those in branches too."
-    found = {step["Name"]: step for step in made["Steps"]}
-    gate = found["gate"]["Arguments"]
-    return found | {"register": gate["IfSteps"][0], "refuse": gate["ElseSteps"][0]}
+    return {step["Name"]: step for step, _ in walk_steps(made["Steps"])}
 
 
 def test_the_definition_passes(made):
     assert pipeline_problems(made) == []
     assert [step["Name"] for step in made["Steps"]] == ["data", "train", "evaluate", "gate"]
+    assert {name: step["Type"] for name, step in steps_of(made).items() if name not in NOTEBOOKS} == {
+        "gate": "Condition", "keep": "Processing", "once": "Condition", "register": "RegisterModel", "refuse": "Fail"}
     assert set(json.loads(json.dumps(made))) == {"Version", "Metadata", "Parameters", "Steps"}
 
 
@@ -63,7 +64,7 @@ def test_what_each_step_runs(made):
 
 
 def test_spot_training_waits_and_keeps_checkpoints():
-    arguments = steps_of(pipeline_definition(PipelineConfig(code="s3://b/c/1", spot=True)))["train"]["Arguments"]
+    arguments = steps_of(pipeline_definition(PipelineConfig(spot=True)))["train"]["Arguments"]
     assert arguments["EnableManagedSpotTraining"]
     assert arguments["CheckpointConfig"]["LocalPath"] == "/opt/ml/checkpoints"
     stop = arguments["StoppingCondition"]
@@ -80,15 +81,58 @@ def test_the_cache_key_does_not_change_with_the_execution(made):
             assert "Execution." not in json.dumps(step["Arguments"].get(key)), (step["Name"], key)
 
 
-def test_other_code_has_another_address(tmp_path, monkeypatch):
+def test_each_job_knows_its_code(made, tmp_path, monkeypatch):
     (tmp_path / "nbs").mkdir()
     for notebook in NOTEBOOKS.values():
         shutil.copy(notebooks_folder() / notebook, tmp_path / "nbs")
-    before = code_uri(PipelineConfig())
+    before = code_environment()
+    steps = steps_of(made)
+    for name in ("data", "train", "evaluate", "keep"):
+        assert steps[name]["Arguments"]["Environment"].items() >= before.items()
+    assert before["INTEL_NB_CODE"] in steps["train"]["Arguments"]["CheckpointConfig"]["S3Uri"]["Std:Join"]["Values"]
+    assert "PYTHONPATH" not in json.dumps(made) and "code" not in json.dumps(sorted(inputs_of(made)))
     monkeypatch.setenv("INTEL_NB_NOTEBOOKS", str(tmp_path / "nbs"))
-    assert code_uri(PipelineConfig()) == before, "the same content has the same address"
+    assert code_environment() == before, "the same content has the same digest"
     (tmp_path / "nbs" / "01_train.ipynb").write_text("{}")
-    assert code_uri(PipelineConfig()) != before
+    assert code_environment() != before
+
+
+def inputs_of(made: dict) -> set[str]:
+    "Return the names of all inputs."
+    return {one.get("InputName") or one["ChannelName"] for step in steps_of(made).values()
+            for key in ("ProcessingInputs", "InputDataConfig") for one in step["Arguments"].get(key, [])}
+
+
+def test_only_the_registrar_writes_where_registered_packages_lie(made):
+    "And what is registered comes from there."
+    for name, step in steps_of(made).items():
+        arguments = step["Arguments"]
+        outputs = [arguments.get(key) for key in ("ProcessingOutputConfig", "OutputDataConfig", "CheckpointConfig")]
+        roles = {arguments.get("RoleArn", CONFIG.role)}
+        assert roles == {CONFIG.registrar_role if "/registry" in json.dumps(outputs) else CONFIG.role}, name
+    register = json.dumps(steps_of(made)["register"]["Arguments"])
+    assert register.count("Steps.keep.ProcessingOutputConfig") == 2 and "Steps.train" not in register
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_has_the_same_code(tmp_path):
+    "What the image gets and what the checkout has: one digest."
+    source = notebooks_folder().parent
+    for name in ("pyproject.toml", "README.md", "LICENSE", "settings.ini"):
+        shutil.copy(source / name, tmp_path)
+    shutil.copytree(source / "intel_nb", tmp_path / "intel_nb", ignore=shutil.ignore_patterns("__pycache__"))
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index",
+             "--wheel-dir", tmp_path / "wheels", tmp_path]
+    subprocess.run(build, check=True, timeout=300)
+    [wheel] = (tmp_path / "wheels").glob("*.whl")
+    shutil.unpack_archive(wheel, tmp_path / "installed", "zip")
+    code = "from intel_nb.aws.pipeline import code_files, digest_code as d; import intel_nb; print(intel_nb.__file__); "
+    bare = {"PYTHONPATH": str(tmp_path / "installed"), "INTEL_NB_NOTEBOOKS": str(notebooks_folder())}
+    done = subprocess.run([sys.executable, "-P", "-c", code + "print(d(code_files()))"], env=os.environ | bare,
+                          cwd=tmp_path / "wheels", capture_output=True, text=True, check=True, timeout=60)
+    where, digest = done.stdout.split()
+    assert where.startswith(str(tmp_path / "installed"))
+    assert digest == code_environment()["INTEL_NB_CODE"]
 
 
 def setting(step: str, *path, value):
@@ -127,7 +171,7 @@ def read(path: str, file: str = "Steps.evaluate.PropertyFiles.Evaluation") -> di
 CLUSTER = ("ProcessingResources", "ClusterConfig")
 URI = ("S3Input", "S3Uri")
 OUTPUT_PATH = ("OutputDataConfig", "S3OutputPath")
-DATASET = ("InputDataConfig", 1, "DataSource", "S3DataSource", "S3Uri")
+DATASET = ("InputDataConfig", 0, "DataSource", "S3DataSource", "S3Uri")
 RETRY = {"ExceptionType": ["Step.THROTTLING"], "IntervalSeconds": 1, "BackoffRate": 2.0, "MaxAttempts": 2}
 ENDLESS = {key: value for key, value in RETRY.items() if key != "MaxAttempts"}
 OUT = {"S3Uri": "s3://b/o", "LocalPath": "/opt/ml/processing/o", "S3UploadMode": "EndOfJob"}
@@ -143,22 +187,22 @@ BROKEN = {  # the change, the step that the problem must name, and a part of its
     "wrong type of an argument": (
         setting("train", "ResourceConfig", "InstanceCount", value="one"), "train", "InstanceCount"),
     "value outside an enumeration": (
-        setting("data", "ProcessingInputs", 1, "S3Input", "S3InputMode", value="Files"), "data", "'Files'"),
+        setting("data", "ProcessingInputs", 0, "S3Input", "S3InputMode", value="Files"), "data", "'Files'"),
     "number where text is needed": (
         setting("data", "Environment", "INTEL_NB_DATA_VERSION", value=get("Parameters.AccuracyThreshold")),
         "data", "INTEL_NB_DATA_VERSION"),
     "unknown parameter": (
-        setting("data", "ProcessingInputs", 1, *URI, value=get("Parameters.InputDataUri")),
+        setting("data", "ProcessingInputs", 0, *URI, value=get("Parameters.InputDataUri")),
         "data", "did you mean InputDataUrl?"),
     "unknown variable of the execution": (
         setting("train", *OUTPUT_PATH, value=get("Execution.Id")), "train", "Execution.Id is not there"),
     "reference to nothing known": (
         setting("train", *OUTPUT_PATH, value=get("Step.data.X")), "train", "begins with none of"),
     "unknown step": (
-        setting("evaluate", "ProcessingInputs", 2, *URI, value=get("Steps.trian.ModelArtifacts.S3ModelArtifacts")),
+        setting("evaluate", "ProcessingInputs", 1, *URI, value=get("Steps.trian.ModelArtifacts.S3ModelArtifacts")),
         "evaluate", "there is no step trian; did you mean train?"),
     "unknown property": (
-        setting("evaluate", "ProcessingInputs", 2, *URI, value=get("Steps.train.ModelArtifact.S3ModelArtifacts")),
+        setting("evaluate", "ProcessingInputs", 1, *URI, value=get("Steps.train.ModelArtifact.S3ModelArtifacts")),
         "evaluate", "did you mean ModelArtifacts?"),
     "unknown output": (
         setting("train", *DATASET, value=get("Steps.data.ProcessingOutputConfig.Outputs['dta'].S3Output.S3Uri")),
@@ -195,8 +239,8 @@ BROKEN = {  # the change, the step that the problem must name, and a part of its
     "waits for itself": (updating("data", DependsOn=["data"]), "data", "waits for itself"),
     "waits in a circle": (updating("data", DependsOn=["evaluate"]), "data", "waits for itself, by way of"),
     "waits for a branch": (
-        updating("evaluate", DependsOn=["register"]), "evaluate", "runs only in gate.IfSteps"),
-    "waits for the other branch": (updating("refuse", DependsOn=["register"]), "refuse", "runs only in gate.IfSteps"),
+        updating("evaluate", DependsOn=["register"]), "evaluate", "runs only in once.IfSteps"),
+    "waits for the other branch": (updating("refuse", DependsOn=["register"]), "refuse", "runs only in once.IfSteps"),
     "cached for a month or so": (
         updating("data", CacheConfig={"Enabled": True, "ExpireAfter": "a month"}), "data", "no duration"),
     "retried for ever": (updating("train", RetryPolicies=[ENDLESS]), "train", "either MaxAttempts or"),
@@ -212,14 +256,19 @@ BROKEN = {  # the change, the step that the problem must name, and a part of its
             EnableManagedSpotTraining=True,
             StoppingCondition={"MaxRuntimeInSeconds": 100, "MaxWaitTimeInSeconds": 50}),
         "train", "below MaxRuntimeInSeconds"),
+    "two slashes in an address": (
+        setting("train", *OUTPUT_PATH, value="s3://bucket//train"), "train", "two slashes in a row"),
+    "registered without a look": (
+        setting("once", "Conditions", 0, "LeftValue", value=read("neu", "Steps.keep.PropertyFiles.Keep")),
+        "once", "keep.json of step keep will hold no neu"),
     "output named twice": (
         lambda steps: steps["data"]["Arguments"]["ProcessingOutputConfig"]["Outputs"].extend(TWO_OUTPUTS),
         "data", "output o twice"),
     "two mounts in one folder": (
-        setting("data", "ProcessingInputs", 2, "S3Input", "LocalPath", value="/opt/ml/processing/input/archive"),
+        setting("data", "ProcessingInputs", 1, "S3Input", "LocalPath", value="/opt/ml/processing/input/archive"),
         "data", "folder /opt/ml/processing/input/archive twice"),
     "mount elsewhere": (
-        setting("data", "ProcessingInputs", 1, "S3Input", "LocalPath", value="/data"),
+        setting("data", "ProcessingInputs", 0, "S3Input", "LocalPath", value="/data"),
         "data", "not below /opt/ml/processing"),
     "name of the job": (setting("data", "ProcessingJobName", value="mine"), "data", "cannot be set"),
     "failure without a message": (setting("refuse", "ErrorMessage", value=""), "refuse", "1 to 3072 characters"),
@@ -246,7 +295,7 @@ def test_a_broken_definition_names_the_step(made, name):
     (lambda made: made.update(Version="2021"), "only '2020-12-01' is known"),
     (lambda made: made.update(Step=[]), "no Step; did you mean Steps?"),
     (lambda made: made["Parameters"][0].pop("DefaultValue"), "InputDataUrl is None, which is no String"),
-    (lambda made: made["Parameters"][5].update(DefaultValue="high"), "AccuracyThreshold is 'high', which is no Float"),
+    (lambda made: made["Parameters"][6].update(DefaultValue="high"), "AccuracyThreshold is 'high', which is no Float"),
     (lambda made: made["Parameters"][0].update(Type="Text"), "a type of String, Integer"),
     (lambda made: made["Parameters"].append(made["Parameters"][0]), "2 parameters called InputDataUrl")])
 def test_a_definition_that_is_broken_outside_its_steps_says_so(made, change, expected):
@@ -258,9 +307,14 @@ def test_a_definition_that_is_broken_outside_its_steps_says_so(made, change, exp
 def test_parameter_values_are_checked(made):
     assert pipeline_problems(made, {"TrainingInstanceType": "ml.p3.2xlarge", "AccuracyThreshold": "0.9"}) == []
     assert [p.step for p in pipeline_problems(made, {"TrainingInstanceType": "ml.none"})] == ["train"]
-    assert {p.step for p in pipeline_problems(made, {"ProcessingInstanceType": "m5.large"})} == {"data", "evaluate"}
-    too_long = {"TrainSettings": "x" * 300}  # an argument has at most 256 characters
-    assert [p.step for p in pipeline_problems(made, too_long)] == ["train"]
+    assert {p.step for p in pipeline_problems(made, {"ProcessingInstanceType": "m5.large"})} == {
+        "data", "evaluate", "keep"}
+    [problem] = pipeline_problems(made, {"TrainSettings": "x" * 300})
+    assert str(problem) == ("step train: AlgorithmSpecification.ContainerArguments[4] has 300 characters, "
+                            "more than 256; it comes from the parameter TrainSettings")
+    assert pipeline_problems(made, {"TrainSettings": "x" * 256}) == []
+    [problem] = pipeline_problems(made, {"InputDataUrl": "s3://photographs//intel.zip"})
+    assert problem.step == "data" and "two slashes in a row" in problem.message
 
 
 def test_the_definition_is_the_same_in_every_process():

@@ -1,4 +1,4 @@
-"The pipeline is rehearsed: the same notebooks, mounted code, folders for /opt/ml and S3, and the workspace's registry."
+"The pipeline is rehearsed: the same notebooks, the code of the image, folders for /opt/ml and S3, and a registry."
 import json
 import os
 import shutil
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from intel_nb.aws.pipeline import EVALUATION, PipelineConfig, pipeline_definition
+from intel_nb.aws.pipeline import EVALUATION, KEPT, PipelineConfig, pipeline_definition
 from intel_nb.aws.rehearsal import rehearsal_summary, rehearse, rehearse_in_workspace
 from intel_nb.storage import InputError, read_json
 
@@ -41,6 +41,7 @@ def notebook(path: Path, parameters: str, run: str) -> None:
 def tiny(tmp_path, monkeypatch, sample_model):
     "A checkout whose steps do next to nothing; the evaluation is what the environment's file `evaluation.json` says."
     from intel_nb.chain.plan import notebooks_folder
+    from intel_nb.model import load_package
     shutil.copytree(notebooks_folder().parent / "locks", tmp_path / "locks")
     nbs, package = tmp_path / "nbs", shutil.copytree(sample_model, tmp_path / "package")
     nbs.mkdir()
@@ -59,7 +60,8 @@ def tiny(tmp_path, monkeypatch, sample_model):
              "evaluation['gate']['min_accuracy'] = min_accuracy\n"
              "(out / 'evaluation.json').write_text(json.dumps(evaluation))\n"
              "(out / 'predictions.parquet').write_text('rows')")
-    (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATION))
+    fingerprints = {"data": "d", "package": load_package(package).fingerprint}
+    (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATION | {"fingerprints": fingerprints}))
     (tmp_path / "archive.zip").write_text("the archive")
     monkeypatch.setenv("INTEL_NB_NOTEBOOKS", str(nbs))
     return tmp_path
@@ -75,11 +77,15 @@ def test_a_rehearsal_from_end_to_end(tiny, empty_database):
     assert (result.status, result.version, result.reason) == ("Succeeded", "1", "")
     assert [(s.step, s.status) for s in result.steps] == [
         ("data", "Succeeded"), ("train", "Succeeded"), ("evaluate", "Succeeded"), ("refuse", "Skipped"),
-        ("register", "Succeeded"), ("gate", "Succeeded")]
+        ("keep", "Succeeded"), ("register", "Succeeded"), ("once", "Succeeded"), ("gate", "Succeeded")]
     [version] = open_registry(registry).versions()
     assert (version.status, version.accuracy, version.run_id) == ("PendingManualApproval", 0.9, "r")
     assert open_registry(registry).predictions("1").read_text() == "rows"
     bucket = tiny / "r" / "s3" / PipelineConfig().bucket / "pipeline" / "runs" / "r"
+    [kept] = (tiny / "r" / "s3" / PipelineConfig().bucket / "registry").iterdir()
+    assert kept.name == "r" and read_json(kept / "keep.json") == KEPT
+    assert sorted(p.name for p in kept.iterdir()) == ["evaluation.json", "keep.json", "model.tar.gz",
+                                                      "predictions.parquet"]
     assert sorted(p.name for p in (bucket / "executed").iterdir()) == ["00_data.ipynb", "02_evaluate.ipynb"]
     assert (bucket / "tensorboard" / "x").read_text() == "original"
     [kept] = bucket.glob("data/checkpoints/*/*/x")
@@ -90,15 +96,31 @@ def test_a_rehearsal_from_end_to_end(tiny, empty_database):
 
 @pytest.mark.slow
 def test_a_package_with_the_same_verdict_keeps_its_version(tiny):
-    from intel_nb.model import load_package
-    evaluation = EVALUATION | {"fingerprints": {"data": "d", "package": load_package(tiny / "package").fingerprint}}
-    (tiny / "evaluation.json").write_text(json.dumps(evaluation))
     registry = f"sqlite:///{tiny}/mlflow.db"
-    versions = [rehearse(pipeline_definition(), {"AccuracyThreshold": least}, tiny / name, registry,
-                         tiny / "archive.zip",
-                         quiet).version
-                for name, least in {"a": 0.8, "b": 0.8, "c": 0.85}.items()]
-    assert versions == ["1", "1", "2"]
+    results = [rehearse(pipeline_definition(), {"AccuracyThreshold": least}, tiny / name, registry,
+                        tiny / "archive.zip", quiet)
+               for name, least in {"a": 0.8, "b": 0.8, "c": 0.85, "d": 0.8}.items()]
+    assert [result.version for result in results] == ["1", "1", "2", "1"]
+    ends = [{one.step: one.status for one in result.steps}["register"] for result in results]
+    assert ends == ["Succeeded", "Skipped", "Succeeded", "Skipped"]
+    kept = tiny / "b" / "s3" / PipelineConfig().bucket / "registry" / "b"
+    assert [path.name for path in kept.iterdir()] == ["keep.json"], "it is kept once"
+
+
+@pytest.mark.slow
+def test_another_package_than_the_evaluated_one_is_not_registered(tiny):
+    (tiny / "evaluation.json").write_text(json.dumps(EVALUATION))
+    with pytest.raises(InputError, match="it was changed after its evaluation and is not registered"):
+        rehearse(pipeline_definition(), {}, tiny / "r", f"sqlite:///{tiny}/mlflow.db", tiny / "archive.zip", quiet)
+    assert not (tiny / "mlflow.db").exists()
+
+
+def test_an_image_with_other_code_runs_nothing(tiny):
+    made = pipeline_definition()
+    made["Steps"][0]["Arguments"]["Environment"]["INTEL_NB_CODE"] = "0" * 16
+    with pytest.raises(InputError, match="the job is for the code 0{16}, and this image has the code [0-9a-f]{16}; "):
+        rehearse(made, {}, tiny / "r", "sqlite:///none", tiny / "archive.zip", quiet)
+    assert not list((tiny / "r").glob("s3/*/pipeline"))
 
 
 @pytest.mark.parametrize("gate, threshold",
@@ -107,12 +129,14 @@ def test_a_package_with_the_same_verdict_keeps_its_version(tiny):
                                        marks=pytest.mark.slow)])
 def test_the_failing_branch(tiny, gate, threshold):
     "Below the threshold, and above it where the gate says no; the reason is the gate's."
-    (tiny / "evaluation.json").write_text(json.dumps(EVALUATION | {"gate": gate}))
+    evaluation = read_json(tiny / "evaluation.json")
+    (tiny / "evaluation.json").write_text(json.dumps(evaluation | {"gate": gate}))
     result = rehearse(pipeline_definition(), {"AccuracyThreshold": str(threshold)}, tiny / "r",
                       f"sqlite:///{tiny}/mlflow.db",
                        tiny / "archive.zip", quiet)
     assert (result.status, result.reason, result.version) == ("Failed", gate["reason"], "")
-    assert [(s.step, s.status) for s in result.steps][3:] == [("register", "Skipped"), ("refuse", "Failed")]
+    assert [(s.step, s.status) for s in result.steps][3:] == [
+        ("keep", "Skipped"), ("once", "Skipped"), ("register", "Skipped"), ("refuse", "Failed")]
     assert not (tiny / "mlflow.db").exists()
     assert "nothing is registered" in rehearsal_summary(result)
 
@@ -209,6 +233,8 @@ def test_the_example_evaluation_has_the_form_of_a_real_one(real):
         for name in example if isinstance(example, dict) else ():
             same(example[name], found[name])
     same(EVALUATION, read_json(report))
+    [kept] = real[1].folder.glob("s3/*/registry/*/keep.json")
+    assert read_json(kept) == KEPT
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -17,14 +18,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .pipeline import KEEP, KEPT, NEW, code_files, digest_code
 from ..chain.execution import execute
 from ..chain.parameters import Parameter, check_values, read_parameters, read_value
 from ..chain.plan import notebooks_folder
-from ..storage import InputError, files_of, read_json, write_text
+from ..registry import Registry, open_registry
+from ..storage import InputError, files_of, read_json, write_json, write_text
 
 # %% auto #0
-__all__ = ['JOB_FOLDERS', 'FOLDER_VARIABLES', 'BASE', 'JobArguments', 'read_hyperparameters', 'read_arguments', 'job_folders',
-           'mounted_inputs', 'output_folders', 'report_failure', 'run_job_notebook', 'run_container_job']
+__all__ = ['JOB_FOLDERS', 'FOLDER_VARIABLES', 'REPORT_FILES', 'BASE', 'JobArguments', 'read_hyperparameters', 'read_arguments',
+           'job_folders', 'mounted_inputs', 'output_folders', 'check_code', 'registered_version', 'check_evaluated',
+           'copy_registered', 'keep_package', 'report_failure', 'run_job_notebook', 'read_keep_arguments', 'run_keep',
+           'run_job', 'run_container_job']
 
 # %% ../../nbs/aws/09_container.ipynb #d1945229
 @dataclass(frozen=True)
@@ -113,6 +118,55 @@ def output_folders(folders: Mapping[str, Path], declared: Mapping[str, Parameter
         found["checkpoint_dir"] += "/" + hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
     return found
 
+# %% ../../nbs/aws/09_container.ipynb #0370baa9
+def check_code(environ: Mapping[str, str] = os.environ) -> None:
+    "Raise `InputError` when the code that runs here is not the code that the job is for."
+    wanted = environ.get("INTEL_NB_CODE")
+    if wanted and (found := digest_code(code_files(notebooks_folder(environ)))) != wanted:
+        raise InputError(f"the job is for the code {wanted}, and this image has the code {found}; run intel-nb aws "
+                         "deploy, which builds the image of a checkout and names it in the pipeline")
+
+# %% ../../nbs/aws/09_container.ipynb #8ee20e8a
+def registered_version(registry: Registry, evaluation: Mapping[str, Any]) -> str:
+    "Return the version of the package in `registry` that has this evaluation's data and threshold, or an empty text."
+    prints, least = evaluation["fingerprints"], evaluation["gate"]["min_accuracy"]
+    same = (one.version for one in registry.versions()
+            if (one.fingerprint, one.data) == (prints["package"], prints["data"]))
+    return next((one for one in same if registry.evaluation(one)["gate"]["min_accuracy"] == least), "")
+
+# %% ../../nbs/aws/09_container.ipynb #cd8a2be4
+def check_evaluated(package: Path, evaluation: Mapping[str, Any]) -> None:
+    "Raise `InputError` unless the package is whole, and is the one that was evaluated."
+    from intel_nb.model import load_package
+    found, evaluated = load_package(package).fingerprint, evaluation["fingerprints"]["package"]
+    if found != evaluated:
+        raise InputError(f"the package has the fingerprint {found}, and the evaluation is of {evaluated}; it was "
+                         "changed after its evaluation and is not registered: start the pipeline again")
+
+# %% ../../nbs/aws/09_container.ipynb #ca4f9d4a
+REPORT_FILES = ("evaluation.json", "predictions.parquet", "plots")  # of an evaluation's files, what a version keeps
+
+def copy_registered(package: Path, evaluation: Path, out: Path) -> None:
+    "Copy the archive `package`, and what the folder `evaluation` has of `REPORT_FILES`, to `out`."
+    shutil.copyfile(package, out / "model.tar.gz")
+    for name in files_of(evaluation):
+        if name.partition("/")[0] in REPORT_FILES:
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(evaluation / name, out / name)
+
+# %% ../../nbs/aws/09_container.ipynb #4c07938f
+def keep_package(package: Path, evaluation: Path, registry: str, out: Path) -> dict[str, Any]:
+    "Copy a package and its evaluation to `out` unless they are registered, and return what `keep.json` says of that."
+    report = read_json(evaluation / "evaluation.json")
+    check_evaluated(package, report)
+    known = registered_version(open_registry(registry), report)
+    if not known:
+        copy_registered(package, evaluation, out)
+    reason = f"version {known} is of this package, this data and this threshold" if known else KEPT["reason"]
+    decision = {NEW: not known, "version": known, "reason": reason}
+    write_json(out / "keep.json", decision)
+    return decision
+
 # %% ../../nbs/aws/09_container.ipynb #b9250740
 BASE = "/opt/ml"
 
@@ -137,12 +191,33 @@ def run_job_notebook(arguments: Sequence[str], base: Path, environ: Mapping[str,
         raise InputError(f"{job.notebook} ended without writing result.json")
     print(json.dumps(read_json(folders["out_dir"] / "result.json")), flush=True)
 
+# %% ../../nbs/aws/09_container.ipynb #381af38f
+def read_keep_arguments(arguments: Sequence[str]) -> str:
+    "Return the registry's URI from the arguments of a job that keeps a package; raise `InputError` for others."
+    if len(arguments) != 2 or arguments[0] != KEEP:
+        raise InputError(f"the container knows no arguments {' '.join(arguments)}; it takes {KEEP} REGISTRY")
+    return arguments[1]
+
+# %% ../../nbs/aws/09_container.ipynb #0998cca0
+def run_keep(arguments: Sequence[str], base: Path, environ: Mapping[str, str]) -> None:
+    "Keep the package and the evaluation in the mounts below `base`; raise `InputError` when they do not fit."
+    registry, folders = read_keep_arguments(arguments), job_folders(base, environ)
+    found = keep_package(folders["inputs"] / "model/model.tar.gz", folders["inputs"] / "evaluation", registry,
+                         folders["out_dir"])
+    print(json.dumps(found), flush=True)
+
+# %% ../../nbs/aws/09_container.ipynb #3ef92bfb
+def run_job(arguments: Sequence[str], base: Path, environ: Mapping[str, str]) -> None:
+    "Run what `arguments` name, a notebook or `keep`, when the code is the one that the job is for."
+    check_code(environ)
+    (run_keep if arguments[:1] == [KEEP] else run_job_notebook)(arguments, base, environ)
+
 # %% ../../nbs/aws/09_container.ipynb #60510a56
 def run_container_job(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> int:
     "Run the job and return 0, 2 for wrong input, or 1; `INTEL_NB_ML` names another folder than /opt/ml."
     base = Path(environ.get("INTEL_NB_ML", BASE))
     try:
-        run_job_notebook(sys.argv[1:] if arguments is None else arguments, base, environ)
+        run_job(sys.argv[1:] if arguments is None else arguments, base, environ)
         return 0
     except KeyboardInterrupt:
         return report_failure(base, "the job was stopped", 1)

@@ -24,8 +24,8 @@ __all__ = ['FUNCTIONS', 'PARAMETER_TYPES', 'BRANCHES', 'COMPARISONS', 'STEP_TYPE
            'find_calls', 'step_dependencies', 'sort_steps', 'UnknownValue', 'evaluate_condition', 'StepType', 'Problem',
            'form_problems', 'output_names', 'example_of_shape', 'example_property', 'execution_values',
            'DefinitionIndex', 'build_index', 'reference_problems', 'order_problems', 'service_problems',
-           'job_request_problems', 'output_problems', 'condition_problems', 'fail_problems', 'cache_problems',
-           'retry_problems', 'spot_problems', 'definition_problems']
+           'job_request_problems', 'address_problems', 'output_problems', 'condition_problems', 'fail_problems',
+           'cache_problems', 'retry_problems', 'spot_problems', 'definition_problems']
 
 # %% ../../nbs/aws/06_definition.ipynb #95662fe1
 FUNCTIONS = ("Get", "Std:Join", "Std:JsonGet")
@@ -439,7 +439,28 @@ def job_request_problems(step: dict, index: DefinitionIndex) -> Iterator[str]:
     name_key = STEP_TYPES[step["Type"]].name_key
     if name_key in request:
         yield f"{name_key} is given by the pipeline and cannot be set"
-    yield from service_problems(step, request)
+    for problem in service_problems(step, request):
+        yield problem + _origin(problem, step)
+
+def _origin(problem: str, step: dict) -> str:
+    "Return the end of the sentence `problem`: the parameters that gave the value which it begins with, if any did."
+    try:
+        value = lookup_path(step_arguments(step), problem.partition(" ")[0])
+    except LookupError:
+        return ""
+    names = [path.removeprefix("Parameters.") for path in find_calls(value, "Get") if path.startswith("Parameters.")]
+    return f"; it comes from the parameter {' and '.join(names)}" if names else ""
+
+# %% ../../nbs/aws/06_definition.ipynb #51dfe68c
+def address_problems(step: dict, index: DefinitionIndex) -> Iterator[str]:
+    "Yield the addresses in S3 with two slashes in a row: to S3 that is a folder without a name."
+    try:
+        request = resolve_value(step_arguments(step), index.scope)
+    except LookupError:
+        return  # `reference_problems` reports it
+    for text in _walk_values(request):
+        if isinstance(text, str) and text.startswith("s3://") and "//" in text.removeprefix("s3://"):
+            yield f"{text} has two slashes in a row; write one"
 
 # %% ../../nbs/aws/06_definition.ipynb #be04ba16
 def output_problems(step: dict, index: DefinitionIndex) -> Iterator[str]:
@@ -559,8 +580,8 @@ def _cycle_problems(steps: list[dict]) -> Iterator[Problem]:
             yield from _cycle_problems(step["Arguments"].get(side, []))
 
 # %% ../../nbs/aws/06_definition.ipynb #f8f83678
-RULES = (reference_problems, order_problems, job_request_problems, output_problems, condition_problems, fail_problems,
-         cache_problems, retry_problems, spot_problems)
+RULES = (reference_problems, order_problems, job_request_problems, address_problems, output_problems,
+         condition_problems, fail_problems, cache_problems, retry_problems, spot_problems)
 
 def definition_problems(definition: Any, values: Mapping[str, Any] = {},
                         files: Mapping[str, Any] = {}) -> list[Problem]:

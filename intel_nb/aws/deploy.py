@@ -17,7 +17,7 @@ from .executions import stop_executions
 from .hosting import SageMakerEndpoints
 from .objects import parse_s3_uri
 from .package_group import list_packages
-from .pipeline import PipelineConfig, code_files, code_uri
+from .pipeline import PipelineConfig
 from .stack import Options, bucket_name, checked_options, pipeline_config, template, template_json
 from ..storage import InputError
 
@@ -25,9 +25,8 @@ from ..storage import InputError
 __all__ = ['Say', 'Pause', 'INLINE_BYTES', 'IN_PROGRESS', 'NO_CHANGES', 'BUCKETS', 'StackError', 'find_stack', 'change_type',
            'check_region', 'delete_bucket', 'Change', 'ChangeSet', 'uploaded_template', 'account_id',
            'create_change_set', 'list_changes', 'discard_change_set', 'wait_for_stack', 'first_failure',
-           'execute_change_set', 'upload_code', 'put_label_placeholder', 'deploy_stack', 'next_steps', 'StackAsset',
-           'list_buckets', 'bucket_size', 'list_stage_endpoints', 'list_assets', 'delete_group', 'delete_stack',
-           'destroy_stack']
+           'execute_change_set', 'put_label_placeholder', 'deploy_stack', 'next_steps', 'StackAsset', 'list_buckets',
+           'bucket_size', 'list_stage_endpoints', 'list_assets', 'delete_group', 'delete_stack', 'destroy_stack']
 
 # %% ../../nbs/aws/15_deploy.ipynb #fa895704
 class StackError(RuntimeError):
@@ -187,14 +186,6 @@ def execute_change_set(proposed: ChangeSet, name: str, pause: Pause = time.sleep
         raise StackError(f"the stack {name} is {status}: {first_failure(name, began) or 'no reason given'}")
     return found
 
-# %% ../../nbs/aws/15_deploy.ipynb #55972e5c
-def upload_code(config: PipelineConfig) -> str:
-    "Upload the code that the pipeline's steps mount; return its URI."
-    bucket, prefix = parse_s3_uri(code_uri(config))
-    for name, data in code_files().items():
-        client("s3").put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=data)
-    return code_uri(config)
-
 # %% ../../nbs/aws/15_deploy.ipynb #0c60d207
 def put_label_placeholder(config: PipelineConfig) -> None:
     "Put an object of zero bytes where labels will lie."
@@ -215,7 +206,6 @@ def deploy_stack(options: Options, ask: Callable[[str], bool] = lambda question:
     elif not _make_changes(proposed, options.name, ask, say, pause):
         return False
     config = pipeline_config(options, account_id())
-    say(f"code     {upload_code(config)}")
     put_label_placeholder(config)
     for line in next_steps(options, config):
         say(line)

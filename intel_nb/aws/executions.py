@@ -5,20 +5,27 @@
 # %% ../../nbs/aws/07_executions.ipynb #1efef3c8
 from __future__ import annotations
 
+import hashlib
 import json
+import threading
 import time
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .client import client, ignore_not_found, not_found_as, paginate, request_token, translate_errors
-from .definition import bind_parameters
+from .definition import bind_parameters, definition_problems
+from .objects import find_objects, list_objects, parse_s3_uri, upload_errors
+from .package_group import PackageGroup
 from ..storage import InputError
 
 # %% auto #0
-__all__ = ['ENDED', 'deployed_definition', 'start_execution', 'stop_execution_request', 'stop_executions', 'StepState',
-           'to_step_state', 'list_steps', 'Execution', 'describe_execution', 'latest_execution', 'describe_changes',
-           'watch_execution']
+__all__ = ['EVENT_SECONDS', 'ENDED', 'deployed_definition', 'check_start', 'start_execution', 'data_version', 'champion_version',
+           'start_values', 'check_archive', 'upload_progress', 'upload_archive', 'execution_parameters',
+           'find_execution', 'start_upload', 'stop_execution_request', 'stop_executions', 'StepState', 'to_step_state',
+           'list_steps', 'Execution', 'describe_execution', 'latest_execution', 'describe_changes', 'watch_execution']
 
 # %% ../../nbs/aws/07_executions.ipynb #3e8d36b3
 def _no_pipeline(name: str) -> InputError:
@@ -30,15 +37,110 @@ def deployed_definition(pipeline: str) -> dict[str, Any]:
     with not_found_as(_no_pipeline(pipeline)):
         return json.loads(client("sagemaker").describe_pipeline(PipelineName=pipeline)["PipelineDefinition"])
 
+# %% ../../nbs/aws/07_executions.ipynb #380e2bfd
+def check_start(definition: dict, values: Mapping[str, Any]) -> None:
+    "Raise `InputError` for a wrong name or value, and for what SageMaker would refuse because of these values."
+    bind_parameters(definition, values)
+    before = set(definition_problems(definition))
+    problems = [str(one) for one in definition_problems(definition, values) if one not in before]
+    if problems:
+        raise InputError(f"SageMaker would refuse these parameters: {'; '.join(problems[:3])}")
+
 # %% ../../nbs/aws/07_executions.ipynb #2f188e53
 @translate_errors()
 def start_execution(pipeline: str, values: Mapping[str, Any] = {}) -> str:
-    "Start an execution with these parameters, and return its ARN; raise `InputError` for a wrong name or value."
-    bind_parameters(deployed_definition(pipeline), values)
+    "Start an execution with these parameters, and return its ARN; raise `InputError` for wrong ones."
+    check_start(deployed_definition(pipeline), values)
     parameters = [{"Name": name, "Value": str(value)} for name, value in values.items()]
     started = client("sagemaker").start_pipeline_execution(
         PipelineName=pipeline, PipelineParameters=parameters, ClientRequestToken=request_token())
     return started["PipelineExecutionArn"]
+
+# %% ../../nbs/aws/07_executions.ipynb #4a47323e
+def data_version(archive: str, annotations: str) -> str:
+    "Return a digest of the archive and the labels at these URIs, of 16 digits; raise `ObjectNotFound` for no archive."
+    tags = [found.tag for found in find_objects(archive)]
+    labels = [f"{found['Key']} {found['ETag']}" for found in list_objects(*parse_s3_uri(annotations))]
+    return hashlib.sha256("\n".join([*tags, *labels]).encode()).hexdigest()[:16]
+
+# %% ../../nbs/aws/07_executions.ipynb #6189233b
+def champion_version(group: str) -> str:
+    "Return the version that serves in production, or `none`."
+    found = PackageGroup(group).champion()
+    return found.version if found else "none"
+
+# %% ../../nbs/aws/07_executions.ipynb #1034181f
+@translate_errors()
+def start_values(pipeline: str, values: Mapping[str, Any] = {}) -> dict[str, Any]:
+    "Return `values` with the versions of the data and of the champion; raise `ObjectNotFound` when there is no data."
+    given = bind_parameters(deployed_definition(pipeline), values)
+    return {"DataVersion": data_version(given["InputDataUrl"], given["Annotations"]),
+            "ChampionVersion": champion_version(pipeline), **values}
+
+# %% ../../nbs/aws/07_executions.ipynb #0bcfe3c2
+def check_archive(path: Path) -> None:
+    "Raise `InputError` unless `path` is a ZIP file."
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; give the ZIP file with the photographs")
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{path} is no ZIP file, or one that was cut short; it was not uploaded")
+
+# %% ../../nbs/aws/07_executions.ipynb #529f5d2c
+def upload_progress(total: int, say: Callable[[str], None]) -> Callable[[int], None]:
+    "Return a callback for uploads, of which threads make many calls; it says how far the upload is at each tenth."
+    lock, done, said = threading.Lock(), 0, 0
+
+    def note(count: int) -> None:
+        nonlocal done, said
+        with lock:
+            done += count
+            if (tenth := done * 10 // max(total, 1)) > said:
+                said = tenth
+                say(f"uploaded {done / 1e6:.1f} of {total / 1e6:.1f} MB")
+    return note
+
+# %% ../../nbs/aws/07_executions.ipynb #06f9c792
+def upload_archive(path: Path, uri: str, say: Callable[[str], None] = print) -> str:
+    "Upload the ZIP file `path` to `uri`, and return the version of the object there."
+    bucket, key = parse_s3_uri(uri)
+    check_archive(path)
+    with not_found_as(InputError(f"there is no bucket {bucket}; intel-nb aws deploy makes it")), upload_errors():
+        client("s3").upload_file(str(path), bucket, key, Callback=upload_progress(path.stat().st_size, say))
+    found = client("s3").head_object(Bucket=bucket, Key=key).get("VersionId")
+    if not found:
+        raise InputError(f"the bucket {bucket} keeps no versions; intel-nb aws deploy makes one that does")
+    return found
+
+# %% ../../nbs/aws/07_executions.ipynb #eb208397
+def execution_parameters(arn: str) -> dict[str, str]:
+    "Return the parameters that an execution was started with."
+    found = paginate(client("sagemaker").list_pipeline_parameters_for_execution, "PipelineParameters",
+                     PipelineExecutionArn=arn)
+    return {one["Name"]: one["Value"] for one in found}
+
+def find_execution(pipeline: str, version: str) -> str:
+    "Return the ARN of a recent execution for this version of the data, or an empty text."
+    found = client("sagemaker").list_pipeline_executions(
+        PipelineName=pipeline, SortBy="CreationTime", SortOrder="Descending", MaxResults=20)
+    arns = (one["PipelineExecutionArn"] for one in found["PipelineExecutionSummaries"])
+    return next((arn for arn in arns if execution_parameters(arn).get("DataVersion") == version), "")
+
+# %% ../../nbs/aws/07_executions.ipynb #3a0ee1c8
+EVENT_SECONDS = 120  # that an upload's event is waited for
+
+@translate_errors()
+def start_upload(pipeline: str, archive: str | Path, say: Callable[[str], None] = print,
+                 pause: Callable[[float], None] = time.sleep) -> str:
+    "Upload the ZIP file `archive` as the deployment's data; return the ARN of the execution that this starts."
+    uri = bind_parameters(deployed_definition(pipeline), {})["InputDataUrl"]
+    version = upload_archive(Path(archive), uri, say)
+    say(f"uploaded {archive} to {uri}; waiting for the execution that this starts")
+    for _ in range(EVENT_SECONDS // 10):
+        if found := find_execution(pipeline, version):
+            return found
+        pause(10)
+    say(f"no event has come in {EVENT_SECONDS} s; starting the pipeline for the same version")
+    return start_execution(pipeline, {"DataVersion": version, "ChampionVersion": champion_version(pipeline)})
 
 # %% ../../nbs/aws/07_executions.ipynb #37f4ac53
 def stop_execution_request(arn: str) -> dict[str, str]:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+from boto3.exceptions import S3UploadFailedError
 
 from .client import client, not_found_as, paginate, translate_errors
 from ..storage import InputError, files_of, remove, write_text, written_aside
 
 # %% auto #0
-__all__ = ['S3Location', 'parse_s3_uri', 'check_relative', 'ObjectNotFound', 'list_objects', 'S3Object', 'find_objects', 'upload',
-           'download']
+__all__ = ['S3Location', 'parse_s3_uri', 'check_relative', 'ObjectNotFound', 'list_objects', 'S3Object', 'find_objects',
+           'upload_errors', 'upload', 'download']
 
 # %% ../../nbs/aws/02_objects.ipynb #897b09f8
 class S3Location(NamedTuple):
@@ -25,10 +28,12 @@ class S3Location(NamedTuple):
 
 # %% ../../nbs/aws/02_objects.ipynb #bbb43903
 def parse_s3_uri(uri: str) -> S3Location:
-    "Return the bucket and the key of `s3://BUCKET/KEY`; raise `InputError` when `uri` has another form."
+    "Return the bucket and the key of `s3://BUCKET/KEY`; raise `InputError` for another form."
     found = re.fullmatch(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*))?", uri, re.S)
     if not found:
         raise InputError(f"{uri!r} is no s3:// URI; give s3://BUCKET/KEY")
+    if "//" in uri.removeprefix("s3://"):
+        raise InputError(f"{uri} has two slashes in a row, which is a folder without a name to S3; write one slash")
     return S3Location(found[1], found[2] or "")
 
 # %% ../../nbs/aws/02_objects.ipynb #543baa7c
@@ -69,12 +74,21 @@ def find_objects(uri: str) -> list[S3Object]:
         raise ObjectNotFound(f"{uri} does not exist; check the bucket, the key and the region")
     return found
 
+# %% ../../nbs/aws/02_objects.ipynb #b111a446
+@contextmanager
+def upload_errors() -> Iterator[None]:
+    "Raise the service's own error from the block when an upload fails."
+    try:
+        yield
+    except S3UploadFailedError as error:
+        raise error.__context__ or error from None
+
 # %% ../../nbs/aws/02_objects.ipynb #ab8d91be
 @translate_errors()
 def upload(path: str | Path, uri: str) -> str:
     "Copy a file, or a folder's visible files, to `uri` and return it; raise `InputError` when other files are there."
     bucket, key = parse_s3_uri(uri)
-    with not_found_as(InputError(f"there is no bucket {bucket}; create it, or check the name")):
+    with not_found_as(InputError(f"there is no bucket {bucket}; create it, or check the name")), upload_errors():
         if not Path(path).is_dir():
             client("s3").upload_file(str(path), bucket, key)
             return uri

@@ -12,11 +12,11 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['RESOURCES', 'UNSCOPED', 'WRITE_LOGS', 'WRITE_SAGEMAKER_LOGS', 'UPLOAD', 'READ_VERSIONS', 'METRICS', 'SERVICE_METRICS',
-           'PULL_IMAGE', 'JOB_METRICS', 'READ_GROUP', 'LIST_ARTIFACTS', 'READ_ARTIFACTS', 'PIPELINE', 'JOB',
-           'REGISTRAR', 'MODEL', 'WATCH', 'BUILDING', 'BUILD', 'IMAGE', 'DEPLOY', 'CODEPIPELINE', 'FROM_S3',
-           'FROM_CONNECTION', 'EVENTS', 'PIPES', 'SCHEDULER', 'OPERATOR', 'SCALING', 'PASSING', 'SCHEDULING',
-           'AUTOSCALING_ROLE', 'IMPLIED', 'ROLES', 'BASE_ROLES', 'Grant', 'Role', 'local_arn', 'bucket_arn', 'Implied',
-           'pass_to', 'with_implied', 'image_arn', 'fill_names', 'resource_arns', 'policy_document', 'policy']
+           'PULL_IMAGE', 'JOB_METRICS', 'READ_GROUP', 'READ_REGISTRY', 'READ_RUNS', 'PIPELINE', 'JOB', 'REGISTRAR',
+           'MODEL', 'WATCH', 'BUILDING', 'BUILD', 'IMAGE', 'DEPLOY', 'CODEPIPELINE', 'FROM_S3', 'FROM_CONNECTION',
+           'EVENTS', 'PIPES', 'SCHEDULER', 'OPERATOR', 'SCALING', 'PASSING', 'SCHEDULING', 'AUTOSCALING_ROLE',
+           'IMPLIED', 'ROLES', 'BASE_ROLES', 'Grant', 'Role', 'local_arn', 'bucket_arn', 'Implied', 'pass_to',
+           'with_implied', 'image_arn', 'fill_names', 'resource_arns', 'policy_document', 'policy']
 
 # %% ../../nbs/aws/12_permissions.ipynb #5a28ce16
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ JOB_METRICS = (Grant(("cloudwatch:PutMetricData",), ("any",), "SageMaker sends a
 READ_GROUP = (
     Grant(("sagemaker:DescribeModelPackageGroup", "sagemaker:ListTags"), ("group",)),
     Grant(("sagemaker:DescribeModelPackage", "sagemaker:ListModelPackages"), ("versions",)))
-LIST_ARTIFACTS = Grant(("s3:ListBucket",), ("artifacts",))
-READ_ARTIFACTS = (LIST_ARTIFACTS, Grant(("s3:GetObject",), ("pipeline files", "registry files")))
+READ_REGISTRY = (Grant(("s3:ListBucket",), ("artifacts",)), Grant(("s3:GetObject",), ("registry files",)))
+READ_RUNS = Grant(("s3:GetObject",), ("pipeline files",))
 
 # %% ../../nbs/aws/12_permissions.ipynb #ad1134fd
 PIPELINE = Role("sagemaker", "starts the pipeline's steps", (
@@ -124,19 +124,15 @@ PIPELINE = Role("sagemaker", "starts the pipeline's steps", (
     Grant(("s3:GetObject",), ("pipeline files", "registry files"), "the pipeline's conditions read what steps wrote")))
 
 JOB = Role("sagemaker", "runs the notebooks of the pipeline's steps", (
-    *READ_GROUP, *READ_ARTIFACTS, *PULL_IMAGE, *JOB_METRICS,
+    *READ_GROUP, *READ_REGISTRY, READ_RUNS, *PULL_IMAGE, *JOB_METRICS,
     Grant(("s3:ListBucket",), ("data", "annotations"), "SageMaker lists a step's input"),
     Grant(("s3:GetObject",), ("data files", "annotation files"), "SageMaker copies a step's input to the job"),
     Grant(UPLOAD, ("pipeline files",), "SageMaker uploads what a step wrote"),
     Grant(WRITE_SAGEMAKER_LOGS, ("job logs",), "SageMaker keeps a job's output")))
 
-# %% ../../nbs/aws/12_permissions.ipynb #a8545535
+# %% ../../nbs/aws/12_permissions.ipynb #2429d16f
 REGISTRAR = Role("sagemaker", "copies a package that passed to the registry's files", (
-    *PULL_IMAGE, *JOB_METRICS,
-    *(Grant(grant.actions, grant.resources, "the step asks whether the same package is registered already")
-      for grant in READ_GROUP),
-    Grant(("s3:ListBucket",), ("artifacts",), "SageMaker lists the step's input"),
-    Grant(("s3:GetObject",), ("pipeline files", "registry files"), "the step reads what a run wrote, and what it kept"),
+    *READ_GROUP, *READ_REGISTRY, READ_RUNS, *PULL_IMAGE, *JOB_METRICS,
     Grant(UPLOAD, ("registry files",), "the step keeps the package, its evaluation and its own result"),
     Grant(WRITE_SAGEMAKER_LOGS, ("job logs",), "SageMaker keeps a job's output")))
 
@@ -150,8 +146,8 @@ MODEL = Role("sagemaker", "runs the endpoints", (
     Grant(WRITE_SAGEMAKER_LOGS, ("endpoint logs",), "SageMaker keeps an endpoint's output")))
 
 WATCH = Role("sagemaker", "looks for drift in the endpoints' captured requests", (
-    *READ_GROUP, LIST_ARTIFACTS, *PULL_IMAGE, *JOB_METRICS,
-    Grant(("s3:GetObject",), ("registry files", "captures", "drift files")),
+    *READ_GROUP, *READ_REGISTRY, *PULL_IMAGE, *JOB_METRICS,
+    Grant(("s3:GetObject",), ("captures", "drift files")),
     Grant(UPLOAD, ("drift files",)),
     Grant(("sagemaker:DescribeEndpoint",), ("endpoints",)),
     Grant(("cloudwatch:PutMetricData",), ("any",), condition=METRICS),
@@ -164,9 +160,8 @@ BUILDING = (
           "CodeBuild reads the source and uploads notebooks"))
 
 BUILD = Role("codebuild", "tests the code, updates the pipeline and starts it", (
-    *BUILDING,
-    Grant(("s3:ListBucket",), ("artifacts", "data", "annotations")),
-    Grant(("s3:PutObject",), ("pipeline files",)),
+    *BUILDING, *READ_GROUP, *READ_REGISTRY,
+    Grant(("s3:ListBucket",), ("data", "annotations")),
     Grant(("sagemaker:CreatePipeline", "sagemaker:DescribePipeline", "sagemaker:StartPipelineExecution",
            "sagemaker:UpdatePipeline"), ("pipeline",))))
 
@@ -180,7 +175,7 @@ IMAGE = Role("codebuild", "builds the image and pushes it", (
 
 # %% ../../nbs/aws/12_permissions.ipynb #34e75011
 DEPLOY = Role("codebuild", "deploys a version to a stage and tests it there", (
-    *BUILDING, *READ_GROUP, *READ_ARTIFACTS,
+    *BUILDING, *READ_GROUP, *READ_REGISTRY, READ_RUNS,
     Grant(("s3:GetObject", "s3:PutObject"), ("state files",), "the stage's state and lock lie there"),
     Grant(("sagemaker:AddTags", "sagemaker:DeleteTags"), ("group",)),
     Grant(("sagemaker:UpdateModelPackage",), ("versions",)),
@@ -222,7 +217,7 @@ SCHEDULER = Role("scheduler", "starts the jobs that look for drift, and ends the
 
 # %% ../../nbs/aws/12_permissions.ipynb #fbe16330
 OPERATOR = Role("", "starts the pipeline, looks at it, and approves versions", (
-    *READ_GROUP, *READ_ARTIFACTS,
+    *READ_GROUP, *READ_REGISTRY, READ_RUNS,
     Grant(("s3:GetObject", "s3:PutObject"), ("state files",), "the stages' states and locks lie there"),
     Grant(("sagemaker:DescribePipeline", "sagemaker:ListPipelineExecutions", "sagemaker:StartPipelineExecution"),
           ("pipeline",)),

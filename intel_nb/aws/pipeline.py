@@ -18,11 +18,12 @@ from ..chain.plan import notebooks_folder
 from ..storage import InputError, files_of
 
 # %% auto #0
-__all__ = ['NOTEBOOKS', 'EMPTY_INPUT', 'PACKAGE_SUFFIXES', 'CHOICES', 'ENTRY', 'RETRIES', 'PROCESSING', 'MODEL', 'ACCURACY',
-           'EVALUATION', 'image_uri', 'PipelineConfig', 'code_files', 'digest_code', 'code_uri', 'pipeline_parameters',
-           'declare_parameter', 'parameter_reference', 'join_values', 'run_uri', 'output_uri', 'evaluation_entry',
-           'job_step', 's3_input', 'code_environment', 'processing_step', 'training_step', 'register_step', 'gate_step',
-           'pipeline_definition', 'pipeline_problems', 'check_pipeline']
+__all__ = ['NOTEBOOKS', 'PACKAGE_SUFFIXES', 'CHOICES', 'ENTRY', 'RETRIES', 'PROCESSING', 'MODEL', 'KEEP', 'NEW', 'ACCURACY',
+           'EVALUATION', 'KEPT', 'PROPERTY_FILES', 'image_uri', 'PipelineConfig', 'code_files', 'digest_code',
+           'code_environment', 'pipeline_parameters', 'declare_parameter', 'parameter_reference', 'join_values',
+           'run_uri', 'registry_uri', 'output_uri', 'file_entry', 'evaluation_entry', 'job_step', 's3_input',
+           'property_file', 'processing_arguments', 'processing_step', 'training_step', 'keep_step', 'register_step',
+           'once_step', 'gate_step', 'pipeline_definition', 'pipeline_problems', 'check_pipeline']
 
 # %% ../../nbs/aws/08_pipeline.ipynb #22801980
 def image_uri(target: str, account: str, region: str, repository: str = "intel-nb") -> str:
@@ -34,15 +35,15 @@ def image_uri(target: str, account: str, region: str, repository: str = "intel-n
 @dataclass(frozen=True)
 class PipelineConfig:
     "The settings of a definition. The defaults name no real account; they are for reading, checking and rehearsing."
-    bucket: str = "intel-nb-artifacts-123456789012"  # for the code and everything that the pipeline writes
+    bucket: str = "intel-nb-artifacts-123456789012"  # for everything that the pipeline writes
     role: str = "arn:aws:iam::123456789012:role/intel-nb-job"  # of the jobs, which write below PREFIX/runs alone
     registrar_role: str = "arn:aws:iam::123456789012:role/intel-nb-registrar"  # of the one that writes below registry/
     account: str = "123456789012"  # whose registry has the images
     region: str = "us-east-1"
-    prefix: str = "pipeline"  # of all keys in the bucket
+    prefix: str = "pipeline"  # of the keys that jobs write
     group: str = "intel-nb"  # model package group
     data: str = ""  # s3:// URI of the archive; empty: input/intel.zip in the bucket
-    annotations: str = ""  # s3:// prefix of annotations, with at least one object; empty: none
+    annotations: str = ""  # s3:// prefix of annotations, with at least one object; empty: input/annotations
     profile: str = "quick"
     min_accuracy: float = 0.8
     instance_process: str = "ml.m5.xlarge"
@@ -53,7 +54,6 @@ class PipelineConfig:
     spot: bool = False  # train on spare capacity, which is cheaper and may take longer
     max_seconds: int = 4 * 3600  # the time limit of one step
     cached_days: int = 30
-    code: str = ""  # s3:// prefix of the files of `code_files`; empty: a key in the bucket that ends with their digest
 
     def image(self, target: str) -> str:
         "Return the URI of the image `target`, steps or serve."
@@ -62,18 +62,17 @@ class PipelineConfig:
 
 # %% ../../nbs/aws/08_pipeline.ipynb #4be005f2
 NOTEBOOKS = {"data": "00_data.ipynb", "train": "01_train.ipynb", "evaluate": "02_evaluate.ipynb"}
-EMPTY_INPUT = "nothing"  # a folder with one hidden file: SageMaker wants a file in an input, notebooks ignore it
-PACKAGE_SUFFIXES = (".py", ".html", ".json", ".csv")
+PACKAGE_SUFFIXES = (".py", ".html", ".json")
 
 def code_files(notebooks: Path | None = None) -> dict[str, bytes]:
-    "Return the files that the containers need, by relative path; raise `InputError` when there are no notebooks."
+    "Return the files of the code that jobs run, by relative path; raise `InputError` when there are no notebooks."
     notebooks, package = notebooks or notebooks_folder(), Path(intel_nb.__file__).parent
     found = {f"intel_nb/{name}": package / name for name in files_of(package) if name.endswith(PACKAGE_SUFFIXES)}
     found |= {f"nbs/{name}": notebooks / name for name in NOTEBOOKS.values()}
     missing = [str(path) for path in found.values() if not path.is_file()]
     if missing:
         raise InputError(f"{missing[0]} does not exist; set INTEL_NB_NOTEBOOKS to the nbs of a checkout")
-    return {name: path.read_bytes() for name, path in sorted(found.items())} | {f"{EMPTY_INPUT}/.nothing": b"\n"}
+    return {name: path.read_bytes() for name, path in sorted(found.items())}
 
 # %% ../../nbs/aws/08_pipeline.ipynb #a8bcd866
 def digest_code(files: Mapping[str, bytes]) -> str:
@@ -82,17 +81,18 @@ def digest_code(files: Mapping[str, bytes]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 # %% ../../nbs/aws/08_pipeline.ipynb #0eb03d01
-def code_uri(config: PipelineConfig) -> str:
-    "Return the URI where the code must be uploaded before the pipeline starts."
-    return (config.code or f"s3://{config.bucket}/{config.prefix}/code/{digest_code(code_files())}").rstrip("/")
+def code_environment() -> dict[str, str]:
+    "Return the environment variable by which a job knows the code that it is for."
+    return {"INTEL_NB_CODE": digest_code(code_files())}
 
 # %% ../../nbs/aws/08_pipeline.ipynb #789fbdd2
 def pipeline_parameters(config: PipelineConfig) -> dict[str, Any]:
     "Return the defaults of the pipeline's parameters, by name."
     return {
         "InputDataUrl": config.data or f"s3://{config.bucket}/input/intel.zip",
-        "Annotations": config.annotations or f"{code_uri(config)}/{EMPTY_INPUT}",
+        "Annotations": config.annotations or f"s3://{config.bucket}/input/annotations",
         "DataVersion": "1",
+        "ChampionVersion": "none",
         "Profile": config.profile,
         "TrainSettings": "{}",  # further parameters of the training notebook, as a JSON object
         "AccuracyThreshold": config.min_accuracy,
@@ -127,6 +127,11 @@ def run_uri(config: PipelineConfig, name: str) -> dict:
     runs = f"s3://{config.bucket}/{config.prefix}/runs"
     return join_values("/", runs, {"Get": "Execution.PipelineExecutionId"}, name)
 
+# %% ../../nbs/aws/08_pipeline.ipynb #21e755f7
+def registry_uri(config: PipelineConfig) -> dict:
+    "Return the URI where an execution keeps what it registers."
+    return join_values("/", f"s3://{config.bucket}/registry", {"Get": "Execution.PipelineExecutionId"})
+
 # %% ../../nbs/aws/08_pipeline.ipynb #1d141b0d
 def output_uri(step: str, *path: str) -> dict:
     "Return the URI of a processing step's output, or of a file or folder in it."
@@ -134,9 +139,14 @@ def output_uri(step: str, *path: str) -> dict:
     return join_values("/", found, *path) if path else found
 
 # %% ../../nbs/aws/08_pipeline.ipynb #660d8fa0
+def file_entry(step: str, file: str, path: str) -> dict:
+    "Return a reference to the entry `path` of a property file of `step`."
+    return {"Std:JsonGet": {"PropertyFile": {"Get": f"Steps.{step}.PropertyFiles.{file}"}, "Path": path}}
+
+# %% ../../nbs/aws/08_pipeline.ipynb #44868b48
 def evaluation_entry(path: str) -> dict:
     "Return a reference to an entry of evaluation.json."
-    return {"Std:JsonGet": {"PropertyFile": {"Get": "Steps.evaluate.PropertyFiles.Evaluation"}, "Path": path}}
+    return file_entry("evaluate", "Evaluation", path)
 
 # %% ../../nbs/aws/08_pipeline.ipynb #fd5599a0
 ENTRY = ["python3", "-m", "intel_nb.aws.container"]
@@ -159,33 +169,40 @@ def s3_input(name: str, uri: Any) -> dict:
     "Return the S3Input of a processing job's input, mounted in a folder of its name."
     return {"S3Uri": uri, "LocalPath": f"{PROCESSING}/input/{name}", "S3DataType": "S3Prefix", "S3InputMode": "File"}
 
-# %% ../../nbs/aws/08_pipeline.ipynb #4ed67a33
-def code_environment(mount: str) -> dict[str, str]:
-    "Return the environment variables of a job whose code is mounted at `mount`."
-    return {"PYTHONPATH": mount, "INTEL_NB_NOTEBOOKS": f"{mount}/nbs"}
-
 # %% ../../nbs/aws/08_pipeline.ipynb #889e3813
-def _output(config: PipelineConfig, name: str, folder: str, mode: str) -> dict:
-    "Return a processing job's output, which goes to the execution's folder `name`."
+def _output(name: str, uri: Any, folder: str = "output", mode: str = "EndOfJob") -> dict:
+    "Return a processing job's output, which goes from `folder` to `uri`."
     return {"OutputName": name, "AppManaged": False,
-            "S3Output": {"S3Uri": run_uri(config, name), "LocalPath": f"{PROCESSING}/{folder}", "S3UploadMode": mode}}
+            "S3Output": {"S3Uri": uri, "LocalPath": f"{PROCESSING}/{folder}", "S3UploadMode": mode}}
+
+# %% ../../nbs/aws/08_pipeline.ipynb #4b8d7ecd
+def property_file(name: str, output: str, path: str) -> dict:
+    "Return the declaration of a file in an output that conditions and later steps read entries of."
+    return {"PropertyFileName": name, "OutputName": output, "FilePath": path}
+
+# %% ../../nbs/aws/08_pipeline.ipynb #a9cce48c
+def processing_arguments(config: PipelineConfig, role: str, inputs: Mapping[str, Any], outputs: list[dict],
+                         arguments: list[Any], environment: Mapping[str, Any] = {}) -> dict:
+    "Return the request of a processing job that calls the container's entry point with `arguments`."
+    cluster = {"InstanceType": parameter_reference("ProcessingInstanceType"), "InstanceCount": 1, "VolumeSizeInGB": 30}
+    return {"ProcessingResources": {"ClusterConfig": cluster},
+            "AppSpecification": {"ImageUri": config.image("steps"),
+                                 "ContainerEntrypoint": ENTRY, "ContainerArguments": arguments},
+            "RoleArn": role,
+            "ProcessingInputs": [{"InputName": key, "AppManaged": False, "S3Input": s3_input(key, uri)}
+                                 for key, uri in inputs.items()],
+            "ProcessingOutputConfig": {"Outputs": outputs},
+            "Environment": {**code_environment(), **environment},
+            "StoppingCondition": {"MaxRuntimeInSeconds": config.max_seconds}}
 
 # %% ../../nbs/aws/08_pipeline.ipynb #ab13222c
 def processing_step(config: PipelineConfig, name: str, inputs: Mapping[str, Any], arguments: list[Any],
                     environment: Mapping[str, Any] = {}, **more: Any) -> dict:
     "Return the step that runs the notebook of `name` in a processing job."
-    cluster = {"InstanceType": parameter_reference("ProcessingInstanceType"), "InstanceCount": 1, "VolumeSizeInGB": 30}
-    outputs = [_output(config, name, "output", "EndOfJob"), _output(config, "executed", "executed", "Continuous")]
-    return job_step(config, name, "Processing", {
-        "ProcessingResources": {"ClusterConfig": cluster},
-        "AppSpecification": {"ImageUri": config.image("steps"),
-                             "ContainerEntrypoint": ENTRY, "ContainerArguments": [NOTEBOOKS[name], *arguments]},
-        "RoleArn": config.role,
-        "ProcessingInputs": [{"InputName": key, "AppManaged": False, "S3Input": s3_input(key, uri)}
-                             for key, uri in {"code": code_uri(config), **inputs}.items()],
-        "ProcessingOutputConfig": {"Outputs": outputs},
-        "Environment": {**code_environment(f"{PROCESSING}/input/code"), **environment},
-        "StoppingCondition": {"MaxRuntimeInSeconds": config.max_seconds}}, **more)
+    outputs = [_output(name, run_uri(config, name)),
+               _output("executed", run_uri(config, "executed"), "executed", "Continuous")]
+    return job_step(config, name, "Processing", processing_arguments(
+        config, config.role, inputs, outputs, [NOTEBOOKS[name], *arguments], environment), **more)
 
 # %% ../../nbs/aws/08_pipeline.ipynb #42839dc8
 def _channel(name: str, uri: Any) -> dict:
@@ -194,9 +211,11 @@ def _channel(name: str, uri: Any) -> dict:
     return {"ChannelName": name, "InputMode": "File", "DataSource": {"S3DataSource": source}}
 
 # %% ../../nbs/aws/08_pipeline.ipynb #44ede392
+MODEL = {"Get": "Steps.train.ModelArtifacts.S3ModelArtifacts"}
+
 def training_step(config: PipelineConfig, inputs: Mapping[str, Any], arguments: list[Any]) -> dict:
     "Return the step that runs the training notebook in a training job."
-    code, limit = code_uri(config), config.max_seconds
+    code, limit = code_environment(), config.max_seconds
     stop = {"MaxRuntimeInSeconds": limit} | ({"MaxWaitTimeInSeconds": 2 * limit} if config.spot else {})
     machine = {"InstanceType": parameter_reference("TrainingInstanceType"), "InstanceCount": 1, "VolumeSizeInGB": 50}
     return job_step(config, "train", "Training", {
@@ -204,22 +223,32 @@ def training_step(config: PipelineConfig, inputs: Mapping[str, Any], arguments: 
             "TrainingImage": parameter_reference("TrainingImage"), "TrainingInputMode": "File",
             "ContainerEntrypoint": ENTRY, "ContainerArguments": [NOTEBOOKS["train"], *arguments]},
         "RoleArn": config.role,
-        "InputDataConfig": [_channel(name, uri) for name, uri in {"code": code, **inputs}.items()],
+        "InputDataConfig": [_channel(name, uri) for name, uri in inputs.items()],
         "OutputDataConfig": {"S3OutputPath": run_uri(config, "train")},
         "ResourceConfig": machine, "StoppingCondition": stop, "EnableManagedSpotTraining": config.spot,
-        "Environment": code_environment("/opt/ml/input/data/code"),
-        "CheckpointConfig": {"S3Uri": output_uri("data", "checkpoints", code.rpartition("/")[2]),
+        "Environment": code,
+        "CheckpointConfig": {"S3Uri": output_uri("data", "checkpoints", *code.values()),
                              "LocalPath": "/opt/ml/checkpoints"},
         "TensorBoardOutputConfig": {"S3OutputPath": run_uri(config, "tensorboard"),
                                     "LocalPath": "/opt/ml/output/tensorboard"}})
 
-# %% ../../nbs/aws/08_pipeline.ipynb #bc35141c
-MODEL = {"Get": "Steps.train.ModelArtifacts.S3ModelArtifacts"}
+# %% ../../nbs/aws/08_pipeline.ipynb #f309b5be
+KEEP, NEW = "keep", "new"  # the argument of the container, which is the step's name too; the entry that `once` reads
 
+def keep_step(config: PipelineConfig) -> dict:
+    "Return the step that checks a package and copies it, with its evaluation, to where the registry's files lie."
+    inputs = {"model": MODEL, "evaluation": output_uri("evaluate")}
+    return {"Name": KEEP, "Type": "Processing", "RetryPolicies": RETRIES,
+            "PropertyFiles": [property_file("Keep", KEEP, "keep.json")],
+            "Arguments": processing_arguments(config, config.registrar_role, inputs,
+                                              [_output(KEEP, registry_uri(config))],
+                                              [KEEP, parameter_reference("Registry")])}
+
+# %% ../../nbs/aws/08_pipeline.ipynb #bc35141c
 def register_step(config: PipelineConfig) -> dict:
     "Return the step that registers the package as a version that waits for approval."
-    container = {"Image": config.image("serve"), "ModelDataUrl": MODEL}
-    statistics = {"ContentType": "application/json", "S3Uri": output_uri("evaluate", "evaluation.json")}
+    container = {"Image": config.image("serve"), "ModelDataUrl": output_uri(KEEP, "model.tar.gz")}
+    statistics = {"ContentType": "application/json", "S3Uri": output_uri(KEEP, "evaluation.json")}
     metadata = {"run_id": {"Get": "Execution.PipelineExecutionId"}, "dataset": output_uri("data", "dataset"),
                 "fingerprint": evaluation_entry("fingerprints.package"), "data": evaluation_entry("fingerprints.data")}
     return {"Name": "register", "Type": "RegisterModel", "RetryPolicies": RETRIES[:1], "Arguments": {
@@ -231,16 +260,23 @@ def register_step(config: PipelineConfig) -> dict:
         "ModelMetrics": {"ModelQuality": {"Statistics": statistics}}, "CustomerMetadataProperties": metadata}}
 
 # %% ../../nbs/aws/08_pipeline.ipynb #708a65b9
+def once_step(config: PipelineConfig) -> dict:
+    "Return the condition that registers the package, unless it is registered already."
+    is_new = {"Type": "Equals", "LeftValue": file_entry(KEEP, "Keep", NEW), "RightValue": True}
+    return {"Name": "once", "Type": "Condition", "Arguments": {
+        "Conditions": [is_new], "IfSteps": [register_step(config)], "ElseSteps": []}}
+
+# %% ../../nbs/aws/08_pipeline.ipynb #4e44e261
 ACCURACY = "multiclass_classification_metrics.accuracy.value"
 
 def gate_step(config: PipelineConfig) -> dict:
-    "Return the condition that registers the package, or fails with the gate's reason."
+    "Return the condition that keeps and registers the package, or fails with the gate's reason."
     accurate = {"Type": "GreaterThanOrEqualTo", "LeftValue": evaluation_entry(ACCURACY),
                 "RightValue": parameter_reference("AccuracyThreshold")}
     passed = {"Type": "Equals", "LeftValue": evaluation_entry("gate.passed"), "RightValue": True}
     refuse = {"Name": "refuse", "Type": "Fail", "Arguments": {"ErrorMessage": evaluation_entry("gate.reason")}}
     return {"Name": "gate", "Type": "Condition", "Arguments": {
-        "Conditions": [accurate, passed], "IfSteps": [register_step(config)], "ElseSteps": [refuse]}}
+        "Conditions": [accurate, passed], "IfSteps": [keep_step(config), once_step(config)], "ElseSteps": [refuse]}}
 
 # %% ../../nbs/aws/08_pipeline.ipynb #9fda11ff
 def pipeline_definition(config: PipelineConfig = PipelineConfig()) -> dict:
@@ -251,12 +287,13 @@ def pipeline_definition(config: PipelineConfig = PipelineConfig()) -> dict:
              "--settings", parameter_reference("TrainSettings")]
     evaluate = ["--param", join_values("=", "min_accuracy", parameter_reference("AccuracyThreshold")),
                 "--param", "register=False", "--param", join_values("=", "registry", parameter_reference("Registry"))]
-    file = {"PropertyFileName": "Evaluation", "OutputName": "evaluate", "FilePath": "evaluation.json"}
+    evaluation = property_file("Evaluation", "evaluate", "evaluation.json")
     return {"Version": "2020-12-01", "Metadata": {},
             "Parameters": [declare_parameter(*one) for one in pipeline_parameters(config).items()], "Steps": [
         processing_step(config, "data", sources, [], {"INTEL_NB_DATA_VERSION": parameter_reference("DataVersion")}),
         training_step(config, dataset, train),
-        processing_step(config, "evaluate", {**dataset, "model": MODEL}, evaluate, PropertyFiles=[file]),
+        processing_step(config, "evaluate", {**dataset, "model": MODEL}, evaluate,
+                        {"INTEL_NB_CHAMPION": parameter_reference("ChampionVersion")}, PropertyFiles=[evaluation]),
         gate_step(config)]}
 
 # %% ../../nbs/aws/08_pipeline.ipynb #ce3504d3
@@ -265,10 +302,12 @@ EVALUATION = {
     "gate": {"passed": True, "reason": "accuracy 0.9000; no champion yet", "min_accuracy": .8},
     "fingerprints": {"data": "0" * 64, "package": "0" * 64},
 }
+KEPT = {NEW: True, "version": "", "reason": "no version is of this package and this data"}
+PROPERTY_FILES = {"evaluation.json": EVALUATION, "keep.json": KEPT}  # an example of each
 
 def pipeline_problems(definition: Any, values: Mapping[str, Any] = {}) -> list[Problem]:
     "Return what SageMaker would refuse of `definition`, started with these parameter values."
-    return definition_problems(definition, values, {"evaluation.json": EVALUATION})
+    return definition_problems(definition, values, PROPERTY_FILES)
 
 # %% ../../nbs/aws/08_pipeline.ipynb #5d6b8b3a
 def check_pipeline(definition: dict, values: Mapping[str, Any] = {}) -> dict:

@@ -20,18 +20,19 @@ from typing import Any
 
 import intel_nb
 from . import definition as syntax
-from .container import read_arguments
-from .pipeline import EVALUATION, check_pipeline, code_files, pipeline_definition
+from .container import read_arguments, read_keep_arguments, registered_version
+from .pipeline import ENTRY, KEEP, PROPERTY_FILES, check_pipeline, code_files, pipeline_definition
 from ..chain.execution import end_process
 from ..chain.plan import notebooks_folder, open_workspace
 from ..chain.runs import new_run_id
 from ..storage import InputError, fetch, link, read_json, write_bytes
 
 # %% auto #0
-__all__ = ['RUNNERS', 'StepFailed', 'LocalBuckets', 'RehearsedStep', 'Rehearsal', 'container_environment', 'run_job',
-           'run_processing', 'write_archive', 'run_training', 'serving_environment', 'load_as_served', 'run_register',
-           'run_fail', 'run_condition', 'run_steps', 'check_arguments', 'code_uris', 'put_inputs', 'RehearsalResult',
-           'rehearse', 'remove_empty_folders', 'rehearse_in_workspace', 'rehearsal_summary']
+__all__ = ['RUNNERS', 'StepFailed', 'LocalBuckets', 'RehearsedStep', 'Rehearsal', 'lay_image', 'image_environment',
+           'container_environment', 'run_job', 'run_processing', 'write_archive', 'run_training', 'serving_environment',
+           'load_as_served', 'run_register', 'run_fail', 'run_condition', 'run_steps', 'check_arguments', 'put_inputs',
+           'RehearsalResult', 'known_version', 'rehearse', 'remove_empty_folders', 'rehearse_in_workspace',
+           'rehearsal_summary']
 
 # %% ../../nbs/aws/10_rehearsal.ipynb #4438f949
 class StepFailed(RuntimeError):
@@ -49,7 +50,7 @@ class LocalBuckets:
     def path(self, uri: str) -> Path:
         "Return where the object or prefix `uri` lies; raise `StepFailed` when it is not an s3:// URI."
         key, parts = uri.removeprefix("s3://").rstrip("/"), uri.split("/")
-        if not uri.startswith("s3://") or not key or ".." in parts:
+        if not uri.startswith("s3://") or not key or ".." in parts or "//" in key:
             raise StepFailed(f"{uri} is not an s3:// URI")
         return self.root / key
 
@@ -97,6 +98,11 @@ class Rehearsal:
         return LocalBuckets(self.folder / "s3")
 
     @property
+    def image(self) -> Path:
+        "The folder that stands for the code in the image `steps`."
+        return self.folder / "image"
+
+    @property
     def scope(self) -> syntax.Scope:
         "The values that references have so far."
         return syntax.Scope(self.get, self.read)
@@ -121,6 +127,16 @@ class Rehearsal:
         except (InputError, LookupError) as error:
             reason = f"{path} cannot be read from {declared['FilePath']} of step {step}: {error.args[0]}"
             raise StepFailed(reason) from None
+
+# %% ../../nbs/aws/10_rehearsal.ipynb #c541b8d6
+def lay_image(folder: Path) -> None:
+    "Write the code that the image `steps` has to `folder`."
+    for name, content in code_files().items():
+        write_bytes(folder / name, content)
+
+def image_environment(folder: Path) -> dict[str, str]:
+    "Return the environment variables by which a job finds the code in `folder`."
+    return {"PYTHONPATH": str(folder), "INTEL_NB_NOTEBOOKS": str(folder / "nbs")}
 
 # %% ../../nbs/aws/10_rehearsal.ipynb #f8a1e4f9
 def container_environment(variables: Mapping[str, str], ml: Path,
@@ -164,7 +180,7 @@ def run_processing(rehearsal: Rehearsal, step: dict, arguments: dict) -> dict:
     for output in outputs:
         _inside(ml, output["S3Output"]["LocalPath"]).mkdir(parents=True)
     try:
-        run_job(arguments, arguments["AppSpecification"], ml)
+        run_job(arguments, arguments["AppSpecification"], ml, **image_environment(rehearsal.image))
     except StepFailed:
         _upload_outputs(rehearsal, ml, [one for one in outputs if one["S3Output"]["S3UploadMode"] == "Continuous"])
         raise
@@ -198,7 +214,8 @@ def run_training(rehearsal: Rehearsal, step: dict, arguments: dict) -> dict:
     for name in ("model", "output/data", "checkpoints"):
         (ml / name).mkdir(parents=True)
     try:
-        run_job(arguments, arguments["AlgorithmSpecification"], ml, TRAINING_JOB_NAME=job)
+        run_job(arguments, arguments["AlgorithmSpecification"], ml, TRAINING_JOB_NAME=job,
+                **image_environment(rehearsal.image))
     finally:
         _upload_synced(rehearsal, ml, arguments)
         write_archive(ml / "output/data", rehearsal.buckets.path(f"{output}/output.tar.gz"))
@@ -248,19 +265,13 @@ def run_register(rehearsal: Rehearsal, step: dict, arguments: dict) -> dict:
     lock = notebooks_folder().parent / "locks/serve.txt"
     load_as_served(package.path, serving_environment(rehearsal.folder / step["Name"] / "image", lock))
     report = buckets.path(arguments["ModelMetrics"]["ModelQuality"]["Statistics"]["S3Uri"])
-    version = _registered_version(registry, package, read_json(report))
+    version = registered_version(registry, read_json(report))
     if not version:
         version = _register(registry, package, report, arguments["ModelApprovalStatus"])
         registry.set_tag(version, "run_id", arguments.get("CustomerMetadataProperties", {}).get("run_id", rehearsal.id))
     rehearsal.version = version
     rehearsal.say(f"{step['Name']}: version {version}, {registry.get(version).status}")
     return arguments | {"ModelPackageVersion": int(version)}
-
-def _registered_version(registry: Any, package: Any, evaluation: dict) -> str:
-    "Return the version that `package` has in `registry` with the same verdict, or an empty text."
-    known = registry.find(package.fingerprint, evaluation["fingerprints"]["data"])
-    least = evaluation["gate"]["min_accuracy"]
-    return known.version if known and registry.evaluation(known.version)["gate"]["min_accuracy"] == least else ""
 
 def _register(registry: Any, package: Any, report: Path, status: str) -> str:
     evaluation = read_json(report)
@@ -311,37 +322,27 @@ def run_steps(rehearsal: Rehearsal, steps: list[dict]) -> None:
 
 # %% ../../nbs/aws/10_rehearsal.ipynb #71468109
 def check_arguments(definition: dict, parameters: Mapping[str, Any]) -> None:
-    "Raise `InputError` unless each container that runs our entry point gets arguments that its notebook takes."
-    index = syntax.build_index(definition, parameters, {"evaluation.json": EVALUATION})
+    "Raise `InputError` unless each container that runs our entry point gets arguments that it takes."
+    index = syntax.build_index(definition, parameters, PROPERTY_FILES)
     for name, step in index.steps.items():
         app = step["Arguments"].get("AppSpecification") or step["Arguments"].get("AlgorithmSpecification") or {}
-        if app.get("ContainerEntrypoint", [])[-1:] == ["intel_nb.aws.container"]:
+        if app.get("ContainerEntrypoint") == ENTRY:
+            given = syntax.resolve_value(app["ContainerArguments"], index.scope)
             try:
-                read_arguments(syntax.resolve_value(app["ContainerArguments"], index.scope), notebooks_folder())
+                read_keep_arguments(given) if given[0] == KEEP else read_arguments(given, notebooks_folder())
             except InputError as error:
                 raise InputError(f"step {name}: {error}") from None
 
-# %% ../../nbs/aws/10_rehearsal.ipynb #10078dd9
-def code_uris(definition: dict) -> set[str]:
-    "Return the URIs where the steps of `definition` expect the code."
-    found = set()
-    for step, _ in syntax.walk_steps(definition["Steps"]):
-        inputs, channels = step["Arguments"].get("ProcessingInputs", []), step["Arguments"].get("InputDataConfig", [])
-        found |= {one["S3Input"]["S3Uri"] for one in inputs if one["InputName"] == "code"}
-        found |= {one["DataSource"]["S3DataSource"]["S3Uri"] for one in channels if one["ChannelName"] == "code"}
-    return found
-
 # %% ../../nbs/aws/10_rehearsal.ipynb #1ceef1ff
 def put_inputs(rehearsal: Rehearsal, data: Path | None) -> None:
-    "Put into the buckets what lies there before an execution: the code, and `data` (drawn scenes where it is None)."
-    files, buckets = code_files(), rehearsal.buckets
-    for uri in code_uris(rehearsal.definition):
-        for name, content in files.items():
-            write_bytes(buckets.path(uri) / name, content)
-    data_uri = rehearsal.values.get("InputDataUrl")
+    "Put into the buckets what lies there before: an empty file for labels, and `data` (None: drawn scenes)."
+    defaults, buckets = syntax.bind_parameters(rehearsal.definition, {}), rehearsal.buckets
+    data_uri, labels_uri = rehearsal.values.get("InputDataUrl"), rehearsal.values.get("Annotations")
+    if labels_uri and labels_uri == defaults["Annotations"]:
+        write_bytes(buckets.path(labels_uri) / ".nothing", b"")  # an input needs a file; notebooks leave this out
     if data_uri and data:
         buckets.put(data, data_uri)
-    elif data_uri and data_uri == syntax.bind_parameters(rehearsal.definition, {})["InputDataUrl"]:
+    elif data_uri and data_uri == defaults["InputDataUrl"]:
         from intel_nb.scenes import sample_archive
         sample_archive(buckets.path(data_uri), per_class=100, seed=0)
 
@@ -355,6 +356,11 @@ class RehearsalResult:
     steps: list[RehearsedStep]
     folder: Path
 
+# %% ../../nbs/aws/10_rehearsal.ipynb #dc97c790
+def known_version(rehearsal: Rehearsal) -> str:
+    "Return the version that the package had before this rehearsal, or an empty text."
+    return rehearsal.read(f"Steps.{KEEP}.PropertyFiles.Keep", "version") if KEEP in rehearsal.results else ""
+
 # %% ../../nbs/aws/10_rehearsal.ipynb #1422bc6a
 def rehearse(definition: dict, parameters: Mapping[str, Any], folder: Path, registry: str, data: Path | None = None,
              say: Callable[[str], None] = print) -> RehearsalResult:
@@ -367,6 +373,7 @@ def rehearse(definition: dict, parameters: Mapping[str, Any], folder: Path, regi
     values = syntax.bind_parameters(check_pipeline(definition, parameters), parameters)
     check_arguments(definition, parameters)
     rehearsal = Rehearsal(definition, values, folder, registry, folder.name, say)
+    lay_image(rehearsal.image)
     put_inputs(rehearsal, data)
     status, reason = "Succeeded", ""
     try:
@@ -375,7 +382,7 @@ def rehearse(definition: dict, parameters: Mapping[str, Any], folder: Path, regi
         if error.wrong_input:
             raise InputError(str(error)) from None
         status, reason = "Failed", str(error)
-    return RehearsalResult(status, reason, rehearsal.version, rehearsal.records, folder)
+    return RehearsalResult(status, reason, rehearsal.version or known_version(rehearsal), rehearsal.records, folder)
 
 # %% ../../nbs/aws/10_rehearsal.ipynb #e4d88ae9
 def remove_empty_folders(folder: Path, top: Path) -> None:

@@ -5,19 +5,17 @@
 # %% ../../nbs/aws/16_stages.ipynb #2a731a7f
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .client import client, ignore_not_found, request_token, translate_errors
-from .deploy import upload_code
-from .executions import start_execution
-from .objects import ObjectNotFound, find_objects, list_objects, parse_s3_uri
+from .executions import start_execution, start_values
+from .objects import ObjectNotFound
 from .pipeline import PipelineConfig, check_pipeline, pipeline_definition
 from .stack import Options, checked_options, pipeline_config
 from ..chain.execution import NotebookFailed, execute
@@ -27,7 +25,7 @@ from ..serving.endpoints import open_endpoints
 from ..storage import InputError, fetch, read_json, write_text
 
 # %% auto #0
-__all__ = ['NOTEBOOKS', 'options_from', 'upsert_pipeline', 'data_version', 'run_modelbuild', 'Platform', 'choose_version',
+__all__ = ['NOTEBOOKS', 'options_from', 'config_from', 'upsert_pipeline', 'run_modelbuild', 'Platform', 'choose_version',
            'check_deploy_step', 'step_parameters', 'record_result', 'run_modeldeploy', 'run_build_command']
 
 # %% ../../nbs/aws/16_stages.ipynb #4bebd32f
@@ -36,6 +34,14 @@ def options_from(environ: Mapping[str, str]) -> Options:
     options: dict[str, Any] = json.loads(environ.get("INTEL_NB_STACK", "{}"))
     lists = {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
     return checked_options(Options(**(options | lists)))
+
+# %% ../../nbs/aws/16_stages.ipynb #6af86e3b
+def config_from(environ: Mapping[str, str]) -> PipelineConfig:
+    "Return what the pipeline is made from in a build: the stack's options, its roles, and the images of this code."
+    config = pipeline_config(options_from(environ), environ["INTEL_NB_ACCOUNT"], environ["INTEL_NB_JOB_ROLE"],
+                             environ["INTEL_NB_REGISTRAR_ROLE"])
+    return replace(config, image_steps=environ.get("INTEL_NB_IMAGE_STEPS") or config.image_steps,
+                   image_serve=environ.get("INTEL_NB_IMAGE_SERVE") or config.image_serve)
 
 # %% ../../nbs/aws/16_stages.ipynb #135f5375
 def upsert_pipeline(name: str, definition: dict, role: str) -> str:
@@ -47,26 +53,17 @@ def upsert_pipeline(name: str, definition: dict, role: str) -> str:
     client("sagemaker").create_pipeline(**request, ClientRequestToken=request_token())
     return "created"
 
-# %% ../../nbs/aws/16_stages.ipynb #5d2d5364
-def data_version(config: PipelineConfig) -> str:
-    "Return a digest of the archive and the labels, of 16 hexadecimal digits; raise `ObjectNotFound` for none."
-    bucket, prefix = parse_s3_uri(config.annotations)
-    archive = [found.tag for found in find_objects(config.data)]
-    labels = [f"{found['Key']} {found['ETag']}" for found in list_objects(bucket, prefix)]
-    return hashlib.sha256("\n".join([*archive, *labels]).encode()).hexdigest()[:16]
-
 # %% ../../nbs/aws/16_stages.ipynb #e905e5e2
 @translate_errors()
 def run_modelbuild(environ: Mapping[str, str] = os.environ) -> str:
     "Update the pipeline, and start it if there is data; return a sentence that says what was done."
-    config = pipeline_config(options_from(environ), environ["INTEL_NB_ACCOUNT"], environ["INTEL_NB_JOB_ROLE"])
-    upload_code(config)
+    config = config_from(environ)
     done = upsert_pipeline(config.group, check_pipeline(pipeline_definition(config)), environ["INTEL_NB_PIPELINE_ROLE"])
     try:
-        version = data_version(config)
+        values = start_values(config.group)
     except ObjectNotFound:
         return f"{done} the pipeline {config.group}; it starts when {config.data} is uploaded"
-    return f"{done} the pipeline {config.group}, and started {start_execution(config.group, {'DataVersion': version})}"
+    return f"{done} the pipeline {config.group}, and started {start_execution(config.group, values)}"
 
 # %% ../../nbs/aws/16_stages.ipynb #6e520c12
 NOTEBOOKS = {"deploy": "03_deploy.ipynb", "drift": "04_drift.ipynb", "staging": "05_test_staging.ipynb",
