@@ -34,6 +34,7 @@ from intel_nb.aws.state import (
     HeldStage,
     Serving,
     StageState,
+    TakenOver,
     begin_change,
     delete_state,
     end_change,
@@ -467,14 +468,18 @@ class SageMakerEndpoints(Endpoints):
 
 # %% ../../nbs/aws/04_hosting.ipynb #766d62df
 def give_up(held: HeldStage, endpoint: str, error: BaseException) -> None:
-    """Note after `error` what serves now, and let others change the stage.
+    """Note after `error` what serves now, and let others change the stage; raise `TakenOver` when others do already.
 
     While SageMaker is still changing the endpoint, our intent stays and keeps others away."""
-    with suppress(Exception):  # the first error is the one to tell
+    try:
         now = serving_now(describe_endpoint(endpoint))
         if not now.changing:
             problem = str(as_cloud_error(error)) if isinstance(error, Exception) else "it was interrupted"
             end_change(held, replace(repair_state(held.state, now), problem=problem))
+    except TakenOver:
+        raise
+    except Exception:
+        return  # the first error is the one to tell
 
 # %% ../../nbs/aws/04_hosting.ipynb #e69479bd
 @translate_errors()
