@@ -84,7 +84,7 @@ def test_no_call_hides_from_the_reader():
 def test_calls_are_followed_through_functions_classes_and_imports():
     found = {f"{c.service}.{c.method}" for c in calls_from(["aws.hosting:SageMakerEndpoints.deploy"])}
     assert {"sagemaker.create_model", "sagemaker.update_endpoint", "cloudwatch.put_metric_alarm",
-            "application-autoscaling.put_scaling_policy", "sagemaker.list_tags",
+            "application-autoscaling.put_scaling_policy", "ssm.get_parameter", "s3.put_object",
             "sagemaker.describe_model_package"} <= found
     assert not {"sagemaker.delete_model", "cloudwatch.delete_alarms"} & found
     assert calls_from(["aws.rules:event_rules"]) == set()
@@ -231,7 +231,8 @@ WRITERS = {"pipeline files": {"Job"}, "registry files": {"Registrar"}, "captures
            "codepipeline files": {"Build", "Deploy", "CodePipeline"}}
 READERS = {"pipeline files": {"Pipeline", "Job", "Registrar", "Deploy", "Operator"},
            "registry files": {"Pipeline", "Job", "Registrar", "Model", "Watch", "Build", "Deploy", "Operator"},
-           "captures": {"Watch"}, "drift files": {"Watch"}, "state files": {"Deploy", "Operator"},
+           "captures": {"Watch"}, "drift files": {"Watch"},
+           "state files": {"Job", "Registrar", "Watch", "Build", "Deploy", "Operator"},
            "codepipeline files": {"Build", "Deploy", "CodePipeline"}}
 
 

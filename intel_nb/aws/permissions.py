@@ -90,6 +90,8 @@ RESOURCES = {
 UNSCOPED = {
     "ecr:GetAuthorizationToken": "it returns a token for the whole registry of images, and takes no resource",
     "cloudwatch:PutMetricData": "a metric is no resource; a condition narrows it to one namespace",
+    "application-autoscaling:DescribeScalableTargets": "a list of targets is no resource",
+    "application-autoscaling:DescribeScalingPolicies": "a list of policies is no resource",
     "sagemaker:DescribeEndpointConfig": "auto-scaling asks for a name that SageMaker made up (ACK community#2110)",
 }
 
@@ -107,9 +109,10 @@ PULL_IMAGE = (
           "SageMaker pulls the image"))
 JOB_METRICS = (Grant(("cloudwatch:PutMetricData",), ("any",), "SageMaker sends a job's metrics", SERVICE_METRICS),)
 READ_GROUP = (
-    Grant(("sagemaker:DescribeModelPackageGroup", "sagemaker:ListTags"), ("group",)),
+    Grant(("ssm:GetParameter",), ("settings",)),
     Grant(("sagemaker:DescribeModelPackage", "sagemaker:ListModelPackages"), ("versions",)))
-READ_REGISTRY = (Grant(("s3:ListBucket",), ("artifacts",)), Grant(("s3:GetObject",), ("registry files",)))
+READ_REGISTRY = (  # which version is the champion stands in the state of production
+    Grant(("s3:ListBucket",), ("artifacts",)), Grant(("s3:GetObject",), ("registry files", "state files")))
 READ_RUNS = Grant(("s3:GetObject",), ("pipeline files",))
 
 # %% ../../nbs/aws/12_permissions.ipynb #ad1134fd
@@ -176,8 +179,7 @@ IMAGE = Role("codebuild", "builds the image and pushes it", (
 # %% ../../nbs/aws/12_permissions.ipynb #34e75011
 DEPLOY = Role("codebuild", "deploys a version to a stage and tests it there", (
     *BUILDING, *READ_GROUP, *READ_REGISTRY, READ_RUNS,
-    Grant(("s3:GetObject", "s3:PutObject"), ("state files",), "the stage's state and lock lie there"),
-    Grant(("sagemaker:AddTags", "sagemaker:DeleteTags"), ("group",)),
+    Grant(("s3:PutObject",), ("state files",)),
     Grant(("sagemaker:UpdateModelPackage",), ("versions",)),
     Grant(("sagemaker:CreateModel",), ("models",)),
     Grant(("sagemaker:CreateEndpointConfig",), ("endpoint configs",)),
@@ -218,12 +220,14 @@ SCHEDULER = Role("scheduler", "starts the jobs that look for drift, and ends the
 # %% ../../nbs/aws/12_permissions.ipynb #fbe16330
 OPERATOR = Role("", "starts the pipeline, looks at it, and approves versions", (
     *READ_GROUP, *READ_REGISTRY, READ_RUNS,
-    Grant(("s3:GetObject", "s3:PutObject"), ("state files",), "the stages' states and locks lie there"),
+    Grant(("s3:PutObject",), ("state files",), "the stages' states and locks lie there"),
     Grant(("sagemaker:DescribePipeline", "sagemaker:ListPipelineExecutions", "sagemaker:StartPipelineExecution"),
           ("pipeline",)),
     Grant(("sagemaker:DescribePipelineExecution", "sagemaker:ListPipelineExecutionSteps"), ("executions",)),
     Grant(("sagemaker:UpdateModelPackage",), ("versions",)),
     Grant(("sagemaker:DescribeEndpoint",), ("endpoints",)),
+    Grant(("application-autoscaling:DescribeScalableTargets", "application-autoscaling:DescribeScalingPolicies"),
+          ("any",)),
     Grant(("cloudwatch:DescribeAlarms",), ("alarms",))))
 
 # %% ../../nbs/aws/12_permissions.ipynb #e317d903
