@@ -257,9 +257,11 @@ def delete_group(name: str) -> None:
 
 # %% ../../nbs/aws/15_deploy.ipynb #00f00b68
 def delete_leftovers(name: str) -> None:
-    "Delete what a stack may have left behind: the settings, the log groups, and the pipeline's own remains."
+    "Delete what a stack may leave behind: the settings, the schedule that would end staging, and log groups."
     with ignore_missing():
         client("ssm").delete_parameter(Name=f"/{name}/settings")
+    with ignore_missing():
+        client("scheduler").delete_schedule(Name=f"{endpoint_name(name, 'staging')}-end")
     for group in own_log_groups(name):
         with ignore_missing():
             client("logs").delete_log_group(logGroupName=group)
@@ -281,7 +283,7 @@ def removal_steps(options: Options, say: Say, pause: Pause, keep: tuple[str, ...
     yield "stopping  what began meanwhile", lambda: stop_work(name, say, pause)
     yield "deleting  the images", lambda: delete_images(name)
     yield f"deleting  the stack {base}: about 2 minutes", lambda: delete_stack(base, pause)
-    yield "deleting  settings and logs", lambda: delete_leftovers(name)
+    yield "deleting  settings, schedules and logs", lambda: delete_leftovers(name)
     for bucket, kind in _buckets(options).items():
         if kind not in keep:
             yield f"deleting  {bucket}", partial(delete_bucket, bucket)
