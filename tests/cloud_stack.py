@@ -6,7 +6,7 @@
   in with it, and refused without it, or where the resource would be deleted with its stack; AWS has more conditions,
   and asks for the resource's present state. A stack named in `fails` fails as a whole and is rolled back; in AWS single
   resources fail, and a rollback can fail too. DeletionPolicy RetainExceptOnCreate keeps the resource, as it does in AWS
-  after a creation.
+  after a creation. A resource that is gone already does not stop the deletion of its stack (moto fails there).
 * Resources of CodeBuild::Project can be built, and no other property of them is read. moto makes only some kinds of
   resource: no pipeline, no group, no alarm and no CodePipeline comes into being, and no role is checked.
 * CodeBuild: a build reads its archive and its variables, goes through phases, and puts images into the repository, or
@@ -75,7 +75,7 @@ def stacks(cloud: Cloud):
     additions = {
         (formation, "create_change_set"): recording(state, formation.create_change_set),
         (backend, "execute_change_set"): executing(state, backend.execute_change_set),
-        (parsing, "delete"): keeping(parsing.delete),
+        (parsing, "delete"): keeping(state, parsing.delete),
         (builds, "start_build"): lambda self: start_build(self, state),
         (builds, "batch_get_builds"): lambda self: batch_get_builds(self, state),
         (builds, "list_builds_for_project"): lambda self: list_builds(self, state),
@@ -169,16 +169,26 @@ def adopting(imports: bool):
         moto.s3.models.S3Backend.create_bucket, ECRBackend.create_repository = create_bucket, create_repository
 
 
-def keeping(real):
-    "Return moto's deletion of a stack's resources, so that those with a policy Retain… stay."
+def keeping(state: Stacks, real):
+    "Return moto's deletion of a stack's resources, so that those with a policy Retain… stay, and absent ones may be."
     def delete(self):
         for one in self._resource_json_map.values():
-            if one.get("DeletionPolicy") == "RetainExceptOnCreate":
-                one["DeletionPolicy"] = "Retain"
+            kept = one.get("DeletionPolicy", "").startswith("Retain")
             if one["Type"] == "AWS::CodeBuild::Project":
                 projects().pop(one["Properties"]["Name"], None)
+            if one["Type"] == "AWS::ECR::Repository" and not kept:
+                delete_repository(state, one["Properties"])
+            if kept or one["Type"] == "AWS::ECR::Repository":
+                one["DeletionPolicy"] = "Retain"  # for moto, which knows no other
         return real(self)
     return delete
+
+
+def delete_repository(state: Stacks, properties: dict) -> None:
+    "Delete a repository as CloudFormation does: one with images only where EmptyOnDelete says so."
+    ecr = state.cloud.aws("ecr")
+    if properties["RepositoryName"] in {one["repositoryName"] for one in ecr.describe_repositories()["repositories"]}:
+        ecr.delete_repository(repositoryName=properties["RepositoryName"], force=properties.get("EmptyOnDelete", False))
 
 
 # -- CodeBuild

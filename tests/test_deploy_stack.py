@@ -1,5 +1,6 @@
 """Putting both stacks into an account and out again, from every state in which a deployment may have been left."""
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -197,7 +198,7 @@ def test_all_that_is_too_small_is_said_at_once(aws):
         deploy()
     lines = str(refused.value).splitlines()
     assert lines[0] == "intel-nb cannot be deployed yet:" and len(lines) == 4
-    assert "'ml.m5.large for endpoint usage' is 4, and 10 are needed" in lines[1]
+    assert "'ml.m5.large for endpoint usage' is 4, and has to be 10" in lines[1]
     assert "ask for 10 at https://us-east-1.console.aws.amazon.com/servicequotas/home/services/sagemaker/" in lines[1]
     assert "/services/codebuild/" in lines[3]
     assert aws.change_sets == [], "nothing was made"
@@ -303,7 +304,9 @@ def test_a_removal_that_nobody_agrees_to_changes_nothing(aws):
     assert any(DATA in line and "versions of objects" in line for line in said)
 
 
-@pytest.mark.parametrize("last", range(11))
+# after which of its steps; the slow ones differ in what is left alone
+@pytest.mark.parametrize("last", [one if one in (3, 6) else pytest.param(one, marks=pytest.mark.slow)
+                                  for one in range(12)])
 def test_a_removal_that_was_cut_off_is_finished_by_the_next(aws, last):
     from intel_nb.aws.deploy import removal_steps
     deploy()
@@ -317,7 +320,8 @@ def test_a_removal_that_was_cut_off_is_finished_by_the_next(aws, last):
     assert deploy(), "and all names are free again"
 
 
-@pytest.mark.parametrize("gone", ["base stack", "stack", "buckets", "repository", "all but the stacks"])
+@pytest.mark.parametrize("gone", ["all but the stacks", *(pytest.param(one, marks=pytest.mark.slow) for one in (
+    "base stack", "stack", "buckets", "repository"))])
 def test_a_removal_does_not_mind_what_is_gone(aws, gone):
     deploy()
     if gone == "stack":
@@ -427,3 +431,24 @@ def test_the_requests_of_a_deployment_have_the_form_that_the_services_take():
 def test_templates_differ_only_in_their_images(aws):
     given = replace(Options(), image_steps=f"{ACCOUNT}.dkr.ecr.us-east-1.amazonaws.com/intel-nb@sha256:{'1' * 64}")
     assert list(template(given, SMALL)["Resources"]) == list(template(Options(), SMALL)["Resources"])
+
+
+def test_requests_that_the_emulator_lacks_have_the_form_that_the_service_takes():
+    from intel_nb.aws.executions import stop_execution_request
+    arn = "arn:aws:sagemaker:us-east-1:123456789012:pipeline/intel-nb/execution/abcdefghijkl"
+    assert request_problems("sagemaker", "stop_pipeline_execution", stop_execution_request(arn)) == []
+    assert request_problems("sagemaker", "delete_model_package",
+                         {"ModelPackageName": arn.replace("pipeline/intel-nb/execution/abcdefghijkl",
+                                                          "model-package/intel-nb/1")}) == []
+    assert request_problems("sagemaker", "delete_model_package_group", {"ModelPackageGroupName": "intel-nb"}) == []
+
+
+def test_without_credentials_there_is_a_sentence(monkeypatch):
+    for name in [n for n in os.environ if n.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "none")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "none")
+    for work in (deploy_stack, destroy_stack):
+        with pytest.raises(InputError, match="no AWS credentials are here"):
+            work(Options())

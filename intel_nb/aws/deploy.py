@@ -39,7 +39,7 @@ __all__ = ['CODE_ARCHIVES', 'JOB_LOGS', 'BUCKETS', 'PROJECTS', 'base_name', 'put
            'limit_job_logs', 'with_images', 'deploy_stack', 'finish_deployment', 'next_steps', 'StackAsset',
            'list_buckets', 'bucket_size', 'list_images', 'own_log_groups', 'list_endpoints', 'list_assets',
            'running_executions', 'running_drift_jobs', 'running_work', 'stop_work', 'delete_group', 'delete_leftovers',
-           'delete_images', 'removal_steps', 'destroy_stack', 'say_what_is_left']
+           'removal_steps', 'destroy_stack', 'say_what_is_left']
 
 # %% ../../nbs/aws/15_deploy.ipynb #f8929446
 def base_name(name: str) -> str:
@@ -257,7 +257,9 @@ def delete_group(name: str) -> None:
 
 # %% ../../nbs/aws/15_deploy.ipynb #00f00b68
 def delete_leftovers(name: str) -> None:
-    "Delete what a stack may leave behind: the settings, the schedule that would end staging, and log groups."
+    "Delete what the stacks leave: the repository with its images, settings, staging's last schedule, and log groups."
+    with ignore_missing():
+        client("ecr").delete_repository(repositoryName=name, force=True)
     with ignore_missing():
         client("ssm").delete_parameter(Name=f"/{name}/settings")
     with ignore_missing():
@@ -265,12 +267,6 @@ def delete_leftovers(name: str) -> None:
     for group in own_log_groups(name):
         with ignore_missing():
             client("logs").delete_log_group(logGroupName=group)
-
-# %% ../../nbs/aws/15_deploy.ipynb #fccad701
-def delete_images(name: str) -> None:
-    "Delete the repository `name` with all its images; CloudFormation only deletes an empty one."
-    with ignore_missing():
-        client("ecr").delete_repository(repositoryName=name, force=True)
 
 # %% ../../nbs/aws/15_deploy.ipynb #83a4030d
 def removal_steps(options: Options, say: Say, pause: Pause, keep: tuple[str, ...]) -> Iterator[tuple[str, Callable]]:
@@ -281,9 +277,8 @@ def removal_steps(options: Options, say: Say, pause: Pause, keep: tuple[str, ...
     yield "deleting  the versions", lambda: delete_group(name)
     yield f"deleting  the stack {name}: about 5 minutes", lambda: delete_stack(name, pause)
     yield "stopping  what began meanwhile", lambda: stop_work(name, say, pause)
-    yield "deleting  the images", lambda: delete_images(name)
     yield f"deleting  the stack {base}: about 2 minutes", lambda: delete_stack(base, pause)
-    yield "deleting  settings, schedules and logs", lambda: delete_leftovers(name)
+    yield "deleting  what the stacks left: images, settings, schedules and logs", lambda: delete_leftovers(name)
     for bucket, kind in _buckets(options).items():
         if kind not in keep:
             yield f"deleting  {bucket}", partial(delete_bucket, bucket)

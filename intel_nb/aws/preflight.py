@@ -93,7 +93,7 @@ def shortage(need: Need, quota: dict, region: str) -> str:
     "Return the sentence that says what to ask for, or an empty text when the `quota` suffices."
     if quota["Value"] >= need.needed:
         return ""
-    return (f"the quota {need.quota!r} is {quota['Value']:g}, and {need.needed} are needed ({need.why}); ask for "
+    return (f"the quota {need.quota!r} is {quota['Value']:g}, and has to be {need.needed} ({need.why}); ask for "
             f"{need.needed} at https://{region}.console.aws.amazon.com/servicequotas/home/services/{need.service}/"
             f"quotas/{quota['QuotaCode']}")
 
@@ -111,7 +111,7 @@ def quota_shortages(needs: Iterable[Need], region: str, say: Say = print) -> lis
         return []
     for need in needs:
         if need.quota not in found:
-            say(f"quotas    {need.quota!r} is not in the account's list, and is not checked; {need.needed} are needed")
+            say(f"quotas    {need.quota!r} is not in the account's list and not checked; it has to be {need.needed}")
     texts = (shortage(need, found[need.quota], region) for need in needs if need.quota in found)
     return [text for text in texts if text]
 
