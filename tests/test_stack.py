@@ -7,10 +7,8 @@ import shutil
 import subprocess
 
 import pytest
-from cloud import emulated
 
 from intel_nb.aws.base import TEMPLATE_BYTES
-from intel_nb.aws.client import client
 from intel_nb.aws.stack import (
     ACCOUNT,
     BUILD_SPECS,
@@ -437,103 +435,6 @@ def test_the_dashboard_has_the_form_that_cloudwatch_reads(made):
 def test_wrong_options_are_refused(change, said):
     with pytest.raises(InputError, match=re.escape(said)):
         checked_options(Options(**change))
-
-
-# -- deploying and removing, on an emulator over HTTP
-
-@pytest.fixture
-def emulator(tmp_path):
-    with emulated(tmp_path) as cloud:
-        yield cloud
-        assert cloud.problems == []
-
-
-SMALL = {"Version": "2020-12-01", "Parameters": [], "Steps": []}
-no_pause = lambda seconds: None
-
-
-def test_a_deployment_is_shown_and_made_only_when_a_person_agrees(emulator):
-    from intel_nb.aws.deploy import deploy_stack, find_stack
-    said, asked = [], []
-    assert deploy_stack(Options(), ask=lambda q: asked.append(q), say=said.append, pause=no_pause,
-                        definition=SMALL) is False
-    assert find_stack("intel-nb") is None and len(asked) == 1
-    assert any("S3::Bucket" in line and "DataBucket" in line for line in said)
-    assert re.fullmatch(r"Make these \d+ changes to the stack intel-nb\?", asked[0])
-
-
-def test_a_stack_is_deployed_twice_and_removed(emulator):
-    from intel_nb.aws.deploy import BUCKETS, deploy_stack, destroy_stack, find_stack, list_assets, list_buckets
-    said = []
-    assert deploy_stack(Options(), say=said.append, pause=no_pause, definition=SMALL)
-    assert find_stack("intel-nb")["StackStatus"] == "CREATE_COMPLETE"
-    assert [name.split("-")[2] for name in list_buckets(Options())] == [what for what in BUCKETS if what != "template"]
-    code = [line for line in said if line.startswith("code")]
-    assert len(code) == 1
-    artifacts = client("s3").list_objects_v2(Bucket=f"intel-nb-artifacts-{ACCOUNT}-us-east-1")["Contents"]
-    keys = [one["Key"] for one in artifacts]
-    assert any(key.endswith("/intel_nb/__init__.py") for key in keys)
-    assert client("s3").head_object(Bucket=f"intel-nb-annotations-{ACCOUNT}-us-east-1",
-                                    Key="annotations/.nothing")["ContentLength"] == 0
-
-    assert deploy_stack(Options(), say=said.append, pause=no_pause,
-                        definition=SMALL), "a second time changes nothing that matters"
-
-    client("s3").put_object(Bucket=f"intel-nb-data-{ACCOUNT}-us-east-1", Key="intel.zip", Body=b"12345")
-    named = {one.name: one.content for one in list_assets(Options()) if one.kind == "bucket"}
-    assert named[f"intel-nb-data-{ACCOUNT}-us-east-1"].startswith("1 versions of objects")
-    said.clear()
-    assert destroy_stack(Options(), say=said.append, pause=no_pause) is False, "nobody agreed"
-    assert any("intel-nb-data-" in line and "1 versions" in line for line in said)
-    assert find_stack("intel-nb") is not None
-    assert destroy_stack(Options(), ask=lambda q: True, say=said.append, pause=no_pause)
-    assert find_stack("intel-nb") is None and list_buckets(Options()) == []
-    said.clear()
-    assert destroy_stack(Options(), ask=lambda q: pytest.fail("there is nothing to ask"), say=said.append,
-                         pause=no_pause)
-    assert said == ["nothing is left of intel-nb"]
-
-
-def test_a_bucket_that_is_kept_stays(emulator):
-    from intel_nb.aws.deploy import deploy_stack, destroy_stack, list_buckets
-    deploy_stack(Options(), say=lambda line: None, pause=no_pause, definition=SMALL)
-    client("s3").put_object(Bucket=f"intel-nb-data-{ACCOUNT}-us-east-1", Key="intel.zip", Body=b"12345")
-    said = []
-    assert destroy_stack(Options(), ask=lambda q: True, say=said.append, pause=no_pause, keep=("data", "annotations"))
-    assert [name.split("-")[2] for name in list_buckets(Options())] == ["data", "annotations"]
-    assert any("kept" in line for line in said)
-
-
-def test_a_removal_deletes_the_versions_of_the_registry_too(emulator):
-    from intel_nb.aws.deploy import list_assets, list_packages
-    client("sagemaker").create_model_package_group(ModelPackageGroupName="intel-nb")
-    client("sagemaker").create_model_package(ModelPackageGroupName="intel-nb", ModelApprovalStatus="Approved")
-    assert len(list_packages("intel-nb")) == 1
-    assert [(one.kind, one.content) for one in list_assets(Options())
-            if one.kind == "versions"] == [("versions", "1 in the registry")]
-
-
-def test_requests_that_the_emulator_lacks_have_the_form_that_the_service_takes():
-    from intel_nb.aws.client import request_problems
-    from intel_nb.aws.executions import stop_execution_request
-    arn = "arn:aws:sagemaker:us-east-1:123456789012:pipeline/intel-nb/execution/abcdefghijkl"
-    assert request_problems("sagemaker", "stop_pipeline_execution", stop_execution_request(arn)) == []
-    assert request_problems("sagemaker", "delete_model_package",
-                         {"ModelPackageName": arn.replace("pipeline/intel-nb/execution/abcdefghijkl",
-                                                          "model-package/intel-nb/1")}) == []
-    assert request_problems("sagemaker", "delete_model_package_group", {"ModelPackageGroupName": "intel-nb"}) == []
-
-
-def test_without_credentials_there_is_a_sentence(monkeypatch):
-    from intel_nb.aws.deploy import deploy_stack, destroy_stack
-    for name in [n for n in os.environ if n.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_CONFIG_FILE", "none")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "none")
-    for work in (deploy_stack, destroy_stack):
-        with pytest.raises(InputError, match="no AWS credentials are here"):
-            work(Options())
 
 
 # -- the costs
