@@ -84,6 +84,10 @@ def test_a_command_that_nobody_has_would_be_found():
         assert_command_exists("The endpoint is gone.")
 
 
+def test_commands_that_are_still_to_come_have_not_come():
+    assert TO_COME & {one.name for one in aws_app.registered_commands} == set(), "take them out of TO_COME"
+
+
 @pytest.mark.parametrize("event", [
     package_event(status="PendingManualApproval", changed="CustomerMetadataProperties"), package_event(),
     package_event(status="Rejected"), registered("other"), registered("intel-nb", ModelPackageStatus="InProgress"),
