@@ -213,6 +213,7 @@ def lifecycles(options: Options) -> dict[str, list[dict]]:
                           expire_objects(artifact_prefix(options), 30)],
             "logs": [expire_versions(30), expire_objects("access/", 90), expire_objects("AWSLogs/", 90)]}
 
+# %% ../../nbs/aws/14_base.ipynb #656b0e44
 def buckets(options: Options, account: str) -> Resources:
     "Return the buckets for photographs, labels, artifacts, code and access logs."
     rules = lifecycles(options)

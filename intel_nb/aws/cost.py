@@ -139,17 +139,20 @@ def staging_hours(usage: Usage) -> float:
     up = usage.deployments * (usage.staging_hours + 1)  # it is made and tested in an hour
     return min(HOURS, up) if usage.staging_hours else HOURS
 
+# %% ../../nbs/aws/13_cost.ipynb #587555c6
 def endpoint_items(usage: Usage) -> list[BillItem]:
     "Return what a month of the endpoints costs: instances that wait for requests."
     production = usage.production_hours * usage.production_instances
     return [bill_item(usage.instance_serve, staging_hours(usage), "staging: one instance"),
             bill_item(usage.instance_serve, production, f"production: {usage.production_instances} instances")]
 
+# %% ../../nbs/aws/13_cost.ipynb #4cea41d8
 def image_items(usage: Usage) -> list[BillItem]:
     "Return what a month of the image costs: its builds, and the repository."
     return [bill_item("build minute", usage.images * usage.image_minutes, f"{usage.images} builds of the image"),
             bill_item("ecr storage", usage.image_gb, "images for jobs and endpoints")]
 
+# %% ../../nbs/aws/13_cost.ipynb #9987b612
 def standing_items(usage: Usage) -> list[BillItem]:
     "Return what a month costs beside runs and deployments: most of it is instances that wait for requests."
     files = usage.requests / 100

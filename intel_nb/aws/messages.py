@@ -127,6 +127,7 @@ def message_id(message: Message) -> str:
     "Return the logical ID of the rule of `message`."
     return "Tell" + "".join(part.title() for part in message.name.split("-"))
 
+# %% ../../nbs/aws/14_messages.ipynb #1efaaa4c
 def message_resource(options: Options, message: Message) -> dict:
     "Return the rule that sends `message` to the topic; what it cannot deliver goes to the queue."
     transformer: dict[str, Any] = {"InputTemplate": json.dumps(message.text)}
@@ -138,6 +139,7 @@ def message_resource(options: Options, message: Message) -> dict:
         "Name": f"{options.name}-tell-{message.name}", "Description": "tells people: " + message.name.replace("-", " "),
         "State": "ENABLED", "EventPattern": message.pattern, "Targets": [target]})
 
+# %% ../../nbs/aws/14_messages.ipynb #42f6c2ac
 def message_rules(options: Options) -> Resources:
     "Return the rules of all messages."
     return {message_id(message): message_resource(options, message) for message in messages(options)}
@@ -201,6 +203,7 @@ def dead_letter_alarms(options: Options) -> Resources:
             Dimensions=[{"Name": "QueueName", "Value": attribute(name, "QueueName")}])
     return found
 
+# %% ../../nbs/aws/14_messages.ipynb #a0caedfd
 def alarms(options: Options) -> Resources:
     "Return the alarms of both stages and of the queues."
     return {**{key: made for stage in STAGES for key, made in stage_alarms(options, stage).items()},

@@ -40,6 +40,7 @@ def local_arn(service: str, resource: str) -> str:
     "Return the ARN, in CloudFormation's syntax, of a resource in the account and the region of the stack."
     return f"arn:${{AWS::Partition}}:{service}:${{AWS::Region}}:${{AWS::AccountId}}:{resource}"
 
+# %% ../../nbs/aws/12_permissions.ipynb #1294df7a
 def bucket_arn(kind: str, key: str = "") -> str:
     "Return the ARN, in CloudFormation's syntax, of the stack's bucket for `kind`, or of the objects `key` in it."
     return f"arn:${{AWS::Partition}}:s3:::{{name}}-{kind}-${{AWS::AccountId}}-${{AWS::Region}}{key and '/'}{key}"
@@ -241,6 +242,7 @@ class Implied:
     on: str = ""
     condition: Mapping[str, Any] = field(default_factory=dict)
 
+# %% ../../nbs/aws/12_permissions.ipynb #11a46552
 def pass_to(service: str) -> dict[str, Any]:
     "Return the condition under which a role may be given to `service` alone."
     return {"StringEquals": {"iam:PassedToService": f"{service}.amazonaws.com"}}
@@ -320,6 +322,7 @@ def fill_names(value: Any, names: Mapping[str, Any]) -> Any:
         value = value.replace(f"{{{name}}}", str(text))
     return {"Fn::Sub": value} if "${" in value else value
 
+# %% ../../nbs/aws/12_permissions.ipynb #e766cff2
 def resource_arns(resource: str, names: Mapping[str, Any]) -> list:
     "Return the ARNs of `resource` (a name in `RESOURCES`) for a template; `names` fills in what stands in braces."
     arns = [image_arn(uri) for uri in names["images"]] if resource == "images" else [RESOURCES[resource]]
@@ -330,6 +333,7 @@ def policy_document(statements: Iterable[dict]) -> dict:
     "Return the policy document of `statements`."
     return {"Version": "2012-10-17", "Statement": list(statements)}
 
+# %% ../../nbs/aws/12_permissions.ipynb #0c5dc120
 def policy(grants: Iterable[Grant], **names: Any) -> dict:
     "Return the policy document of `grants`; `names` are `name`, `short`, `connection` and `images` (a list of URIs)."
     return policy_document(_statement(grant, names) for grant in grants)

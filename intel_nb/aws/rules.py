@@ -83,6 +83,7 @@ class StartQueue:
     delay: int  # in seconds, of each message
     data_version: str
 
+# %% ../../nbs/aws/11_rules.ipynb #85676005
 QUEUES = {"data-uploaded": StartQueue("data", 0, "$.body.version"),
           "annotations-added": StartQueue("labels", 300, "$.messageId")}
 

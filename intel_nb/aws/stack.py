@@ -62,6 +62,7 @@ def bucket(options: Options, kind: str) -> dict:
     "Return the name of the bucket for `kind`, which the stack NAME-base has made."
     return sub(bucket_name(options, kind))
 
+# %% ../../nbs/aws/14_stack.ipynb #4f57b8c6
 def trail(options: Options) -> Resources:
     "Return the trail that logs uploads; nothing where S3 sends its events directly."
     if options.events != "cloudtrail":
@@ -122,6 +123,7 @@ def settings(options: Options) -> dict:
               "instance": config.instance_serve}
     return sub(fill_stand_ins(json.dumps(values))["Fn::Sub"].replace("MODEL", "${ModelRole.Arn}"))
 
+# %% ../../nbs/aws/14_stack.ipynb #6468dffe
 def pipeline_and_group(options: Options, definition: dict) -> Resources:
     "Return the SageMaker pipeline with this `definition`, the model package group, and the settings of both."
     body = json.dumps(definition, separators=(",", ":"))
@@ -273,12 +275,14 @@ def rule_target(options: Options, rule: EventRule) -> dict:
     return {"Id": queue.name, "Arn": attribute(queue_id(queue)), "SqsParameters": {"MessageGroupId": queue.name},
             **text}
 
+# %% ../../nbs/aws/14_stack.ipynb #a8c99314
 def rule_resource(options: Options, rule: EventRule) -> dict:
     "Return a rule of EventBridge with its one target."
     target = {**rule_target(options, rule), "DeadLetterConfig": {"Arn": attribute("Undelivered")}, "RetryPolicy": RETRY}
     return resource("Events::Rule", {"Name": f"{options.name}-{rule.name}", "Description": rule.why, "State": "ENABLED",
                                      "EventPattern": rule.pattern, "Targets": [target]})
 
+# %% ../../nbs/aws/14_stack.ipynb #943dc1ae
 def queue_id(queue: StartQueue) -> str:
     "Return the logical ID of `queue`."
     return {"data": "DataQueue", "labels": "LabelQueue"}[queue.name]
@@ -294,6 +298,7 @@ def queue_resource(options: Options, name: str, **more: Any) -> dict:
         "QueueName": f"{options.name}-{name}", "SqsManagedSseEnabled": True, "MessageRetentionPeriod": RETENTION,
         **fifo, **more}, Metadata=linter_exceptions(CKV_AWS_27=reason))
 
+# %% ../../nbs/aws/14_stack.ipynb #6e708894
 def queue_policy(name: str, rules: list[str]) -> dict:
     "Return the policy by which `rules` (logical IDs) may send to the queue `name`."
     allow = [allow_service("events", "sqs:SendMessage", {"ArnEquals": {"aws:SourceArn": [*map(attribute, rules)]}},
