@@ -211,7 +211,7 @@ def test_six_notebooks_without_a_network(images, ml, archive, uid):
 
 @USERS
 def test_a_processing_job(images, ml, archive, uid):
-    "As the pipeline's definition starts it, for the code of this checkout; wrong input and wrong code are in `message`."
+    "As the pipeline's definition starts it, for this code; wrong input and other code are in `message`."
     mount = ml / "processing" / "input" / "archive"
     mount.mkdir(parents=True)
     shutil.copy(archive, mount)

@@ -126,6 +126,7 @@ def execution_parameters(arn: str) -> dict[str, str]:
                      PipelineExecutionArn=arn)
     return {one["Name"]: one["Value"] for one in found}
 
+# %% ../../nbs/aws/07_executions.ipynb #098b5022
 def find_execution(pipeline: str, version: str) -> str:
     "Return the ARN of a recent execution for this version of the data, or an empty text."
     found = client("sagemaker").list_pipeline_executions(
