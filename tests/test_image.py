@@ -11,7 +11,7 @@ import pytest
 from conftest import QUICK
 from containers import MISSING, Images
 
-from intel_nb.aws.pipeline import ENTRY, NOTEBOOKS
+from intel_nb.aws.pipeline import ENTRY, NOTEBOOKS, code_environment
 from intel_nb.model import load_package, pack
 from intel_nb.scenes import sample_jpeg
 
@@ -211,13 +211,13 @@ def test_six_notebooks_without_a_network(images, ml, archive, uid):
 
 @USERS
 def test_a_processing_job(images, ml, archive, uid):
-    "As the pipeline's definition starts it; wrong input is in `message`."
+    "As the pipeline's definition starts it, for this code; wrong input and other code are in `message`."
     mount = ml / "processing" / "input" / "archive"
     mount.mkdir(parents=True)
     shutil.copy(archive, mount)
     give(ml, uid)
     command = [*ENTRY, NOTEBOOKS["data"]]
-    with images.run("intel-nb:steps", {"/opt/ml": ml}, command, uid) as container:
+    with images.run("intel-nb:steps", {"/opt/ml": ml}, command, uid, code_environment()) as container:
         assert container.wait(120) == 0, container.log
     assert json.loads((ml / "processing" / "output" / "result.json").read_text())["train"]
     assert (ml / "processing" / "executed" / NOTEBOOKS["data"]).is_file()
@@ -225,6 +225,9 @@ def test_a_processing_job(images, ml, archive, uid):
     with images.run("intel-nb:steps", {"/opt/ml": ml}, command, uid) as container:
         assert container.wait(120) == 2, container.log
     assert archive.name in (ml / "output" / "message").read_text()
+    with images.run("intel-nb:steps", {"/opt/ml": ml}, command, uid, {"INTEL_NB_CODE": "0" * 16}) as container:
+        assert container.wait(120) == 2, container.log
+    assert "the job is for the code 0000000000000000" in (ml / "output" / "message").read_text()
 
 
 def training_job(ml: Path, dataset: Path, uid: int, **hyperparameters: str) -> None:

@@ -6,6 +6,7 @@ import ast
 import itertools
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -292,12 +293,11 @@ def test_what_the_pipeline_registers_goes_through_modeldeploy(cloud, package, tm
         tmp_path / "predictions.parquet", split, loaded.predict_bytes(split.images)["probabilities"],
         batch_tolerance=1e-5, fingerprint=loaded.fingerprint)
     figures = EVALUATION | {"fingerprints": {"data": "d9", "package": loaded.fingerprint}}
-    places = {"Steps.data": f"{bucket}/data", "Steps.evaluate": f"{bucket}/evaluate",
-              "Steps.train": f"{bucket}/train/model.tar.gz"}
+    places = {"Steps.data": f"{bucket}/data", "Steps.keep": f"{bucket}/registry/an-execution"}
     upload(tmp_path / "dataset", f"{bucket}/data/dataset")
-    upload(pack(package, tmp_path / "model.tar.gz"), places["Steps.train"])
-    upload(write_json(tmp_path / "evaluation.json", figures), f"{bucket}/evaluate/evaluation.json")
-    upload(predicted, f"{bucket}/evaluate/predictions.parquet")
+    upload(pack(package, tmp_path / "model.tar.gz"), f"{places['Steps.keep']}/model.tar.gz")
+    upload(write_json(tmp_path / "evaluation.json", figures), f"{places['Steps.keep']}/evaluation.json")
+    upload(predicted, f"{places['Steps.keep']}/predictions.parquet")
     scope = Scope(lambda path: next((uri for start, uri in places.items() if path.startswith(start)), "an-execution"),
                   lambda file, path: lookup_path(figures, path))
     request = resolve_value(step_arguments(register_step(PipelineConfig())), scope)
@@ -448,10 +448,15 @@ def a_stack_comes_and_goes(cloud):
     assert deploy.deploy_stack(options, **quiet)
     assert deploy.first_failure("scenes") == ""
     environ = {"INTEL_NB_STACK": json.dumps({"name": "scenes"}), "INTEL_NB_ACCOUNT": "123456789012",
-               "INTEL_NB_JOB_ROLE": ROLE, "INTEL_NB_PIPELINE_ROLE": ROLE}
+               "INTEL_NB_JOB_ROLE": ROLE, "INTEL_NB_REGISTRAR_ROLE": ROLE, "INTEL_NB_PIPELINE_ROLE": ROLE}
     assert stages.run_modelbuild(environ).startswith("created the pipeline scenes; it starts when s3://scenes-data-")
     client("s3").put_object(Bucket="scenes-data-123456789012-us-east-1", Key="intel.zip", Body=b"12345")
     assert stages.run_modelbuild(environ).startswith("updated the pipeline scenes, and started arn:")
+    cloud.aws("s3").put_bucket_versioning(Bucket="scenes-data-123456789012-us-east-1",  # moto's stack does not
+                                          VersioningConfiguration={"Status": "Enabled"})
+    with zipfile.ZipFile(cloud.folder / "scenes.zip", "w") as archive:
+        archive.writestr("seg_train/sea/1.jpg", b"a photograph")
+    assert executions.start_upload("scenes", cloud.folder / "scenes.zip", **quiet).startswith("arn:")
     for execution in backend(cloud).pipelines["scenes"].pipeline_executions.values():
         execution.pipeline_execution_status = "Executing"
     create_group("scenes", GroupSettings())

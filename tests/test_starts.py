@@ -116,7 +116,7 @@ def test_a_value_that_a_job_cannot_take_is_refused_before_the_start(cloud, pipel
     for values, expected in {
         json.dumps({"TrainSettings": json.dumps({"note": "x" * 250})}):
             r"step train: .* has 262 characters, more than 256; it comes from the parameter TrainSettings",
-        json.dumps({"TrainingInstanceType": "ml.none"}): "parameters: step train: ResourceConfig.InstanceType is 'ml.none'",
+        json.dumps({"TrainingInstanceType": "ml.none"}): "step train: ResourceConfig.InstanceType is 'ml.none'",
         json.dumps({"InputDataUrl": "s3://scenes-data//intel.zip"}): "two slashes in a row",
         json.dumps({"AccuracyThreshold": "high"}): "which is no Float"}.items():
         with pytest.raises(InputError, match=expected):

@@ -17,6 +17,7 @@ import boto3
 import botocore.exceptions
 import botocore.session
 import botocore.validate
+from boto3.exceptions import S3UploadFailedError
 from botocore import xform_name
 from botocore.config import Config
 from botocore.exceptions import ClientError
@@ -26,8 +27,9 @@ from ..storage import InputError
 # %% auto #0
 __all__ = ['NO_CREDENTIALS', 'CREDENTIAL_CODES', 'DENIED_CODES', 'THROTTLING_CODES', 'NOT_FOUND_CODES', 'ignore_existing',
            'ignore_not_found', 'CONFIG', 'error_code', 'CloudError', 'as_cloud_error', 'translate_errors',
-           'is_not_found', 'already_exists', 'not_found_as', 'ignoring', 'region_name', 'check_credentials', 'client',
-           'request_token', 'paginate', 'service_model', 'request_shape', 'request_problems']
+           'is_not_found', 'already_exists', 'not_found_as', 'upload_errors', 'ignoring', 'region_name',
+           'check_credentials', 'client', 'request_token', 'paginate', 'service_model', 'request_shape',
+           'request_problems']
 
 # %% ../../nbs/aws/01_client.ipynb #2f49e404
 def error_code(error: ClientError) -> str:
@@ -112,6 +114,15 @@ def not_found_as(replacement: Exception) -> Iterator[None]:
         if is_not_found(error):
             raise replacement from None
         raise
+
+# %% ../../nbs/aws/01_client.ipynb #b111a446
+@contextmanager
+def upload_errors() -> Iterator[None]:
+    "Raise the service's own error from the block when an upload fails."
+    try:
+        yield
+    except S3UploadFailedError as error:
+        raise error.__context__ or error from None
 
 # %% ../../nbs/aws/01_client.ipynb #f7730fd4
 @contextmanager

@@ -15,9 +15,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .client import client, ignore_not_found, not_found_as, paginate, request_token, translate_errors
+from intel_nb.aws.client import (
+    client,
+    ignore_not_found,
+    not_found_as,
+    paginate,
+    request_token,
+    translate_errors,
+    upload_errors,
+)
 from .definition import bind_parameters, definition_problems
-from .objects import find_objects, list_objects, parse_s3_uri, upload_errors
+from .objects import find_objects, list_objects, parse_s3_uri
 from .package_group import PackageGroup
 from ..storage import InputError
 
@@ -118,6 +126,7 @@ def execution_parameters(arn: str) -> dict[str, str]:
                      PipelineExecutionArn=arn)
     return {one["Name"]: one["Value"] for one in found}
 
+# %% ../../nbs/aws/07_executions.ipynb #098b5022
 def find_execution(pipeline: str, version: str) -> str:
     "Return the ARN of a recent execution for this version of the data, or an empty text."
     found = client("sagemaker").list_pipeline_executions(

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from boto3.exceptions import S3UploadFailedError
-
-from .client import client, not_found_as, paginate, translate_errors
+from .client import client, not_found_as, paginate, translate_errors, upload_errors
 from ..storage import InputError, files_of, remove, write_text, written_aside
 
 # %% auto #0
-__all__ = ['S3Location', 'parse_s3_uri', 'check_relative', 'ObjectNotFound', 'list_objects', 'S3Object', 'find_objects',
-           'upload_errors', 'upload', 'download']
+__all__ = ['S3Location', 'parse_s3_uri', 'check_relative', 'ObjectNotFound', 'list_objects', 'S3Object', 'find_objects', 'upload',
+           'download']
 
 # %% ../../nbs/aws/02_objects.ipynb #897b09f8
 class S3Location(NamedTuple):
@@ -73,15 +70,6 @@ def find_objects(uri: str) -> list[S3Object]:
     if not found:
         raise ObjectNotFound(f"{uri} does not exist; check the bucket, the key and the region")
     return found
-
-# %% ../../nbs/aws/02_objects.ipynb #b111a446
-@contextmanager
-def upload_errors() -> Iterator[None]:
-    "Raise the service's own error from the block when an upload fails."
-    try:
-        yield
-    except S3UploadFailedError as error:
-        raise error.__context__ or error from None
 
 # %% ../../nbs/aws/02_objects.ipynb #ab8d91be
 @translate_errors()

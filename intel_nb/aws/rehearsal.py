@@ -134,6 +134,7 @@ def lay_image(folder: Path) -> None:
     for name, content in code_files().items():
         write_bytes(folder / name, content)
 
+# %% ../../nbs/aws/10_rehearsal.ipynb #df76233f
 def image_environment(folder: Path) -> dict[str, str]:
     "Return the environment variables by which a job finds the code in `folder`."
     return {"PYTHONPATH": str(folder), "INTEL_NB_NOTEBOOKS": str(folder / "nbs")}
