@@ -8,6 +8,11 @@ Where moto lacks an operation, or differs from AWS, this module and no other cor
   started on the package of the endpoint's model. Requests and answers are captured in SageMaker's format.
 * It has no list_pipeline_execution_steps. Here it returns the steps that a test sets.
 * It has no delete_model_package, delete_model_package_group and stop_pipeline_execution.
+* Its create_model forgets EnableNetworkIsolation, and its list_models ignores NameContains.
+* It knows no rights. Here a test names calls of auto-scaling that are refused.
+* Its S3 answers 412 to a condition that does not hold, and never 409 to requests that race, as AWS may do. Here a test
+  sets how many of the next conditional writes are answered so. (That it honours conditions, tests/test_state.py shows.)
+* Its processing jobs are done at once. Here a test may let one go on.
 """
 import base64
 import json
@@ -26,17 +31,21 @@ from pathlib import Path
 import boto3
 import botocore.client
 import botocore.exceptions
+import moto.applicationautoscaling.responses
+import moto.s3.responses
 import moto.sagemaker.models
 import moto.sagemaker.responses
 import moto.sagemakerruntime.responses
 import pytest
 from botocore import xform_name
+from moto.core.exceptions import JsonRESTError
 from moto.core.responses import ActionResult
+from moto.s3.exceptions import S3ClientError
 from moto.sagemaker.exceptions import AWSValidationException
 from moto.server import ThreadedMotoServer
 
 from intel_nb.aws.client import client, request_problems
-from intel_nb.aws.package_group import TAG_PREFIX, GroupSettings
+from intel_nb.aws.package_group import GroupSettings, settings_parameter
 
 REGION = "us-east-1"
 IMAGE = "123456789012.dkr.ecr.us-east-1.amazonaws.com/intel-nb:1"
@@ -54,6 +63,8 @@ class Cloud:
         self.pending: dict[str, str] = {}  # endpoints in an update, and the new configuration
         self.alarmed: dict[str, str] = {}  # endpoints whose next update is rolled back, and the reason
         self.captured: dict[str, list[dict]] = {}  # of each endpoint, until it is flushed
+        self.refused: dict[str, str] = {}  # calls of auto-scaling that the caller has no right to, and what AWS says
+        self.races = 0  # how many of the next conditional writes to S3 are answered by 409
         self._clients: dict[str, object] = {}
         self._client_lock = threading.Lock()
         self.containers = LocalEndpoints(folder / "containers", owned=True, first_port=0, env={"INTEL_NB_CAPTURE": "0"})
@@ -64,8 +75,9 @@ class Cloud:
             self.containers.stop(one.stage)
         shutil.rmtree(self.containers.folder, ignore_errors=True)  # with the state of their detectors
         urllib.request.urlopen(f"{self.url}/moto-api/reset", b"", timeout=30).close()
-        for record in (self.steps, self.pending, self.alarmed, self.captured):
+        for record in (self.steps, self.pending, self.alarmed, self.captured, self.refused):
             record.clear()
+        self.races = 0
 
     def aws(self, service: str):
         "Return a client whose calls are not recorded."
@@ -80,8 +92,10 @@ class Cloud:
         return f"s3://{name}"
 
     def group(self, name: str = "intel-nb") -> str:
-        "Create a Model Package Group and its bucket, as the stack does, and return the group's URI."
-        create_group(name, GroupSettings(f"{self.bucket(f'{name}-artifacts')}/models", ROLE, IMAGE))
+        "Create a Model Package Group, its bucket and its settings, as the stack does, and return the group's URI."
+        bucket = self.bucket(f"{name}-artifacts")
+        self.aws("s3").put_bucket_versioning(Bucket=f"{name}-artifacts", VersioningConfiguration={"Status": "Enabled"})
+        create_group(name, GroupSettings(bucket, ROLE, IMAGE))
         return f"sagemaker://{name}"
 
     def container(self, endpoint: str) -> str:
@@ -101,6 +115,14 @@ class Cloud:
             self.aws("s3").download_file(bucket, key, str(archive))
             self.containers.deploy(endpoint, archive, version)
         return self.containers.describe(endpoint).url
+
+    def drift_job(self, name: str) -> None:
+        "Start a processing job that goes on until it is stopped."
+        self.aws("sagemaker").create_processing_job(
+            ProcessingJobName=name, RoleArn=ROLE, AppSpecification={"ImageUri": IMAGE},
+            ProcessingResources={"ClusterConfig": {
+                "InstanceCount": 1, "InstanceType": "ml.m5.large", "VolumeSizeInGB": 30}})
+        backend(self).processing_jobs[name].processing_job_status = "InProgress"
 
     def settle(self, seconds: float = 0) -> None:
         "End all updates, as if time had passed; tests pass this as `pause`."
@@ -136,9 +158,9 @@ class Cloud:
 
 
 def create_group(name: str, settings: GroupSettings) -> None:
-    "Create a Model Package Group with these settings as tags."
-    tags = [{"Key": TAG_PREFIX + key, "Value": value} for key, value in vars(settings).items() if value]
-    client("sagemaker").create_model_package_group(ModelPackageGroupName=name, Tags=tags)
+    "Create a Model Package Group, and the parameter with these settings."
+    client("sagemaker").create_model_package_group(ModelPackageGroupName=name)
+    client("ssm").put_parameter(Name=settings_parameter(name), Type="String", Value=json.dumps(vars(settings)))
 
 
 @contextmanager
@@ -190,9 +212,12 @@ def moto_completed(cloud: Cloud):
     responses = moto.sagemaker.responses.SageMakerResponse
     runtime = moto.sagemakerruntime.responses.SageMakerRuntimeResponse
     models = moto.sagemaker.models.SageMakerModelBackend
+    scaling = moto.applicationautoscaling.responses.ApplicationAutoScalingResponse
+    s3 = moto.s3.responses.S3Response
     additions = {
         (responses, "update_endpoint"): lambda self: update_endpoint(self, cloud),
-        (responses, "create_model"): refusing_duplicates("create_model", "ModelName", "_models"),
+        (responses, "create_model"): keeping_isolation(refusing_duplicates("create_model", "ModelName", "_models")),
+        (responses, "list_models"): list_models,
         (responses, "create_endpoint"): refusing_duplicates("create_endpoint", "EndpointName", "endpoints"),
         (responses, "create_endpoint_config"): refusing_duplicates(
             "create_endpoint_config", "EndpointConfigName", "endpoint_configs"),
@@ -201,6 +226,9 @@ def moto_completed(cloud: Cloud):
         (responses, "delete_model_package_group"): delete_group,
         (responses, "stop_pipeline_execution"): stop_execution,
         (models, "update_model_package"): keeping_the_rest(models.update_model_package),
+        (s3, "put_object"): racing(s3.put_object, cloud),
+        **{(scaling, call): refusing(scaling, call, cloud) for call in (
+            "register_scalable_target", "put_scaling_policy", "deregister_scalable_target")},
         (runtime, "invoke_endpoint"): lambda self: invoke_endpoint(self, cloud),
         (runtime, "use_raw_body"): True}
     before = {(owner, name): owner.__dict__.get(name) for owner, name in additions}
@@ -267,6 +295,50 @@ def refusing_duplicates(method: str, parameter: str, attribute: str):
             raise AWSValidationException(f"Cannot create already existing {kind} {name!r}.")
         return real(self)
     return create
+
+
+def keeping_isolation(create):
+    "Return moto's create_model, so that it keeps what the request says of the network."
+    def create_model(self):
+        answer = create(self)
+        model = self.sagemaker_backend._models[self._get_param("ModelName")]
+        model.enable_network_isolation = bool(self._get_param("EnableNetworkIsolation"))
+        return answer
+    return create_model
+
+
+def list_models(self):
+    part = self._get_param("NameContains") or ""
+    return ActionResult({"Models": [model.response_object for model in self.sagemaker_backend.list_models()
+                                    if part in model.model_name]})
+
+
+def refusing(owner, call: str, cloud: Cloud):
+    "Return moto's method, which is refused when the test says so."
+    real = getattr(owner, call)
+
+    def method(self):
+        if call in cloud.refused:
+            raise JsonRESTError("AccessDeniedException", cloud.refused[call])
+        return real(self)
+    return method
+
+
+class Conflict(S3ClientError):
+    code = "ConditionalRequestConflict"
+
+    def __init__(self):
+        super().__init__("The conditional request cannot succeed due to a conflicting operation against this resource.")
+
+
+def racing(real, cloud: Cloud):
+    "Return moto's put_object, which answers as in a race while the test says so."
+    def put_object(self):
+        if cloud.races and ("If-Match" in self.headers or "If-None-Match" in self.headers):
+            cloud.races -= 1
+            raise Conflict
+        return real(self)
+    return put_object
 
 
 def keeping_the_rest(real):

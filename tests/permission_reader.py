@@ -29,10 +29,11 @@ ENTRY_POINTS = {
     "Build": ("aws.stages:run_modelbuild",),
     "Deploy": ("aws.stages:run_modeldeploy",
                *methods(GROUP, "get", "versions", "package", "predictions", "set_alias", "set_tag"),
-               *methods(HOSTING, "deploy", "describe", "history"), "aws.hosting:invoke_endpoint",
+               *methods(HOSTING, "deploy", "describe", "history", "rollback"), "aws.hosting:invoke_endpoint",
                "aws.hosting:endpoint_drift_status",
                "aws.objects:download"),
-    "Operator": ("aws.commands:run_pipeline", "aws.commands:show_status", *methods(GROUP, "versions", "set_status")),
+    "Operator": ("aws.commands:run_pipeline", "aws.commands:show_status", "aws.hosting:scaling_problem",
+                 *methods(GROUP, "versions", "set_status")),
 }
 
 

@@ -83,7 +83,7 @@ def test_no_call_hides_from_the_reader():
 def test_calls_are_followed_through_functions_classes_and_imports():
     found = {f"{c.service}.{c.method}" for c in calls_from(["aws.hosting:SageMakerEndpoints.deploy"])}
     assert {"sagemaker.create_model", "sagemaker.update_endpoint", "cloudwatch.put_metric_alarm",
-            "application-autoscaling.put_scaling_policy", "sagemaker.list_tags",
+            "application-autoscaling.put_scaling_policy", "ssm.get_parameter", "s3.put_object",
             "sagemaker.describe_model_package"} <= found
     assert not {"sagemaker.delete_model", "cloudwatch.delete_alarms"} & found
     assert calls_from(["aws.rules:event_rules"]) == set()
@@ -111,6 +111,20 @@ def lacking(role) -> set[str]:
 
 def test_a_deployment_has_what_services_check_on_its_behalf():
     assert lacking(ROLES["Deploy"]) == set()
+
+
+def test_the_endpoints_own_role_reads_the_alarms_that_roll_an_update_back():
+    "SageMaker's developer guide asks it of the execution role, beside whoever calls UpdateEndpoint."
+    reading = [g for g in ROLES["Model"].grants if "cloudwatch:DescribeAlarms" in g.actions]
+    assert [(g.actions, g.resources) for g in reading] == [(("cloudwatch:DescribeAlarms",), ("alarms",))]
+    statement, = policy(reading, **NAMES)["Statement"]
+    assert statement["Resource"][0]["Fn::Sub"].endswith(":alarm:intel-nb-*") and "developer guide" in reading[0].reason
+
+
+def test_the_state_of_a_stage_is_written_by_whoever_deploys_and_by_nobody_else():
+    writers = {name for name, role in ROLES.items() for grant in role.grants
+               if "s3:PutObject" in grant.actions and "state files" in grant.resources}
+    assert writers == {"Deploy"}
 
 
 @pytest.mark.parametrize("row", IMPLIED, ids=lambda row: f"{row.call}-{row.actions[0]}")

@@ -74,7 +74,7 @@ def test_versions_are_listed_and_approved_from_the_command_line(cloud, registry,
 def test_a_group_that_is_not_there(cloud, package):
     registry = open_registry("sagemaker://nowhere")
     assert registry.versions() == [] and registry.champion() is None
-    with pytest.raises(InputError, match="no model package group nowhere; intel-nb aws deploy"):
+    with pytest.raises(InputError, match="no deployment nowhere, .* is missing; intel-nb aws deploy"):
         register(registry, package)
 
 
@@ -227,7 +227,7 @@ def test_production_scales_and_is_updated_by_a_canary(cloud, hosting, package):
     assert len(scaling.describe_scaling_policies(ServiceNamespace="sagemaker")["ScalingPolicies"]) == 1
     config = client("sagemaker").describe_endpoint_config(
         EndpointConfigName=client("sagemaker").describe_endpoint(EndpointName="intel-nb-production")["EndpointConfigName"])
-    assert config["DataCaptureConfig"]["DestinationS3Uri"] == "s3://intel-nb-artifacts/models/captures"
+    assert config["DataCaptureConfig"]["DestinationS3Uri"] == "s3://intel-nb-artifacts/captures"
     hosting.deploy("production", package, "2")
     assert {a["AlarmName"] for a in client("cloudwatch").describe_alarms()["MetricAlarms"]} == {
         "intel-nb-production-errors", "intel-nb-production-latency"}
@@ -359,7 +359,7 @@ def test_an_alarm_is_raised_and_kept(cloud, hosting, package):
         invoke(url, encode_jpeg(noise.integers(0, 255, (48, 48, 3), np.uint8)), "image/jpeg")
     cloud.flush("intel-nb-staging")
     assert capture.feed_new_captures("intel-nb", "staging")["alarms"] > 0
-    kept = client("s3").list_objects_v2(Bucket="intel-nb-artifacts", Prefix="models/drift/intel-nb-staging/alarms/")
+    kept = client("s3").list_objects_v2(Bucket="intel-nb-artifacts", Prefix="drift/intel-nb-staging/alarms/")
     assert len(kept["Contents"]) == 1
 
 
@@ -431,6 +431,8 @@ def test_every_call_is_made(cloud, registry, package, pipeline):
     invoke("sagemaker://intel-nb-production", PHOTO, "image/jpeg")
     cloud.flush("intel-nb-production")
     capture.feed_new_captures("intel-nb", "production")
+    assert hosting_module.scaling_problem("intel-nb", "production") == ""
+    cloud.drift_job("intel-nb-production-d32c5kddcf5bb8c3")
     hosting.clear()
     executions.watch_execution(executions.start_execution("intel-nb"), lambda line: None)
     executions.latest_execution("intel-nb")

@@ -11,30 +11,49 @@ import json
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from intel_nb.aws.client import (
+    DENIED_CODES,
     ClientError,
+    as_cloud_error,
     client,
     error_code,
     ignore_existing,
     ignore_not_found,
+    ignoring,
     is_not_found,
     paginate,
     translate_errors,
 )
-from .package_group import Group, GroupSettings, PackageGroup, describe_group, set_group_tag
+from .package_group import Group, GroupSettings, NoDeployment, PackageGroup, describe_group
+from intel_nb.aws.state import (
+    HeldStage,
+    Serving,
+    StageState,
+    TakenOver,
+    begin_change,
+    delete_state,
+    end_change,
+    list_stages,
+    read_state,
+    repair_state,
+    version_from_name,
+)
 from ..serving.endpoints import Endpoint, EndpointError, Endpoints, Refused, as_refusal, check_stage
-from ..serving.supervisor import extend_history
 from ..storage import InputError, sha256_file
 
 # %% auto #0
-__all__ = ['VARIANT', 'ENDPOINT_STATUS', 'MAX_PAYLOAD', 'DRIFT_TYPE', 'endpoint_name', 'versioned_name', 'version_from_name',
-           'instance_limits', 'model_request', 'capture_uri', 'config_request', 'alarm_requests', 'ensure_alarms',
-           'deployment_config', 'scaling_target', 'enable_scaling', 'describe_endpoint', 'update_outcome',
-           'wait_for_update', 'ensure_config', 'delete_endpoint', 'serve_config', 'SageMakerEndpoints',
-           'invoke_endpoint', 'endpoint_drift_status', 'endpoint_in_service']
+__all__ = ['VARIANT', 'ENDPOINT_STATUS', 'STAGES', 'DIGEST', 'JOB', 'MAX_PAYLOAD', 'DRIFT_TYPE', 'endpoint_name',
+           'versioned_name', 'instance_limits', 'model_request', 'capture_uri', 'config_request', 'alarm_requests',
+           'ensure_alarms', 'deployment_config', 'scaling_target', 'enable_scaling', 'why_not_scaling',
+           'describe_endpoint', 'update_outcome', 'wait_for_update', 'ensure_config', 'delete_endpoint', 'serve_config',
+           'scale_stage', 'is_named', 'stop_drift_jobs', 'delete_configs', 'delete_models', 'delete_alarms',
+           'serving_now', 'earlier_config', 'SageMakerEndpoints', 'give_up', 'scaling_problem', 'invoke_endpoint',
+           'endpoint_drift_status', 'endpoint_in_service']
 
 # %% ../../nbs/aws/04_hosting.ipynb #fc5a63cd
 VARIANT = "AllTraffic"
@@ -52,22 +71,21 @@ def versioned_name(start: str, version: str, request: dict) -> str:
     digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
     return f"{start}-v{version}-{digest[:8]}"
 
-# %% ../../nbs/aws/04_hosting.ipynb #9d65a8ae
-def version_from_name(name: str) -> str:
-    "Return the version in a name of `versioned_name`, or an empty text when there is none."
-    found = re.search(r"-v(\d+)-[0-9a-f]{8}$", name)
-    return found[1] if found else ""
-
 # %% ../../nbs/aws/04_hosting.ipynb #9656fec2
 def instance_limits(stage: str) -> tuple[int, int]:
     "Return the smallest and the largest number of instances of a stage."
     return (2, 4) if stage == "production" else (1, 1)
 
 # %% ../../nbs/aws/04_hosting.ipynb #060f274c
-def model_request(prefix: str, settings: GroupSettings, package_arn: str, version: str) -> dict[str, Any]:
-    "Return the request of CreateModel for a version. SageMaker refuses it while the package is not approved."
-    container = {"ModelPackageName": package_arn, "Environment": {"INTEL_NB_VERSION": version}}
-    request = {"ExecutionRoleArn": settings.require("role"), "Containers": [container]}
+def model_request(prefix: str, settings: GroupSettings, package_arn: str, version: str,
+                  fingerprint: str = "") -> dict[str, Any]:
+    """Return the request of CreateModel for a version. SageMaker refuses it while the package is not approved.
+
+    The container has no network, and refuses a package whose fingerprint is not `fingerprint`."""
+    variables = {"INTEL_NB_VERSION": version, "INTEL_NB_FINGERPRINT": fingerprint}
+    container = {"ModelPackageName": package_arn, "Environment": {k: v for k, v in variables.items() if v}}
+    request = {"ExecutionRoleArn": settings.require("role"), "Containers": [container],
+               "EnableNetworkIsolation": True}
     return {"ModelName": versioned_name(prefix, version, request), **request}
 
 # %% ../../nbs/aws/04_hosting.ipynb #38e299d7
@@ -140,6 +158,21 @@ def enable_scaling(endpoint: str, least: int, most: int) -> None:
         **scaling_target(endpoint), PolicyName=f"{endpoint}-invocations", PolicyType="TargetTrackingScaling",
         TargetTrackingScalingPolicyConfiguration=tracking)
 
+# %% ../../nbs/aws/04_hosting.ipynb #32026ec4
+def why_not_scaling(endpoint: str) -> str:
+    "Return why auto-scaling does not scale `endpoint`, or an empty text when it does."
+    target = scaling_target(endpoint)
+    try:
+        targets = [*paginate(client("application-autoscaling").describe_scalable_targets, "ScalableTargets",
+                             ServiceNamespace="sagemaker", ResourceIds=[target["ResourceId"]])]
+        policies = [*paginate(client("application-autoscaling").describe_scaling_policies, "ScalingPolicies",
+                              ServiceNamespace="sagemaker", ResourceId=target["ResourceId"])]
+    except ClientError as error:
+        return f"nobody can tell whether it scales: {as_cloud_error(error)}"
+    if not targets or not policies:
+        return "auto-scaling " + ("has no policy for it" if targets else "does not know it")
+    return "its scaling is suspended" if any(targets[0].get("SuspendedState", {}).values()) else ""
+
 # %% ../../nbs/aws/04_hosting.ipynb #df949ff4
 ENDPOINT_STATUS = {
     "InService": "running", "Updating": "running", "SystemUpdating": "running", "RollingBack": "running",
@@ -177,10 +210,11 @@ def wait_for_update(endpoint: str, config: str, pause: Callable[[float], None], 
     raise EndpointError(f"{endpoint} is not ready after {attempts // 4} minutes; intel-nb aws status shows its state")
 
 # %% ../../nbs/aws/04_hosting.ipynb #5342e595
-def ensure_config(prefix: str, stage: str, group: Group, package_arn: str, version: str) -> str:
+def ensure_config(prefix: str, stage: str, group: Group, package_arn: str, version: str,
+                  fingerprint: str = "") -> str:
     "Create the model and the configuration in which `stage` serves `version`, unless they exist, and return its name."
     endpoint = endpoint_name(prefix, stage)
-    model = model_request(prefix, group.settings, package_arn, version)
+    model = model_request(prefix, group.settings, package_arn, version, fingerprint)
     config = config_request(endpoint, stage, group.settings, model["ModelName"], version)
     with ignore_existing():
         client("sagemaker").create_model(**model)
@@ -191,7 +225,7 @@ def ensure_config(prefix: str, stage: str, group: Group, package_arn: str, versi
 # %% ../../nbs/aws/04_hosting.ipynb #9decc812
 def delete_endpoint(endpoint: str, pause: Callable[[float], None]) -> None:
     "Delete the endpoint, and return when it no longer exists and no longer costs anything."
-    with ignore_not_found():  # an endpoint that scales cannot be deleted
+    with ignoring(lambda error: is_not_found(error) or error_code(error) in DENIED_CODES):
         client("application-autoscaling").deregister_scalable_target(**scaling_target(endpoint))
     if describe_endpoint(endpoint):
         client("sagemaker").delete_endpoint(EndpointName=endpoint)
@@ -205,17 +239,81 @@ def serve_config(stage: str, endpoint: str, config: str, pause: Callable[[float]
     if found and found["EndpointStatus"] in ("Failed", "OutOfService"):
         delete_endpoint(endpoint, pause)
         found = None
-    least, most = instance_limits(stage)
     if found is None:
         client("sagemaker").create_endpoint(EndpointName=endpoint, EndpointConfigName=config)
     elif found["EndpointConfigName"] != config:
-        instances = found["ProductionVariants"][0].get("CurrentInstanceCount", least)
+        instances = found["ProductionVariants"][0].get("CurrentInstanceCount", instance_limits(stage)[0])
         client("sagemaker").update_endpoint(
             EndpointName=endpoint, EndpointConfigName=config, RetainAllVariantProperties=True,
             DeploymentConfig=deployment_config(ensure_alarms(endpoint), instances, rolling))
     wait_for_update(endpoint, config, pause)
-    if most > least:
+
+# %% ../../nbs/aws/04_hosting.ipynb #0ce67f53
+def scale_stage(stage: str, endpoint: str) -> str:
+    "Let the endpoint of `stage` scale, if the stage does; return why it does not, or an empty text."
+    least, most = instance_limits(stage)
+    if least == most:
+        return ""
+    try:
         enable_scaling(endpoint, least, most)
+    except ClientError as error:
+        return f"{stage} does not scale: {as_cloud_error(error)}; promote the version again when that is mended"
+    return ""
+
+# %% ../../nbs/aws/04_hosting.ipynb #81a69602
+STAGES = ("staging", "production")
+DIGEST, JOB = r"[0-9a-f]{8}", r"([0-9a-zA-Z]+|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})"
+
+def is_named(name: str, start: str, form: str) -> bool:
+    "Return whether `name` is `start`, a dash and the regular expression `form`, and nothing else."
+    return re.fullmatch(rf"{re.escape(start)}-{form}", name) is not None
+
+# %% ../../nbs/aws/04_hosting.ipynb #29441601
+def stop_drift_jobs(endpoint: str) -> None:
+    "Stop the jobs that look for drift in the requests of `endpoint` now."
+    jobs = paginate(client("sagemaker").list_processing_jobs, "ProcessingJobSummaries", NameContains=f"{endpoint}-",
+                    StatusEquals="InProgress")
+    for name in [job["ProcessingJobName"] for job in jobs]:
+        if is_named(name, endpoint, JOB):
+            client("sagemaker").stop_processing_job(ProcessingJobName=name)
+
+def delete_configs(endpoint: str) -> None:
+    "Delete all configurations of `endpoint`."
+    found = paginate(client("sagemaker").list_endpoint_configs, "EndpointConfigs", NameContains=f"{endpoint}-v")
+    for name in [config["EndpointConfigName"] for config in found]:
+        if is_named(name, endpoint, rf"v\d+-{DIGEST}"):
+            client("sagemaker").delete_endpoint_config(EndpointConfigName=name)
+
+def delete_models(prefix: str) -> None:
+    "Delete all models of the deployment `prefix`."
+    found = paginate(client("sagemaker").list_models, "Models", NameContains=f"{prefix}-v")
+    for name in [model["ModelName"] for model in found]:
+        if is_named(name, prefix, rf"v\d+-{DIGEST}"):
+            client("sagemaker").delete_model(ModelName=name)
+
+# %% ../../nbs/aws/04_hosting.ipynb #940102f3
+def delete_alarms(endpoint: str) -> None:
+    "Delete the alarms of `endpoint`, and those by which auto-scaling watched it."
+    scaling = paginate(client("cloudwatch").describe_alarms, "MetricAlarms",
+                       AlarmNamePrefix=f"TargetTracking-{scaling_target(endpoint)['ResourceId']}-")
+    names = [*(request["AlarmName"] for request in alarm_requests(endpoint)), *(one["AlarmName"] for one in scaling)]
+    client("cloudwatch").delete_alarms(AlarmNames=names)
+
+# %% ../../nbs/aws/04_hosting.ipynb #2b12d4d0
+def serving_now(found: dict[str, Any] | None) -> Serving:
+    "Return what serves a described endpoint, and whether SageMaker is changing that."
+    if found is None:
+        return Serving()
+    status = found["EndpointStatus"]
+    if status in ("InService", "Failed", "OutOfService", "UpdateRollbackFailed"):
+        return Serving(found["EndpointConfigName"] if status == "InService" else "")
+    return Serving(changing=True)
+
+# %% ../../nbs/aws/04_hosting.ipynb #ec633081
+def earlier_config(history: tuple[str, ...], allowed: Callable[[str], bool]) -> str:
+    "Return the last configuration in `history` before the present one whose version is `allowed`, or an empty text."
+    *earlier, now = history or ("",)
+    return next((c for c in reversed(earlier) if c != now and allowed(version_from_name(c))), "")
 
 # %% ../../nbs/aws/04_hosting.ipynb #86e1d682
 class SageMakerEndpoints(Endpoints):
@@ -228,85 +326,171 @@ class SageMakerEndpoints(Endpoints):
     @translate_errors()
     def deploy(self, stage: str, package: Path, version: str, *, engine: str = "process",
                back: bool = False) -> Endpoint:
-        "Serve `version` and return when it answers; raise `EndpointError` when `package` is another one."
+        """Serve `version` and return when it answers; raise `EndpointError` when `package` is another one.
+
+        With `back` it is served as it was when `stage` served it last."""
         group, found = describe_group(self.name), PackageGroup(self.name).describe(version)
-        self._check_package(package, version)
-        config = ensure_config(self.name, stage, group, found["ModelPackageArn"], version)
-        serve_config(stage, endpoint_name(self.name, stage), config, self.pause, self.rolling)
-        history = extend_history(tuple(_history(group, stage)), version, back)
-        set_group_tag(group, "stage", stage, config)
-        set_group_tag(group, "history", stage, " ".join(history[-30:]))  # a tag has room for 256 characters
-        return self.describe(stage)
+        fingerprint = self._check_package(package, version)
+
+        def choose(state: StageState) -> str:
+            earlier = earlier_config(state.history, version.__eq__) if back else ""
+            return earlier or ensure_config(self.name, stage, group, found["ModelPackageArn"], version, fingerprint)
+        return self._serve("rollback" if back else "deploy", stage, choose)
 
     @translate_errors()
-    def describe(self, stage: str) -> Endpoint:
-        return self._endpoint(self._group_with(stage), stage)
+    def rollback(self, stage: str, is_rejected: Callable[[str], bool] = lambda version: False) -> Endpoint:
+        """Serve what `stage` served before, and return when it answers; a second rollback goes further back.
 
-    @translate_errors()
-    def list(self) -> list[Endpoint]:
-        group = describe_group(self.name)
-        return [self._endpoint(group, stage) for stage in sorted(group.tags_of("stage"))]
+        Versions that `is_rejected` are passed over. Raise `InputError`, and change nothing, when none is left."""
+        def choose(state: StageState) -> str:
+            if config := earlier_config(state.history, lambda version: not is_rejected(version)):
+                return config
+            raise InputError(f"{stage} has served no earlier version that is not rejected; it stays at version "
+                             f"{version_from_name(state.config)}, and nothing was changed")
+        self._known(stage)
+        return self._serve("rollback", stage, choose)
 
     @translate_errors()
     def start(self, stage: str, *, engine: str | None = None) -> Endpoint:
-        config = self._group_with(stage).tags_of("stage")[stage]
-        serve_config(stage, endpoint_name(self.name, stage), config, self.pause, self.rolling)
-        return self.describe(stage)
+        state, found = self._known(stage)
+        last = state.config or found["EndpointConfigName"]
+        return self._serve("start", stage, lambda state: state.config or last)
 
     @translate_errors()
     def stop(self, stage: str) -> None:
-        self._group_with(stage)
-        delete_endpoint(endpoint_name(self.name, stage), self.pause)
+        self._known(stage)
+
+        def work(config: str) -> str:
+            delete_endpoint(endpoint_name(self.name, stage), self.pause)
+            return ""
+        self._change("stop", stage, lambda state: "", work)
+
+    @translate_errors()
+    def describe(self, stage: str) -> Endpoint:
+        return self._endpoint(stage, *self._known(stage))
+
+    @translate_errors()
+    def list(self) -> list[Endpoint]:
+        "Return the endpoints of all stages, by name, whether or not anything was noted of them."
+        known = {stage: self._look(stage) for stage in self._stages()}
+        return [self._endpoint(stage, state, found) for stage, (state, found) in known.items() if state.config or found]
 
     @translate_errors()
     def history(self, stage: str) -> builtins.list[str]:
-        return _history(self._group_with(stage), stage)
+        return self._known(stage)[0].versions
+
+    @translate_errors()
+    def state(self, stage: str) -> StageState:
+        "Return what is known of `stage`, corrected by what serves; it is empty for a stage that nobody knows."
+        return self._look(stage)[0]
 
     @translate_errors()
     def forget(self, stage: str) -> None:
-        "Delete everything that was created for `stage`, and its history."
-        endpoint, group = endpoint_name(self.name, stage), describe_group(self.name)
+        "Delete everything that was created for `stage`, and its state, whoever is changing it."
+        endpoint, artifacts = endpoint_name(self.name, stage), self._artifacts()
+        stop_drift_jobs(endpoint)
         delete_endpoint(endpoint, self.pause)
-        configs = paginate(client("sagemaker").list_endpoint_configs, "EndpointConfigs", NameContains=f"{endpoint}-v")
-        for config in configs:
-            client("sagemaker").delete_endpoint_config(EndpointConfigName=config["EndpointConfigName"])
-        client("cloudwatch").delete_alarms(AlarmNames=[request["AlarmName"] for request in alarm_requests(endpoint)])
-        set_group_tag(group, "stage", stage, None)
-        set_group_tag(group, "history", stage, None)
+        delete_configs(endpoint)
+        delete_alarms(endpoint)
+        if artifacts:
+            delete_state(artifacts, stage)
 
     @translate_errors()
     def clear(self) -> None:
-        "Delete everything that was created for any stage, and the models."
-        for stage in describe_group(self.name).tags_of("stage"):
+        "Delete everything that was created for any stage, and the models, whatever was noted."
+        for stage in self._stages():
             self.forget(stage)
-        for model in paginate(client("sagemaker").list_models, "Models", NameContains=f"{self.name}-v"):
-            client("sagemaker").delete_model(ModelName=model["ModelName"])
+        delete_models(self.name)
 
-    def _group_with(self, stage: str) -> Group:
-        "Return the group; raise `InputError` when nothing was ever deployed to `stage`."
-        group = describe_group(self.name)
-        known = sorted(group.tags_of("stage"))
-        if check_stage(stage) not in known:
+    def _artifacts(self) -> str:
+        "Return the URI of the bucket with the states; it is empty when there is no such deployment, or none any more."
+        with suppress(NoDeployment):
+            return describe_group(self.name).settings.artifacts
+        return ""
+
+    def _stages(self) -> builtins.list[str]:
+        artifacts = self._artifacts()
+        return sorted({*STAGES, *(list_stages(artifacts) if artifacts else ())})
+
+    def _look(self, stage: str) -> tuple[StageState, dict[str, Any]]:
+        "Return the state of `stage`, corrected by what serves, and SageMaker's description of the endpoint."
+        found, artifacts = describe_endpoint(endpoint_name(self.name, stage)), self._artifacts()
+        noted, now = read_state(artifacts, stage).state if artifacts else StageState(), serving_now(found)
+        return noted if now.changing else repair_state(noted, now), found or {}
+
+    def _known(self, stage: str) -> tuple[StageState, dict[str, Any]]:
+        "Return what `_look` does; raise `InputError` when nothing was ever deployed to `stage`."
+        describe_group(self.name)
+        state, found = self._look(stage)
+        if not state.config and not found:
+            known = [endpoint.stage for endpoint in self.list()]
             remedy = f"there are: {', '.join(known)}" if known else "deploy a version first"
             raise InputError(f"there is no endpoint {stage}; {remedy}")
-        return group
+        return state, found
 
-    def _endpoint(self, group: Group, stage: str) -> Endpoint:
-        name = endpoint_name(self.name, stage)
-        found = describe_endpoint(name)
+    def _endpoint(self, stage: str, state: StageState, found: dict[str, Any]) -> Endpoint:
         status = ENDPOINT_STATUS[found["EndpointStatus"]] if found else "stopped"
-        config = found["EndpointConfigName"] if found else group.tags_of("stage")[stage]
-        return Endpoint(stage, f"sagemaker://{name}", version_from_name(config), status, None, "sagemaker")
+        version = version_from_name(found["EndpointConfigName"] if found else state.config)
+        return Endpoint(stage, f"sagemaker://{endpoint_name(self.name, stage)}", version, status, None, "sagemaker")
 
-    def _check_package(self, package: Path, version: str) -> None:
+    def _serve(self, act: str, stage: str, choose: Callable[[StageState], str]) -> Endpoint:
+        "Serve the configuration that `choose` returns; raise `EndpointError` when it does not serve or scale."
+        endpoint = endpoint_name(self.name, stage)
+
+        def work(config: str) -> str:
+            serve_config(stage, endpoint, config, self.pause, self.rolling)
+            return scale_stage(stage, endpoint)
+        problem, served = self._change(act, stage, choose, work), self.describe(stage)
+        if problem:
+            raise EndpointError(f"version {served.version} serves {endpoint}, but {problem}")
+        return served
+
+    def _change(self, act: str, stage: str, choose: Callable[[StageState], str], work: Callable[[str], str]) -> str:
+        "Do `work` with the chosen configuration while nobody else changes `stage`; note and return its problem."
+        artifacts, endpoint = describe_group(self.name).settings.require("artifacts"), endpoint_name(self.name, stage)
+        held = begin_change(artifacts, stage, act, choose, lambda: serving_now(describe_endpoint(endpoint)))
+        config = held.state.intent.config if held.state.intent else ""
+        try:
+            problem = work(config)
+        except BaseException as error:
+            give_up(held, endpoint, error)
+            raise
+        end_change(held, replace(repair_state(held.state, Serving(config)), problem=problem))
+        return problem
+
+    def _check_package(self, package: Path, version: str) -> str:
+        "Return the fingerprint of `version`; raise `EndpointError` when `package` has another one."
         known, manifest = PackageGroup(self.name).get(version).fingerprint, Path(package) / "manifest.json"
-        if known and manifest.is_file() and sha256_file(manifest) != known:
+        found = sha256_file(manifest) if manifest.is_file() else ""
+        if known and found and found != known:
             raise EndpointError(f"version {version} of {self.name} is another package than the one in {package}")
+        return known or found
 
 # %% ../../nbs/aws/04_hosting.ipynb #766d62df
-def _history(group: Group, stage: str) -> list[str]:
-    "Return the versions that `stage` has served, the present one last."
-    return group.tags_of("history").get(stage, "").split()
+def give_up(held: HeldStage, endpoint: str, error: BaseException) -> None:
+    """Note after `error` what serves now, and let others change the stage; raise `TakenOver` when others do already.
+
+    While SageMaker is still changing the endpoint, our intent stays and keeps others away."""
+    try:
+        now = serving_now(describe_endpoint(endpoint))
+        if not now.changing:
+            problem = str(as_cloud_error(error)) if isinstance(error, Exception) else "it was interrupted"
+            end_change(held, replace(repair_state(held.state, now), problem=problem))
+    except TakenOver:
+        raise
+    except Exception:
+        return  # the first error is the one to tell
+
+# %% ../../nbs/aws/04_hosting.ipynb #e69479bd
+@translate_errors()
+def scaling_problem(name: str, stage: str) -> str:
+    "Return in a sentence why the endpoint of `stage` does not scale; an empty text when it does, or is not meant to."
+    endpoint, (least, most) = endpoint_name(name, stage), instance_limits(stage)
+    found = describe_endpoint(endpoint)
+    if least == most or found is None or found["EndpointStatus"] != "InService":
+        return ""
+    start, why, noted = f"{stage} does not scale: ", why_not_scaling(endpoint), SageMakerEndpoints(name).state(stage)
+    return "" if not why else noted.problem if noted.problem.startswith(start) else start + why
 
 # %% ../../nbs/aws/04_hosting.ipynb #fbefeb40
 def _translate_invocation_error(url: str, error: ClientError) -> Exception:

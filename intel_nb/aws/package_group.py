@@ -5,6 +5,7 @@
 # %% ../../nbs/aws/03_package_group.ipynb #e4f0769a
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -16,23 +17,22 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .client import client, ignore_not_found, not_found_as, paginate, translate_errors
+from .client import ClientError, client, error_code, ignore_not_found, paginate, translate_errors
 from .objects import ObjectNotFound, download, upload
+from .state import read_aliases, read_state, write_alias
 from ..registry import ModelVersion, check_status, data_fingerprint, find_version, metrics_of
 from ..storage import InputError, read_json, utc_now, write_json
 
 # %% auto #0
-__all__ = ['TAG_PREFIX', 'SUPPORTED_TYPES', 'GroupSettings', 'Group', 'describe_group', 'set_group_tag', 'version_metadata',
-           'one_line', 'package_request', 'register_model_package', 'list_packages', 'describe_packages',
-           'evaluation_uri', 'to_model_version', 'PackageGroup']
+__all__ = ['SUPPORTED_TYPES', 'GroupSettings', 'NoDeployment', 'settings_parameter', 'parse_settings', 'Group', 'describe_group',
+           'version_metadata', 'one_line', 'package_request', 'register_model_package', 'list_packages',
+           'describe_packages', 'evaluation_uri', 'to_model_version', 'PackageGroup']
 
 # %% ../../nbs/aws/03_package_group.ipynb #ed84da25
-TAG_PREFIX = "intel-nb:"
-
 @dataclass(frozen=True)
 class GroupSettings:
-    "The settings in a group's tags; `artifacts` is the tag intel-nb:artifacts, and so on."
-    artifacts: str = ""  # s3://BUCKET/PREFIX for packages, evaluations, captured data
+    "The settings of a deployment."
+    artifacts: str = ""  # s3://BUCKET for packages, evaluations, captured data, states
     role: str = ""  # ARN of the role of the endpoints' containers
     image: str = ""  # URI of the container image that serves
     instance: str = "ml.m5.large"  # type of an endpoint's instances
@@ -40,43 +40,43 @@ class GroupSettings:
     def require(self, name: str) -> str:
         "Return the setting `name`; raise `InputError` when it is empty."
         if not getattr(self, name):
-            raise InputError(f"the model package group has no tag {TAG_PREFIX}{name}; intel-nb aws deploy sets it")
+            raise InputError(f"the settings of this deployment have no {name}; intel-nb aws deploy makes it")
         return getattr(self, name)
 
 # %% ../../nbs/aws/03_package_group.ipynb #e6eb6d99
-@dataclass(frozen=True)
-class Group:
-    "A Model Package Group and its tags as they are now."
-    name: str
-    arn: str
-    tags: dict[str, str]
+class NoDeployment(InputError):
+    "There is no deployment of this name."
 
-    @property
-    def settings(self) -> GroupSettings:
-        names = [field.name for field in fields(GroupSettings) if TAG_PREFIX + field.name in self.tags]
-        return GroupSettings(**{name: self.tags[TAG_PREFIX + name] for name in names})
+def settings_parameter(name: str) -> str:
+    "Return the name of the parameter that holds the settings of the deployment `name`."
+    return f"/{name}/settings"
 
-    def tags_of(self, kind: str) -> dict[str, str]:
-        "Return the tags `intel-nb:<kind>:…` by the last part of their names."
-        start = f"{TAG_PREFIX}{kind}:"
-        return {key.removeprefix(start): value for key, value in self.tags.items() if key.startswith(start)}
+def parse_settings(text: str) -> GroupSettings:
+    "Return the settings in `text`, without those that this version of the code does not know."
+    known = {field.name for field in fields(GroupSettings)}
+    try:
+        return GroupSettings(**{key: str(value) for key, value in json.loads(text).items() if key in known})
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"the settings of this deployment cannot be read ({error}); intel-nb aws deploy makes "
+                         "them anew") from None
 
 # %% ../../nbs/aws/03_package_group.ipynb #0b3f732d
-def describe_group(name: str) -> Group:
-    "Return the group `name`; raise `InputError` when it does not exist."
-    with not_found_as(InputError(f"there is no model package group {name}; intel-nb aws deploy makes it")):
-        arn = client("sagemaker").describe_model_package_group(ModelPackageGroupName=name)["ModelPackageGroupArn"]
-    tags = paginate(client("sagemaker").list_tags, "Tags", ResourceArn=arn)
-    return Group(name, arn, {tag["Key"]: tag["Value"] for tag in tags})
+@dataclass(frozen=True)
+class Group:
+    "A Model Package Group, and the settings of the deployment that it belongs to."
+    name: str
+    settings: GroupSettings
 
-# %% ../../nbs/aws/03_package_group.ipynb #615df42a
-def set_group_tag(group: Group, kind: str, name: str, value: str | None) -> None:
-    "Write the tag `intel-nb:<kind>:<name>` of the group, or delete it when `value` is None."
-    key = f"{TAG_PREFIX}{kind}:{name}"
-    if value is None:
-        client("sagemaker").delete_tags(ResourceArn=group.arn, TagKeys=[key])
-    else:
-        client("sagemaker").add_tags(ResourceArn=group.arn, Tags=[{"Key": key, "Value": value}])
+def describe_group(name: str) -> Group:
+    "Return the group `name` with its settings as they are now; raise `NoDeployment` when it has none."
+    try:
+        found = client("ssm").get_parameter(Name=settings_parameter(name))["Parameter"]["Value"]
+    except ClientError as error:
+        if error_code(error) == "ParameterNotFound":
+            raise NoDeployment(f"there is no deployment {name}, for the parameter {settings_parameter(name)} is "
+                               "missing; intel-nb aws deploy makes it") from None
+        raise
+    return Group(name, parse_settings(found))
 
 # %% ../../nbs/aws/03_package_group.ipynb #4466ab04
 def version_metadata(fingerprint: str, evaluation: dict) -> dict[str, str]:
@@ -113,7 +113,7 @@ def register_model_package(group: Group, package: Path, evaluation: dict, status
     from intel_nb.model import load_package, pack
     loaded = load_package(package)
     stamp = f"{utc_now().replace(':', '').replace('-', '')}-{os.urandom(4).hex()}"  # unique, and sorted by time
-    files = f"{group.settings.require('artifacts')}/{group.name}/{stamp}"
+    files = f"{group.settings.require('artifacts')}/registry/{stamp}"
     request = package_request(group, files, version_metadata(loaded.fingerprint, evaluation), status, reason)
     with tempfile.TemporaryDirectory(prefix="intel-nb-") as folder:
         pack(loaded.path, Path(folder) / "model.tar.gz")
@@ -191,20 +191,20 @@ class PackageGroup:
     @translate_errors()
     def versions(self) -> list[ModelVersion]:
         found = describe_packages([one["ModelPackageArn"] for one in list_packages(self.group)])
-        aliases = describe_group(self.group).tags_of("alias") if found else {}
+        aliases = self._aliases() if found else {}
         return [to_model_version(one, aliases, self._read_evaluation) for one in found]
 
     @translate_errors()
     def get(self, version: str) -> ModelVersion:
         found = self.describe(version)
-        return to_model_version(found, describe_group(self.group).tags_of("alias"), self._read_evaluation)
+        return to_model_version(found, self._aliases(), self._read_evaluation)
 
     def find(self, fingerprint: str, data: str = "") -> ModelVersion | None:
         return next((v for v in self.versions() if v.fingerprint == fingerprint and data in ("", v.data)), None)
 
     @translate_errors()
     def champion(self) -> ModelVersion | None:
-        version = describe_group(self.group).tags_of("alias").get("production") if list_packages(self.group) else None
+        version = read_state(self._artifacts(), "production").state.alias if list_packages(self.group) else ""
         return self.get(version) if version else None
 
     @translate_errors()
@@ -222,8 +222,8 @@ class PackageGroup:
 
     @translate_errors()
     def set_alias(self, alias: str, version: str | None) -> None:
-        number = version and str(self.describe(version)["ModelPackageVersion"])
-        set_group_tag(describe_group(self.group), "alias", alias, number)
+        number = str(self.describe(version)["ModelPackageVersion"]) if version else ""
+        write_alias(self._artifacts(), alias, number)
 
     @translate_errors()
     def package(self, version: str, into: Path | None = None) -> Path:
@@ -250,6 +250,12 @@ class PackageGroup:
         if str(version) not in arns:
             find_version(self.versions(), version)  # raises an error that lists the versions
         return describe_packages([arns[str(version)]])[0]
+
+    def _artifacts(self) -> str:
+        return describe_group(self.group).settings.require("artifacts")
+
+    def _aliases(self) -> dict[str, str]:
+        return read_aliases(self._artifacts())
 
     def _read_evaluation(self, found: dict[str, Any]) -> dict:
         if not evaluation_uri(found):

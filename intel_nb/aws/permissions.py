@@ -12,10 +12,10 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['RESOURCES', 'UNSCOPED', 'WRITE_LOGS', 'WRITE_SAGEMAKER_LOGS', 'UPLOAD', 'READ_VERSIONS', 'METRICS', 'SERVICE_METRICS',
-           'TO_SAGEMAKER', 'PULL_IMAGE', 'JOB_METRICS', 'READ_GROUP', 'READ_ARTIFACTS', 'PIPELINE', 'JOB', 'MODEL',
-           'WATCH', 'BUILDING', 'BUILD', 'DEPLOY', 'CODEPIPELINE', 'FROM_S3', 'FROM_CONNECTION', 'EVENTS', 'SCHEDULER',
-           'OPERATOR', 'SCALING', 'IMPLIED', 'ROLES', 'Grant', 'Role', 'local_arn', 'Implied', 'with_implied',
-           'image_arn', 'resource_arns', 'policy_document', 'policy']
+           'TO_SAGEMAKER', 'PULL_IMAGE', 'JOB_METRICS', 'READ_GROUP', 'READ_ARTIFACTS', 'PIPELINE', 'JOB', 'ROLLBACK',
+           'MODEL', 'WATCH', 'BUILDING', 'BUILD', 'DEPLOY', 'CODEPIPELINE', 'FROM_S3', 'FROM_CONNECTION', 'EVENTS',
+           'SCHEDULER', 'OPERATOR', 'SCALING', 'IMPLIED', 'ROLES', 'Grant', 'Role', 'local_arn', 'Implied',
+           'with_implied', 'image_arn', 'resource_arns', 'policy_document', 'policy']
 
 # %% ../../nbs/aws/12_permissions.ipynb #5a28ce16
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ RESOURCES = {
     "processing jobs": local_arn("sagemaker", "processing-job/pipelines-*"),  # SageMaker names the jobs of pipelines so
     "training jobs": local_arn("sagemaker", "training-job/pipelines-*"),
     "drift jobs": local_arn("sagemaker", "processing-job/{name}-*"),
+    "settings": local_arn("ssm", "parameter/{name}/settings"),
     "group": local_arn("sagemaker", "model-package-group/{name}"),
     "versions": local_arn("sagemaker", "model-package/{name}/*"),
     "models": local_arn("sagemaker", "model/{name}-*"),
@@ -62,7 +63,8 @@ RESOURCES = {
     "annotations": "${AnnotationsBucket.Arn}", "annotation files": "${AnnotationsBucket.Arn}/*",
     "artifacts": "${ArtifactBucket.Arn}",
     "pipeline files": "${ArtifactBucket.Arn}/pipeline/*", "registry files": "${ArtifactBucket.Arn}/registry/*",
-    "captures": "${ArtifactBucket.Arn}/registry/captures/*", "codepipeline files": "${ArtifactBucket.Arn}/{short}*",
+    "captures": "${ArtifactBucket.Arn}/captures/*", "drift files": "${ArtifactBucket.Arn}/drift/*",
+    "state files": "${ArtifactBucket.Arn}/state/*", "codepipeline files": "${ArtifactBucket.Arn}/{short}*",
     "code": "${CodeBucket.Arn}", "code files": "${CodeBucket.Arn}/*",
     "job logs": local_arn("logs", "log-group:/aws/sagemaker/*Jobs*"),
     "endpoint logs": local_arn("logs", "log-group:/aws/sagemaker/Endpoints/{name}-*"),
@@ -77,6 +79,8 @@ UNSCOPED = {
     "ecr:GetAuthorizationToken": "it returns a token for the whole registry of images, and takes no resource",
     "cloudwatch:PutMetricData": "a metric is no resource; a condition narrows it to one namespace",
     "sagemaker:DescribeEndpointConfig": "auto-scaling asks for a name that SageMaker made up (ACK community#2110)",
+    "application-autoscaling:DescribeScalableTargets": "a list of targets is no resource",
+    "application-autoscaling:DescribeScalingPolicies": "a list of policies is no resource",
 }
 
 # %% ../../nbs/aws/12_permissions.ipynb #5798a039
@@ -94,11 +98,11 @@ PULL_IMAGE = (
           "SageMaker pulls the image"))
 JOB_METRICS = (Grant(("cloudwatch:PutMetricData",), ("any",), "SageMaker sends a job's metrics", SERVICE_METRICS),)
 READ_GROUP = (
-    Grant(("sagemaker:DescribeModelPackageGroup", "sagemaker:ListTags"), ("group",)),
+    Grant(("ssm:GetParameter",), ("settings",)),
     Grant(("sagemaker:DescribeModelPackage", "sagemaker:ListModelPackages"), ("versions",)))
 READ_ARTIFACTS = (
     Grant(("s3:ListBucket",), ("artifacts",)),
-    Grant(("s3:GetObject",), ("pipeline files", "registry files")))
+    Grant(("s3:GetObject",), ("pipeline files", "registry files", "state files")))
 
 # %% ../../nbs/aws/12_permissions.ipynb #ad1134fd
 PIPELINE = Role("sagemaker", "starts the pipeline's steps", (
@@ -120,17 +124,21 @@ JOB = Role("sagemaker", "runs the notebooks of the pipeline's steps", (
     Grant(WRITE_SAGEMAKER_LOGS, ("job logs",), "SageMaker keeps a job's output")))
 
 # %% ../../nbs/aws/12_permissions.ipynb #9507766c
+ROLLBACK = "SageMaker's developer guide, Auto-rollback configuration and monitoring"
+
 MODEL = Role("sagemaker", "runs the endpoints", (
     *PULL_IMAGE, *JOB_METRICS,
     Grant(("s3:ListBucket",), ("artifacts",), "SageMaker looks for the package"),
     Grant(("s3:GetObject",), ("pipeline files", "registry files"), "SageMaker fetches the package"),
     Grant(("s3:PutObject",), ("captures",), "SageMaker captures requests and answers"),
+    Grant(("cloudwatch:DescribeAlarms",), ("alarms",), f"SageMaker watches them during an update: {ROLLBACK}"),
     Grant(WRITE_SAGEMAKER_LOGS, ("endpoint logs",), "SageMaker keeps an endpoint's output")))
 
 WATCH = Role("sagemaker", "looks for drift in the endpoints' captured requests", (
     *READ_GROUP, *READ_ARTIFACTS, *PULL_IMAGE, *JOB_METRICS,
     Grant(("sagemaker:DescribeEndpoint",), ("endpoints",)),
-    Grant(UPLOAD, ("registry files",)),
+    Grant(("s3:GetObject",), ("captures", "drift files")),
+    Grant(UPLOAD, ("drift files",)),
     Grant(("cloudwatch:PutMetricData",), ("any",), condition=METRICS),
     Grant(WRITE_SAGEMAKER_LOGS, ("job logs",), "SageMaker keeps a job's output")))
 
@@ -151,7 +159,7 @@ BUILD = Role("codebuild", "tests the code, updates the pipeline and starts it", 
 # %% ../../nbs/aws/12_permissions.ipynb #34e75011
 DEPLOY = Role("codebuild", "deploys a version to a stage and tests it there", (
     *BUILDING, *READ_GROUP, *READ_ARTIFACTS,
-    Grant(("sagemaker:AddTags", "sagemaker:DeleteTags"), ("group",)),
+    Grant(("s3:PutObject",), ("state files",)),
     Grant(("sagemaker:UpdateModelPackage",), ("versions",)),
     Grant(("sagemaker:CreateModel",), ("models",)),
     Grant(("sagemaker:CreateEndpointConfig",), ("endpoint configs",)),
@@ -195,6 +203,8 @@ OPERATOR = Role("", "starts the pipeline, looks at it, and approves versions", (
     Grant(("sagemaker:DescribePipelineExecution", "sagemaker:ListPipelineExecutionSteps"), ("executions",)),
     Grant(("sagemaker:UpdateModelPackage",), ("versions",)),
     Grant(("sagemaker:DescribeEndpoint",), ("endpoints",)),
+    Grant(("application-autoscaling:DescribeScalableTargets", "application-autoscaling:DescribeScalingPolicies"),
+          ("any",)),
     Grant(("cloudwatch:DescribeAlarms",), ("alarms",))))
 
 # %% ../../nbs/aws/12_permissions.ipynb #e317d903
@@ -219,8 +229,7 @@ IMPLIED = (
     Implied("sagemaker:DeleteEndpoint", ("application-autoscaling:DeregisterScalableTarget",), ("scaling",),
             "stable-diffusion-aws-extension#161"),
     Implied("sagemaker:UpdateEndpoint", ("sagemaker:UpdateEndpoint",), ("endpoint configs",), "aws-cdk#11594"),
-    Implied("sagemaker:UpdateEndpoint", ("cloudwatch:DescribeAlarms",), ("alarms",),
-            "SageMaker's developer guide, Auto-rollback configuration and monitoring"),
+    Implied("sagemaker:UpdateEndpoint", ("cloudwatch:DescribeAlarms",), ("alarms",), ROLLBACK),
 )
 
 # %% ../../nbs/aws/12_permissions.ipynb #c50f868a

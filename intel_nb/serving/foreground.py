@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from ..model import load_package
+from ..model import Package, load_package
 from .supervisor import StageRequest, StageWorkers, WorkerFailed, read_record, run_supervisor
 from ..storage import InputError, remove, write_json
 
 # %% auto #0
-__all__ = ['state_folder', 'listen', 'serve_package']
+__all__ = ['state_folder', 'listen', 'check_fingerprint', 'serve_package']
 
 # %% ../../nbs/serving/15_foreground.ipynb #8282abe9
 @contextmanager
@@ -48,6 +48,14 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as e:
         raise InputError(f"nobody can listen at {host}:{port} ({e}); give another --host or --port") from None
 
+# %% ../../nbs/serving/15_foreground.ipynb #015bf88f
+def check_fingerprint(package: Package) -> None:
+    "Raise `InputError` unless `package` has the fingerprint in `INTEL_NB_FINGERPRINT`, when that is set."
+    expected = os.environ.get("INTEL_NB_FINGERPRINT")
+    if expected and package.fingerprint != expected:
+        raise InputError(f"{package.path} is not the package that was approved: INTEL_NB_FINGERPRINT is "
+                         f"{expected[:12]}…, and its fingerprint {package.fingerprint[:12]}…; serve the approved one")
+
 # %% ../../nbs/serving/15_foreground.ipynb #3d869c31
 def serve_package(model: str | Path, host: str = "127.0.0.1", port: int = 8080, state: str | Path = "",
                   version: str = "") -> None:
@@ -57,6 +65,7 @@ def serve_package(model: str | Path, host: str = "127.0.0.1", port: int = 8080, 
     `state`. Raise `InputError` for a wrong package, port or folder, `WorkerFailed` if the package cannot be served."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     package = load_package(model)  # an unpacked archive stays as long as this object
+    check_fingerprint(package)
     request = StageRequest(str(package.path.absolute()), version or package.fingerprint[:12])
     with state_folder(state) as folder, listen(host, port) as listener:
         def open_stage() -> StageWorkers:
