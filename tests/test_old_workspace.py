@@ -82,6 +82,6 @@ def test_its_watcher_takes_nothing_twice(old):
     finally:
         watcher.send_signal(signal.SIGINT)
         try:
-            watcher.wait(60)
+            watcher.wait(120)  # the run has 30 s to end, and a busy disk may hold it up
         finally:
             watcher.kill()

@@ -9,16 +9,18 @@ import fcntl
 import hashlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .execution import end_process
 from .history import run_options
@@ -34,8 +36,8 @@ __all__ = ['ARCHIVE', 'LABELS', 'STARTS', 'UPLOADS', 'UNFINISHED', 'KEEP', 'COMM
            'name_events', 'approval_events', 'alarm_events', 'retrain_proposal', 'UploadBatch', 'read_batches',
            'recorded_status', 'events_of_orders', 'watch_folder', 'UploadQueue', 'remove_old_snapshots', 'base_data',
            'upload_request', 'run_arguments', 'wanted_files', 'queue_uploads', 'start_process', 'RunProcess',
-           'record_end', 'release_run', 'report_alarms', 'Times', 'Watcher', 'inbox_changes', 'follow_changes',
-           'check_inbox', 'watch_inbox']
+           'record_end', 'release_run', 'report_alarms', 'Times', 'Watcher', 'remembered_interrupts', 'inbox_changes',
+           'follow_changes', 'check_inbox', 'watch_inbox']
 
 # %% ../../nbs/chain/10_watch.ipynb #d9f46744
 ARCHIVE, LABELS = "intel.zip", "annotations/"  # the keys of uploads
@@ -420,18 +422,40 @@ class Watcher:
         self.working = run  # from now on whoever ends the watcher ends it too
         self.tell(f"{arguments[0]} {run_id} {news}")
 
+# %% ../../nbs/chain/10_watch.ipynb #64024420
+@contextmanager
+def remembered_interrupts() -> Iterator[threading.Event]:
+    "Give an event that is set once this process gets a SIGINT or a SIGTERM for which it has a handler."
+    interrupted, before = threading.Event(), {}
+    def remember(number: int, frame: Any) -> None:
+        interrupted.set()
+        before[number](number, frame)
+    if threading.current_thread() is threading.main_thread():  # no other thread may set a handler
+        before |= {number: handler for number in (signal.SIGINT, signal.SIGTERM)
+                   if callable(handler := signal.getsignal(number))}
+        for number in before:
+            signal.signal(number, remember)
+    try:
+        yield interrupted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
 # %% ../../nbs/chain/10_watch.ipynb #b3646488
-def inbox_changes(inbox: Path, poll: bool = False) -> Iterator[bool]:
-    "Give, every half second or sooner, whether something in the folder `inbox` has changed. Never ends."
+def inbox_changes(inbox: Path, poll: bool, interrupted: threading.Event) -> Iterator[bool]:
+    """Give, every half second or sooner, whether something in the folder `inbox` has changed.
+
+    Raise `KeyboardInterrupt` once `interrupted` is set."""
     from watchfiles import watch as changes
     for polling in [True] if poll else [False, True]:
         with suppress(OSError):  # for one, the system allows no more watches
             for found in changes(inbox, watch_filter=None, debounce=500, rust_timeout=500, yield_on_timeout=True,
-                                 force_polling=polling, poll_delay_ms=1000, ignore_permission_denied=True):
+                                 force_polling=polling, poll_delay_ms=1000, ignore_permission_denied=True,
+                                 stop_event=interrupted):
                 yield bool(found)
-    while True:  # the folder cannot be polled either: it has gone, for now
-        time.sleep(0.5)
+    while not interrupted.wait(0.5):  # the folder cannot be polled either: it has gone, for now
         yield True
+    raise KeyboardInterrupt
 
 # %% ../../nbs/chain/10_watch.ipynb #98212f88
 def follow_changes(watcher: Watcher, changes: Iterable[bool], every: float = 5) -> None:
@@ -463,11 +487,11 @@ def watch_inbox(inbox: str | Path, workspace: Workspace, template: RunRequest, *
     All runs get the parameters of `template`. `command` stands for `intel-nb`, and `tell` gets each line of news."""
     folder = check_inbox(inbox)
     waits = partial(tell, f"another watcher follows {inbox}; this one waits until it ends")
-    with locked(watch_folder(workspace, folder) / ".lock", on_wait=waits):
+    with remembered_interrupts() as interrupted, locked(watch_folder(workspace, folder) / ".lock", on_wait=waits):
         tell(f"following {inbox}: {' and '.join(UPLOADS)}")
         watcher = Watcher(UploadQueue(workspace, folder), template, times, command, tell)
         try:
-            follow_changes(watcher, inbox_changes(folder, poll))
+            follow_changes(watcher, inbox_changes(folder, poll, interrupted))
         finally:
             if watcher.working:
                 release_run(workspace, watcher.working)
