@@ -23,16 +23,17 @@ if TYPE_CHECKING:  # each command imports what it needs, so that --help does not
 # %% auto #0
 __all__ = ['app', 'aws_app', 'INTERRUPTED', 'JsonOption', 'VersionArgument', 'StageArgument', 'EXIT_STATUS', 'Setting', 'Profile',
            'Engine', 'Approve', 'ImagesArgument', 'ModelArgument', 'NameOption', 'PipelineOption', 'StackOption',
-           'YesOption', 'print_line', 'print_error', 'call', 'main', 'format_table', 'print_json', 'print_rows',
-           'PlainProgress', 'BarProgress', 'show_progress', 'annotation_lines', 'describe_run', 'exit_with_outcome',
-           'request_from', 'run_command', 'runs_command', 'report_command', 'print_versions', 'models_command',
-           'trace_command', 'describe_shadow', 'describe_drift', 'drift_and_shadow', 'endpoints_command',
-           'captures_command', 'carry_out_decision', 'approve_command', 'reject_command', 'promote_command',
-           'rollback_command', 'shadow_command', 'start_command', 'stop_command', 'print_predictions', 'predict_file',
-           'predict_command', 'serve_command', 'sign_command', 'watch_command', 'prune_command', 'confirm_unless',
-           'aws_template_command', 'aws_definition_command', 'aws_rehearse_command', 'aws_cost_command',
-           'aws_deploy_command', 'aws_start_command', 'aws_status_command', 'aws_models_command', 'aws_approve_command',
-           'aws_invoke_command', 'aws_destroy_command']
+           'YesOption', 'Reason', 'print_line', 'print_error', 'call', 'main', 'format_table', 'print_json',
+           'print_rows', 'PlainProgress', 'BarProgress', 'show_progress', 'annotation_lines', 'describe_run',
+           'exit_with_outcome', 'request_from', 'run_command', 'runs_command', 'report_command', 'print_versions',
+           'models_command', 'trace_command', 'describe_shadow', 'describe_drift', 'drift_and_shadow',
+           'endpoints_command', 'captures_command', 'carry_out_decision', 'approve_command', 'reject_command',
+           'promote_command', 'rollback_command', 'shadow_command', 'start_command', 'stop_command',
+           'print_predictions', 'predict_file', 'predict_command', 'serve_command', 'sign_command', 'watch_command',
+           'prune_command', 'confirm_unless', 'aws_template_command', 'aws_definition_command', 'aws_rehearse_command',
+           'aws_cost_command', 'aws_deploy_command', 'aws_start_command', 'aws_status_command', 'aws_models_command',
+           'aws_approve_command', 'aws_promote_command', 'aws_reject_command', 'aws_rollback_command',
+           'aws_invoke_command', 'aws_logs_command', 'aws_destroy_command']
 
 # %% ../nbs/20_cli.ipynb #d6fdda1b
 app = typer.Typer(name="intel-nb", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
@@ -620,39 +621,53 @@ def aws_deploy_command(option: StackOption = None, name: NameOption = "intel-nb"
 
 # %% ../nbs/20_cli.ipynb #f00ffab3
 @aws_app.command("start")
-def aws_start_command(name: NameOption = "intel-nb", parameter: PipelineOption = None,
-                      watch: Annotated[bool, typer.Option(help="Follow it to its end.")] = True,
-                      as_json: JsonOption = False) -> None:
-    "Start the pipeline, and follow it."
-    raise typer.Exit(cloud_module("commands").run_pipeline(parameter or [], name, watch, as_json))
+def aws_start_command(
+    data: Annotated[str, typer.Option(help="An archive to upload; the upload starts the pipeline.")] = "",
+    name: NameOption = "intel-nb",
+    parameter: PipelineOption = None,
+    watch: Annotated[bool, typer.Option(help="Follow it to its end.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    "Start the pipeline, with new data or with what is there, and follow it."
+    raise typer.Exit(cloud_module("commands").run_pipeline(parameter or [], name, watch, as_json, data))
 
 # %% ../nbs/20_cli.ipynb #5369cc3b
 @aws_app.command("status")
 def aws_status_command(name: NameOption = "intel-nb", as_json: JsonOption = False) -> None:
-    "Show the last execution with its steps, the endpoints and the alarms."
+    "Show what runs, what waits for a person, the endpoints and the alarms."
     raise typer.Exit(cloud_module("commands").show_status(name, as_json))
 
 # %% ../nbs/20_cli.ipynb #d15e56c0
-def _cloud_registry(name: str) -> Registry:
-    "Return the registry of the deployment `name`; raise `InputError` without credentials."
-    cloud_module("client").check_credentials()
-    return cloud_module().open_package_group(f"sagemaker://{name}")
-
 @aws_app.command("models")
 def aws_models_command(name: NameOption = "intel-nb", as_json: JsonOption = False) -> None:
     "List the versions, newest first."
-    print_versions(_cloud_registry(name), as_json, "no versions yet: intel-nb aws start makes one")
+    cloud_module("client").check_credentials()
+    registry = cloud_module().open_package_group(f"sagemaker://{name}")
+    print_versions(registry, as_json, "no versions yet: intel-nb aws start makes one")
 
 @aws_app.command("approve")
 def aws_approve_command(version: VersionArgument, name: NameOption = "intel-nb") -> None:
     "Approve a version; modeldeploy then brings it to staging and tests it there."
-    registry = _cloud_registry(name)
-    found = registry.get(version)
-    if found.status == "Rejected":
-        raise RuntimeError(f"version {version} is rejected ({found.reason}) and stays so; start the pipeline again")
-    if found.status != "Approved":  # each approval starts a deployment
-        registry.set_status(version, "Approved", "approved with intel-nb aws approve")
-    print_line(f"version {version} is Approved; see how modeldeploy goes on with: intel-nb aws status")
+    raise typer.Exit(cloud_module("commands").approve_version(version, name))
+
+# %% ../nbs/20_cli.ipynb #e2fe2cde
+Reason = Annotated[str, typer.Option(help="Why, in a sentence.")]
+
+@aws_app.command("promote")
+def aws_promote_command(version: VersionArgument, name: NameOption = "intel-nb") -> None:
+    "Put a version that passed its test on staging into production."
+    raise typer.Exit(cloud_module("commands").promote_version(version, name))
+
+@aws_app.command("reject")
+def aws_reject_command(version: VersionArgument, name: NameOption = "intel-nb",
+                       reason: Reason = "rejected with intel-nb aws reject") -> None:
+    "Reject a version. A stage that serves it goes back to the version before."
+    raise typer.Exit(cloud_module("commands").reject_version(version, name, reason))
+
+@aws_app.command("rollback")
+def aws_rollback_command(stage: StageArgument, name: NameOption = "intel-nb") -> None:
+    "Return a stage to its last earlier version that is not rejected."
+    raise typer.Exit(cloud_module("commands").roll_stage_back(stage, name))
 
 # %% ../nbs/20_cli.ipynb #12779468
 @aws_app.command("invoke")
@@ -663,8 +678,18 @@ def aws_invoke_command(
     as_json: JsonOption = False,
 ) -> None:
     "Classify images with an endpoint on SageMaker."
-    cloud_module("client").check_credentials()
-    print_predictions(cloud_module().open_hosting(f"sagemaker://{name}").describe(stage).url, images, as_json)
+    print_predictions(cloud_module("commands").stage_url(stage, name), images, as_json)
+
+# %% ../nbs/20_cli.ipynb #fade1daf
+@aws_app.command("logs")
+def aws_logs_command(
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="data, train, evaluate, keep, image, modelbuild, "
+                                        "modeldeploy, staging, production or drift.")],
+    name: NameOption = "intel-nb",
+    lines: Annotated[int, typer.Option(help="How many of the last lines.", min=1, max=10000)] = 100,
+) -> None:
+    "Show the last lines of the log of a step, a build, an endpoint or the search for drift."
+    raise typer.Exit(cloud_module("commands").show_log(what, name, lines))
 
 # %% ../nbs/20_cli.ipynb #5137b221
 @aws_app.command("destroy")

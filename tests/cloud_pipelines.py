@@ -1,11 +1,12 @@
 """Carry out a CodePipeline of the template: moto keeps a pipeline's declaration, and does nothing with it.
 
-The stages, their conditions, the variables and the builds' environments are those of the template. A build is a real process that
-runs the command of its description on this machine. Entry conditions, variables and the approval's token work as CodePipeline's user guide
-describes them.
+The stages, their conditions, the variables and the builds' environments are those of the template. A build is a real
+process that runs the command of its description on this machine. Entry conditions, variables and the approval's token
+work as CodePipeline's user guide describes them.
 
-This leaves unproven: that CodePipeline and CodeBuild read the template as it is read here; the roles; the installation at the
-beginning of each build, and the artifacts between stages; what is superseded when two executions overlap; events.
+This leaves unproven: that CodePipeline and CodeBuild read the template as it is read here; the roles; the installation
+at the beginning of each build, and the artifacts between stages; what is superseded when two executions overlap;
+events.
 """
 import json
 import os
@@ -44,7 +45,7 @@ class Execution:
 
 
 class CodePipeline:
-    "A pipeline of the template, and its last execution. Where it stops for an answer, a person gives it and it goes on."
+    "A pipeline of the template, and its executions; one stops where it waits for a person's answer."
     def __init__(self, made: dict, logical_id: str, folder: Path):
         self.resources, self.folder = made["Resources"], folder
         self.declared = self.resources[logical_id]["Properties"]
@@ -122,13 +123,14 @@ class CodePipeline:
         "Return what GetPipelineState answers."
         stages = []
         for stage in self.declared["Stages"]:
-            found: dict = {"stageName": stage["Name"], "actionStates": [{"actionName": a["Name"]} for a in stage["Actions"]]}
+            actions: list[dict] = [{"actionName": action["Name"]} for action in stage["Actions"]]
+            found: dict = {"stageName": stage["Name"], "actionStates": actions}
             status = self.last.states.get(stage["Name"]) if self.executions else None
             if status:
                 found["latestExecution"] = {"pipelineExecutionId": self.last.id, "status": status}
             if status == "InProgress":
-                found["actionStates"][0]["latestExecution"] = {
-                    "status": "InProgress", "token": f"token-{self.last.id}", "lastStatusChange": self.since.timestamp()}
+                token, since = f"token-{self.last.id}", self.since.timestamp()
+                actions[0]["latestExecution"] = {"status": "InProgress", "token": token, "lastStatusChange": since}
             stages.append(found)
         return {"pipelineName": self.name, "pipelineVersion": 1, "stageStates": stages}
 

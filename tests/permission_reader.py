@@ -28,13 +28,16 @@ ENTRY_POINTS = {
     "Registrar": methods(GROUP, "evaluation", "versions"),
     "Watch": ("aws.capture:run_drift_job",),
     "Build": ("aws.stages:run_modelbuild",),
-    "Deploy": ("aws.stages:run_modeldeploy",
+    "Deploy": ("aws.stages:run_deploy_step",
                *methods(GROUP, "get", "versions", "package", "predictions", "set_alias", "set_tag"),
                *methods(HOSTING, "deploy", "describe", "history", "rollback"), "aws.hosting:invoke_endpoint",
                "aws.hosting:endpoint_drift_status",
                "aws.objects:download"),
-    "Operator": ("aws.commands:run_pipeline", "aws.commands:show_status", "aws.hosting:scaling_problem",
-                 *methods(GROUP, "versions", "set_status")),
+    "Operator": (*(f"aws.commands:{name}" for name in (
+                     "run_pipeline", "show_status", "approve_version", "promote_version", "reject_version",
+                     "roll_stage_back", "stage_url", "show_log")), "aws.hosting:invoke_endpoint",
+                 *methods(GROUP, "versions", "set_status"),
+                 *methods(HOSTING, "list", "describe", "rollback", "start", "stop")),
 }
 
 
@@ -146,6 +149,7 @@ def calls_from(entry_points: Iterable[str]) -> set[Call]:
 
 PREFIX = {"sagemaker-runtime": "sagemaker"}
 ACTIONS = {  # where an action is not called as the service's model calls the operation
+    Call("sts", "get_caller_identity"): (),  # everybody may ask who they are
     Call("s3", "list_objects_v2"): ("s3:ListBucket",),
     Call("s3", "head_bucket"): ("s3:ListBucket",),
     Call("s3", "list_object_versions"): ("s3:ListBucketVersions",),

@@ -64,7 +64,7 @@ def test_every_call_in_the_modules_is_one_that_the_service_has():
     for path in sorted((PACKAGE / "aws").glob("*.py")):
         found |= calls_in(ast.parse(path.read_text()))
     assert len(found) > 40
-    for call in found:
+    for call in found - {Call("sts", "get_caller_identity")}:
         assert actions_of(call)
 
 
@@ -233,7 +233,7 @@ READERS = {"pipeline files": {"Pipeline", "Job", "Registrar", "Deploy", "Operato
            "registry files": {"Pipeline", "Job", "Registrar", "Model", "Watch", "Build", "Deploy", "Operator"},
            "captures": {"Watch"}, "drift files": {"Watch"},
            "state files": {"Job", "Registrar", "Watch", "Build", "Deploy", "Operator"},
-           "codepipeline files": {"Build", "Deploy", "CodePipeline"}}
+           "codepipeline files": {"Build", "Deploy", "CodePipeline", "Image"}}
 
 
 @pytest.mark.parametrize("action, expected", [("s3:PutObject", WRITERS), ("s3:GetObject", READERS)])
@@ -279,9 +279,10 @@ def test_the_image_is_pushed_by_its_build_alone():
     assert [g.resources for g in ROLES["Image"].grants if "ecr:PutImage" in g.actions] == [("repository",)]
 
 
-def test_only_the_builds_deploy_and_no_role_deletes_data():
+def test_only_the_builds_deploy_people_go_back_and_no_role_deletes_data():
     actions = {name: {a for g in role.grants for a in g.actions} for name, role in ROLES.items()}
-    assert {name for name, found in actions.items() if "sagemaker:UpdateEndpoint" in found} == {"Deploy"}
+    assert {name for name, found in actions.items() if "sagemaker:UpdateEndpoint" in found} == {"Deploy", "Operator"}
+    assert {name for name, found in actions.items() if "sagemaker:CreateModel" in found} == {"Deploy"}
     assert {name for name, found in actions.items() if "sagemaker:CreateModelPackage" in found} == {"Pipeline"}
     assert not [name for name, found in actions.items()
                 if found & {"s3:DeleteObject", "s3:DeleteObjectVersion", "s3:DeleteBucket"}]

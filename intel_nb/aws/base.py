@@ -20,7 +20,7 @@ __all__ = ['DEFAULTS', 'STAGES', 'CHOICES', 'RANGES', 'FORMS', 'Resources', 'IN_
            'IMAGE_SPEC', 'Options', 'checked_options', 'ref', 'attribute', 'sub', 'resource', 'linter_exceptions',
            'allow_service', 'deny_without_tls', 'template_yaml', 'template_json', 'bucket_name', 'expire_versions',
            'expire_objects', 'bucket_resource', 'artifact_prefix', 'lifecycles', 'buckets', 'log_statements',
-           'bucket_policies', 'role_resource', 'repository', 'image_build', 'base_template']
+           'bucket_policies', 'role_resource', 'repository', 'image_project', 'image_builds', 'base_template']
 
 # %% ../../nbs/aws/14_base.ipynb #92890435
 @dataclass(frozen=True)
@@ -296,29 +296,34 @@ IMAGE_SPEC = {"version": 0.2, "env": {"shell": "bash"}, "phases": {
         "done\n)\n"]}}}
 
 # %% ../../nbs/aws/14_base.ipynb #761ad3ba
-def image_build(options: Options, account: str) -> Resources:
-    "Return the CodeBuild project of the image with its log group; its source is given when it is started."
+def image_project(name: str, log: str, log_days: int, source: dict, artifacts: str) -> Resources:
+    "Return the CodeBuild project called `name` that builds the image, and its log group with the logical ID `log`."
     reason = "logs are encrypted with the key of CloudWatch; no image and no secret is written to them"
-    location = f"{bucket_name(options, 'code', account)}/image.zip"
     variables = [{"Name": "REPOSITORY", "Value": attribute("Repository", "RepositoryUri")},
                  {"Name": "TAG", "Value": ""}]
-    group = resource("Logs::LogGroup", {"LogGroupName": f"/aws/codebuild/{options.name}-image",
-                                        "RetentionInDays": options.log_days},
+    group = resource("Logs::LogGroup", {"LogGroupName": f"/aws/codebuild/{name}", "RetentionInDays": log_days},
                      Metadata=linter_exceptions(CKV_AWS_158=reason))
-    return {"LogImage": group, "ImageBuild": resource("CodeBuild::Project", {
-        "Name": f"{options.name}-image", "ServiceRole": attribute("ImageRole"), "TimeoutInMinutes": 90,
-        "ConcurrentBuildLimit": 1, "Artifacts": {"Type": "NO_ARTIFACTS"},
-        "Source": {"Type": "S3", "Location": location, "BuildSpec": template_yaml(IMAGE_SPEC)},
+    return {log: group, log.replace("Log", "") + "Build": resource("CodeBuild::Project", {
+        "Name": name, "ServiceRole": attribute("ImageRole"), "TimeoutInMinutes": 90,
+        "ConcurrentBuildLimit": 1, "Artifacts": {"Type": artifacts},
+        "Source": {**source, "BuildSpec": template_yaml(IMAGE_SPEC)},
         "Environment": {"Type": "LINUX_CONTAINER", "ComputeType": "BUILD_GENERAL1_MEDIUM", "PrivilegedMode": True,
                         "Image": "aws/codebuild/standard:7.0", "EnvironmentVariables": variables},
-        "LogsConfig": {"CloudWatchLogs": {"Status": "ENABLED", "GroupName": ref("LogImage")}}})}
+        "LogsConfig": {"CloudWatchLogs": {"Status": "ENABLED", "GroupName": ref(log)}}})}
+
+def image_builds(options: Options, account: str) -> Resources:
+    "Return the builds of the image: of an archive that is named when one is started, and of what modelbuild hands on."
+    archive = {"Type": "S3", "Location": f"{bucket_name(options, 'code', account)}/image.zip"}
+    return {**image_project(f"{options.name}-image", "LogImage", options.log_days, archive, "NO_ARTIFACTS"),
+            **image_project(f"{options.name}-modelimage", "LogModelimage", options.log_days, {"Type": "CODEPIPELINE"},
+                            "CODEPIPELINE")}
 
 # %% ../../nbs/aws/14_base.ipynb #1d108ceb
 def base_template(options: Options, account: str) -> dict:
     "Return the template of the stack NAME-base in `account`; raise `InputError` for wrong options."
     checked_options(options)
     found = {**buckets(options, account), **bucket_policies(options, account), **repository(options),
-             **image_build(options, account)}
+             **image_builds(options, account)}
     for name in BASE_ROLES:
         found |= role_resource(options, name)
     return {"AWSTemplateFormatVersion": "2010-09-09",

@@ -149,4 +149,5 @@ def run_drift_job(name: str, stage: str) -> None:
     print(json.dumps(found), flush=True)
 
 # %% ../../nbs/aws/05_capture.ipynb #05318b2a
-DRIFT_COMMAND = "import sys; from intel_nb.aws.capture import run_drift_job; run_drift_job(*sys.argv[1:])"
+DRIFT_COMMAND = ("import sys; from intel_nb.aws.container import check_code; check_code(); "
+                 "from intel_nb.aws.capture import run_drift_job; run_drift_job(*sys.argv[1:])")

@@ -6,21 +6,27 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from . import cost, deploy, pipeline, stack
+from . import cost, deploy, operations, pipeline, stack, stages
 from .client import check_credentials, client, paginate, region_name, translate_errors
 from .definition import closest, parse_pairs
-from .executions import latest_execution, start_execution, watch_execution
-from .hosting import SageMakerEndpoints
+from .executions import latest_execution, start_execution, start_upload, start_values, watch_execution
+from .hosting import STAGES, SageMakerEndpoints, scaling_problem
+from .messages import command_line
+from .operations import modeldeploy, stage_states, unconfirmed, waiting_decision
+from .package_group import PackageGroup
 from ..storage import InputError, write_text
 
 # %% auto #0
 __all__ = ['show_definition', 'run_rehearsal', 'from_pairs', 'stack_options', 'show_template', 'show_costs', 'run_deployment',
-           'run_removal', 'run_pipeline', 'latest_alarms', 'deployment_status', 'status_lines', 'show_status']
+           'run_removal', 'run_pipeline', 'latest_alarms', 'deployment_status', 'waiting_lines', 'status_lines',
+           'show_status', 'approve_version', 'promote_version', 'reject_version', 'roll_stage_back', 'stage_url',
+           'show_log']
 
 # %% ../../nbs/aws/18_commands.ipynb #b6e754e9
 def show_definition(settings: Iterable[str] = ()) -> int:
@@ -105,22 +111,27 @@ def run_removal(settings: Iterable[str] = (), name: str = "intel-nb", keep: Iter
     return 0 if deploy.destroy_stack(stack_options(settings, name), ask, keep=tuple(keep)) else 1
 
 # %% ../../nbs/aws/18_commands.ipynb #3e904176
-def run_pipeline(settings: Iterable[str] = (), name: str = "intel-nb", watch: bool = True,
-                 as_json: bool = False) -> int:
-    "Start the pipeline `name` with `NAME=VALUE` and watch it to its end; return 1 when it failed."
-    parameters = parse_pairs(settings)
-    check_credentials()
-    arn = start_execution(name, parameters)
+def run_pipeline(settings: Iterable[str] = (), name: str = "intel-nb", watch: bool = True, as_json: bool = False,
+                 data: str = "") -> int:
+    "Start the pipeline `name`, with `NAME=VALUE` or by uploading `data`, and watch it; return 1 when it failed."
+    say = _be_quiet if as_json else lambda line: print(line, flush=True)
+    arn = _start(name, parse_pairs(settings), data, say)
+    say(f"started {arn}")
     if not watch:
-        started = f"started {arn}\nsee how it goes on with: intel-nb aws status"
-        print(json.dumps({"execution": arn}) if as_json else started)
+        print(json.dumps({"execution": arn}) if as_json else f"see how it goes on with: {command_line(name, 'status')}")
         return 0
-    if not as_json:
-        print(f"started {arn}", flush=True)
-    execution = watch_execution(arn, _be_quiet if as_json else lambda line: print(line, flush=True))
+    execution = watch_execution(arn, say)
     if as_json:
         print(json.dumps(asdict(execution), indent=2))
+    if execution.status == "Succeeded":
+        say(f"see the version that waits: {command_line(name, 'models')}")
     return 0 if execution.status == "Succeeded" else 1
+
+def _start(name: str, parameters: dict[str, str], data: str, say: Callable[[str], None]) -> str:
+    if data and parameters:
+        raise InputError("an upload starts the pipeline with its own parameters; give --data or --parameter, not both")
+    check_credentials()
+    return start_upload(name, data, say) if data else start_execution(name, start_values(name, parameters))
 
 # %% ../../nbs/aws/18_commands.ipynb #183305a0
 def latest_alarms(name: str, count: int = 10) -> list[dict[str, str]]:
@@ -136,8 +147,24 @@ def latest_alarms(name: str, count: int = 10) -> list[dict[str, str]]:
 def deployment_status(name: str) -> dict[str, Any]:
     "Return the latest execution, the endpoints and the alarms of the deployment `name`, or why a part is missing."
     return {"execution": _or_reason(lambda: (found := latest_execution(name)) and asdict(found)),
+            "modelbuild": _or_reason(lambda: stage_states(f"{name}-modelbuild")),
+            "modeldeploy": _or_reason(lambda: stage_states(modeldeploy(name))),
+            "waiting": waiting_lines(name),
             "endpoints": _or_reason(lambda: [asdict(endpoint) for endpoint in SageMakerEndpoints(name).list()]),
-            "alarms": latest_alarms(name)}
+            "problems": [problem for stage in STAGES if (problem := scaling_problem(name, stage))],
+            "unconfirmed": unconfirmed(name), "alarms": latest_alarms(name)}
+
+def waiting_lines(name: str) -> list[str]:
+    "Return what waits for a person, each with the command that answers it."
+    pending: list[str] = []
+    with suppress(InputError):
+        pending = [f"version {one.version} waits ({one.reason}): {command_line(name, f'approve {one.version}')}"
+                   for one in PackageGroup(name).versions() if one.status == "PendingManualApproval"][:3]
+    with suppress(InputError):
+        if waiting := waiting_decision(name):
+            pending.append(f"version {waiting.version} passed its test on staging: "
+                           f"{command_line(name, f'promote {waiting.version}')}")
+    return pending
 
 def _or_reason(find: Callable[[], Any]) -> Any:
     "Return what `find` returns, or the sentence that says why there is nothing."
@@ -150,21 +177,35 @@ def _or_reason(find: Callable[[], Any]) -> Any:
 def status_lines(found: dict[str, Any]) -> list[str]:
     "Return the status from `deployment_status` as lines of text for a person."
     endpoint, alarm = "{stage}  {status}, version {version} at {url}", "{alarm}  {state} since {since}"
-    return [*_execution_lines(found["execution"]), *_part(found["endpoints"], "endpoint", "none yet", endpoint),
-            *_part(found["alarms"], "alarm", "none", alarm)]
+    return [*_execution_lines(found["execution"]), *_codepipeline_lines(found),
+            *_lines("waiting", found["waiting"]), *_part(found["endpoints"], "endpoint", "none yet", endpoint),
+            *_lines("problem", found["problems"]), *_part(found["alarms"], "alarm", "none", alarm),
+            *_lines("mail", [f"{one} gets no messages until the link in Amazon's mail was followed"
+                             for one in found["unconfirmed"]])]
 
 def _execution_lines(found: dict[str, Any] | str | None) -> list[str]:
     if not isinstance(found, dict):
-        return [f"execution  {found or 'none yet: intel-nb aws start'}"]
+        return [f"{'execution':<11}  {found or 'none yet: intel-nb aws start'}"]
     reason = f": {found['reason']}" if found["reason"] else ""
     steps = [f"  {step['name']:<12} {step['status'].lower()}" for step in found["steps"]]
-    return [f"execution  {found['status'].lower()} since {found['started']}{reason}", *steps]
+    return [f"{'execution':<11}  {found['status'].lower()} since {found['started']}{reason}", *steps]
+
+def _codepipeline_lines(found: dict[str, Any]) -> list[str]:
+    lines: list[str] = []
+    for name in ("modelbuild", "modeldeploy"):
+        state = found[name]  # how each stage ended, or why there is no pipeline
+        text = state if isinstance(state, str) else ", ".join(f"{stage} {status}" for stage, status in state.items())
+        lines += _lines(name, [text or "has not run yet"])
+    return lines
+
+def _lines(title: str, texts: Iterable[str]) -> list[str]:
+    return [f"{title:<11}  {text}" for text in texts]
 
 def _part(found: list[dict] | str, title: str, none: str, line: str) -> list[str]:
     "Return a line for each of `found`, in the form `line`, or one that says why there is none."
     if isinstance(found, str) or not found:
-        return [f"{title:<9}  {found or none}"]
-    return [f"{title:<9}  {line.format(**one)}" for one in found]
+        return _lines(title, [str(found or none)])
+    return _lines(title, [line.format(**one) for one in found])
 
 # %% ../../nbs/aws/18_commands.ipynb #2b04ad0c
 def show_status(name: str = "intel-nb", as_json: bool = False) -> int:
@@ -172,4 +213,53 @@ def show_status(name: str = "intel-nb", as_json: bool = False) -> int:
     check_credentials()
     found = deployment_status(name)
     print(json.dumps(found, indent=2) if as_json else "\n".join(status_lines(found)))
+    return 0
+
+# %% ../../nbs/aws/18_commands.ipynb #c56480e6
+def approve_version(version: str, name: str = "intel-nb") -> int:
+    "Approve a version, which starts modeldeploy; raise `RuntimeError` when it is rejected."
+    check_credentials()
+    found = PackageGroup(name).get(version)
+    if found.status == "Rejected":
+        raise RuntimeError(f"version {version} is rejected ({found.reason}) and stays so; start the pipeline again")
+    if found.status != "Approved":  # each approval starts a deployment
+        PackageGroup(name).set_status(version, "Approved", "approved with intel-nb aws approve")
+    print(f"version {version} is Approved; modeldeploy brings it to staging and tests it, which takes half an hour: "
+          f"{command_line(name, 'status')}, then {command_line(name, f'promote {version}')}")
+    return 0
+
+# %% ../../nbs/aws/18_commands.ipynb #ff14667e
+def promote_version(version: str, name: str = "intel-nb") -> int:
+    "Put a version into production; return 3 when it must go through staging again first."
+    check_credentials()
+    return 0 if operations.promote(name, version) else 3
+
+def reject_version(version: str, name: str = "intel-nb", reason: str = "rejected with intel-nb aws reject") -> int:
+    "Reject a version and take it from the stages that serve it."
+    check_credentials()
+    operations.reject(name, version, reason)
+    return 0
+
+def roll_stage_back(stage: str, name: str = "intel-nb") -> int:
+    "Serve the version of `stage` before the present one."
+    check_credentials()
+    print(f"{stage} goes back, which takes some ten minutes …", flush=True)
+    print(f"{stage} serves version {stages.roll_back(name, stage).version} again")
+    return 0
+
+# %% ../../nbs/aws/18_commands.ipynb #c33f1f03
+def stage_url(stage: str, name: str = "intel-nb") -> str:
+    "Return the URL of the endpoint of `stage`, which is made again when it was deleted."
+    check_credentials()
+    found = SageMakerEndpoints(name).describe(stage)
+    if found.status == "stopped":
+        print(f"the endpoint of {stage} was deleted; it is made again, which takes some five minutes …",
+              file=sys.stderr, flush=True)
+        found = SageMakerEndpoints(name).start(stage)
+    return found.url
+
+def show_log(what: str, name: str = "intel-nb", lines: int = 100) -> int:
+    "Print the last lines of a log."
+    check_credentials()
+    print("\n".join(operations.read_log(name, what, lines)))
     return 0

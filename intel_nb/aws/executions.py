@@ -172,12 +172,15 @@ class StepState:
     name: str
     status: str  # Starting, Executing, Stopping, Stopped, Failed, Succeeded, or cached (an earlier result was used)
     reason: str = ""
+    job: str = ""  # the name of its job; a cached step has none
 
 # %% ../../nbs/aws/07_executions.ipynb #a82aed6b
 def to_step_state(found: Mapping[str, Any]) -> StepState:
     "Return a step in SageMaker's list as a `StepState`."
     cached = found["StepStatus"] == "Succeeded" and found.get("CacheHitResult")
-    return StepState(found["StepName"], "cached" if cached else found["StepStatus"], found.get("FailureReason", ""))
+    arns = [one["Arn"] for kind, one in found.get("Metadata", {}).items() if kind in ("ProcessingJob", "TrainingJob")]
+    return StepState(found["StepName"], "cached" if cached else found["StepStatus"], found.get("FailureReason", ""),
+                     "" if cached or not arns else arns[0].rpartition("/")[2])
 
 # %% ../../nbs/aws/07_executions.ipynb #354c4f41
 def list_steps(arn: str) -> list[StepState]:

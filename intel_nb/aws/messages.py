@@ -27,15 +27,20 @@ from .hosting import VARIANT, alarm_requests, endpoint_name
 from .permissions import local_arn, policy_document
 
 # %% auto #0
-__all__ = ['BROKEN', 'RETRY', 'REFUSED_PERCENT', 'LEAST_REQUESTS', 'DEAD_LETTERS', 'PIPELINE_METRICS', 'command', 'topic',
-           'Message', 'waiting_message', 'failed_pipeline_message', 'failed_build_messages', 'broken_endpoint_message',
-           'messages', 'message_id', 'message_resource', 'message_rules', 'alarm_resource', 'refused_alarm',
-           'stage_alarm_texts', 'stage_alarms', 'dead_letter_alarms', 'alarms', 'stage_charts', 'dashboard']
+__all__ = ['BROKEN', 'RETRY', 'REFUSED_PERCENT', 'LEAST_REQUESTS', 'DEAD_LETTERS', 'PIPELINE_METRICS', 'command_line', 'command',
+           'topic', 'Message', 'waiting_message', 'failed_pipeline_message', 'failed_build_messages',
+           'broken_endpoint_message', 'messages', 'message_id', 'message_resource', 'message_rules', 'alarm_resource',
+           'refused_alarm', 'stage_alarm_texts', 'stage_alarms', 'dead_letter_alarms', 'alarms', 'stage_charts',
+           'dashboard']
 
 # %% ../../nbs/aws/14_messages.ipynb #8ec11f94
+def command_line(name: str, text: str) -> str:
+    "Return the command line `intel-nb aws …` for the deployment `name`."
+    return f"intel-nb aws {text}" + ("" if name == Options().name else f" --name {name}")
+
 def command(options: Options, text: str) -> str:
     "Return the command line `intel-nb aws …` for this stack."
-    return f"intel-nb aws {text}" + ("" if options.name == Options().name else f" --name {options.name}")
+    return command_line(options.name, text)
 
 # %% ../../nbs/aws/14_messages.ipynb #71f14ca8
 def topic(options: Options) -> Resources:

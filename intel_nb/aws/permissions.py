@@ -165,13 +165,14 @@ BUILDING = (
 
 BUILD = Role("codebuild", "tests the code, updates the pipeline and starts it", (
     *BUILDING, *READ_GROUP, *READ_REGISTRY,
+    Grant(("ecr:DescribeImages",), ("repository",)),
     Grant(("s3:ListBucket",), ("data", "annotations")),
     Grant(("sagemaker:CreatePipeline", "sagemaker:DescribePipeline", "sagemaker:StartPipelineExecution",
            "sagemaker:UpdatePipeline"), ("pipeline",))))
 
 IMAGE = Role("codebuild", "builds the image and pushes it", (
-    Grant(WRITE_LOGS[1:], ("image logs",), "CodeBuild keeps the build's output"),
-    Grant(READ_VERSIONS, ("code files",), "CodeBuild reads the source"),
+    Grant(WRITE_LOGS[1:], ("image logs", "build logs"), "CodeBuild keeps the build's output"),
+    Grant(READ_VERSIONS, ("code files", "codepipeline files"), "CodeBuild reads the source"),
     Grant(("ecr:GetAuthorizationToken",), ("any",), "the build logs in to the registry"),
     Grant(("ecr:BatchCheckLayerAvailability", "ecr:BatchGetImage", "ecr:CompleteLayerUpload", "ecr:DescribeImages",
            "ecr:InitiateLayerUpload", "ecr:PutImage", "ecr:UploadLayerPart"), ("repository",),
@@ -189,8 +190,7 @@ DEPLOY = Role("codebuild", "deploys a version to a stage and tests it there", (
     Grant(("cloudwatch:DescribeAlarms", "cloudwatch:PutMetricAlarm"), ("alarms",)),
     Grant(("application-autoscaling:DeregisterScalableTarget", "application-autoscaling:PutScalingPolicy",
            "application-autoscaling:RegisterScalableTarget"), ("scaling",)),
-    Grant(("scheduler:CreateSchedule", "scheduler:DeleteSchedule", "scheduler:UpdateSchedule"), ("staging schedule",),
-          "the endpoint of staging ends some hours after its test")))
+    Grant(("scheduler:CreateSchedule", "scheduler:DeleteSchedule"), ("staging schedule",))))
 
 # %% ../../nbs/aws/12_permissions.ipynb #feb7da3a
 CODEPIPELINE = Role("codepipeline", "runs modelbuild and modeldeploy", (
@@ -219,17 +219,28 @@ SCHEDULER = Role("scheduler", "starts the jobs that look for drift, and ends the
     Grant(("sqs:SendMessage",), ("undelivered",), "the schedule keeps a call that failed")))
 
 # %% ../../nbs/aws/12_permissions.ipynb #fbe16330
-OPERATOR = Role("", "starts the pipeline, looks at it, and approves versions", (
+OPERATOR = Role("", "starts the pipeline, decides about versions, and takes them back", (
     *READ_GROUP, *READ_REGISTRY, READ_RUNS,
-    Grant(("s3:PutObject",), ("state files",), "the stages' states and locks lie there"),
+    Grant(("s3:PutObject",), ("state files",)),
+    Grant(UPLOAD, ("archive",)),
+    Grant(("s3:ListBucket",), ("data", "annotations")),
+    Grant(("s3:GetObject",), ("archive",)),
     Grant(("sagemaker:DescribePipeline", "sagemaker:ListPipelineExecutions", "sagemaker:StartPipelineExecution"),
           ("pipeline",)),
-    Grant(("sagemaker:DescribePipelineExecution", "sagemaker:ListPipelineExecutionSteps"), ("executions",)),
+    Grant(("sagemaker:DescribePipelineExecution", "sagemaker:ListPipelineExecutionSteps",
+           "sagemaker:ListPipelineParametersForExecution"), ("executions",)),
     Grant(("sagemaker:UpdateModelPackage",), ("versions",)),
-    Grant(("sagemaker:DescribeEndpoint",), ("endpoints",)),
+    Grant(("codepipeline:GetPipelineState", "codepipeline:ListActionExecutions", "codepipeline:PutApprovalResult",
+           "codepipeline:StartPipelineExecution"), ("codepipelines",)),
+    Grant(("sagemaker:CreateEndpoint", "sagemaker:DeleteEndpoint", "sagemaker:DescribeEndpoint",
+           "sagemaker:InvokeEndpoint", "sagemaker:UpdateEndpoint"), ("endpoints",)),
+    Grant(("application-autoscaling:DeregisterScalableTarget", "application-autoscaling:PutScalingPolicy",
+           "application-autoscaling:RegisterScalableTarget"), ("scaling",)),
     Grant(("application-autoscaling:DescribeScalableTargets", "application-autoscaling:DescribeScalingPolicies"),
           ("any",)),
-    Grant(("cloudwatch:DescribeAlarms",), ("alarms",))))
+    Grant(("cloudwatch:DescribeAlarms", "cloudwatch:PutMetricAlarm"), ("alarms",)),
+    Grant(("logs:DescribeLogStreams", "logs:GetLogEvents"), ("job logs", "endpoint logs", "build logs", "image logs")),
+    Grant(("sns:ListSubscriptionsByTopic",), ("topic",))))
 
 # %% ../../nbs/aws/12_permissions.ipynb #e317d903
 @dataclass(frozen=True)
@@ -281,8 +292,6 @@ IMPLIED = (
     Implied("sagemaker:CreateProcessingJob", ("iam:PassRole",), ("watch role",), PASSING, "drift jobs",
             pass_to("sagemaker")),
     Implied("scheduler:CreateSchedule", ("iam:PassRole",), ("scheduler role",),
-            SCHEDULING, condition=pass_to("scheduler")),
-    Implied("scheduler:UpdateSchedule", ("iam:PassRole",), ("scheduler role",),
             SCHEDULING, condition=pass_to("scheduler")),
 )
 

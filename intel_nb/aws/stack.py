@@ -45,14 +45,14 @@ from intel_nb.aws.pipeline import (
 from .rules import PUSH_PATHS, QUEUES, EventRule, ResourceNames, StartQueue, event_rules
 
 # %% auto #0
-__all__ = ['ACCOUNT', 'ROLE', 'REGISTRAR_ROLE', 'INSTALL', 'BUILD_SPECS', 'GIVEN', 'CHOSEN', 'NONE', 'STAGING_STEPS', 'RETENTION',
-           'RECEIVES', 'PARTS', 'bucket', 'trail', 'pipeline_config', 'fill_stand_ins', 'roles', 'settings',
-           'pipeline_and_group', 'build_project', 'build_projects', 'pipeline_action', 'source_stage', 'push_triggers',
-           'build_action', 'deploy_action', 'skippable_stage', 'deploy_stages', 'codepipeline', 'codepipelines',
-           'rule_id', 'rule_target', 'rule_resource', 'queue_id', 'queue_resource', 'queue_policy', 'start_queue',
-           'rule_resources', 'log_groups', 'drift_job_request', 'drift_schedules', 'staging_end_request',
-           'template_outputs', 'template', 'Options', 'base_template', 'bucket_name', 'checked_options',
-           'template_json', 'template_yaml']
+__all__ = ['ACCOUNT', 'ROLE', 'REGISTRAR_ROLE', 'INSTALL', 'EXPORT', 'BUILD_SPECS', 'GIVEN', 'CHOSEN', 'NONE', 'STAGING_STEPS',
+           'RETENTION', 'RECEIVES', 'PARTS', 'bucket', 'trail', 'pipeline_config', 'fill_stand_ins', 'roles',
+           'settings', 'pipeline_and_group', 'build_project', 'build_projects', 'pipeline_action', 'source_stage',
+           'push_triggers', 'build_action', 'deploy_action', 'skippable_stage', 'deploy_stages', 'build_stages',
+           'codepipeline', 'codepipelines', 'rule_id', 'rule_target', 'rule_resource', 'queue_id', 'queue_resource',
+           'queue_policy', 'start_queue', 'rule_resources', 'log_groups', 'drift_job_request', 'drift_schedules',
+           'staging_end_request', 'template_outputs', 'template', 'Options', 'base_template', 'bucket_name',
+           'checked_options', 'template_json', 'template_yaml']
 
 # %% ../../nbs/aws/14_stack.ipynb #04f1938b
 _all_ = ["Options", "base_template", "bucket_name", "checked_options", "template_json", "template_yaml"]
@@ -142,13 +142,16 @@ def pipeline_and_group(options: Options, definition: dict) -> Resources:
 # %% ../../nbs/aws/14_stack.ipynb #5608f3ad
 INSTALL = {"runtime-versions": {"python": "3.11"},
            "commands": ["make .venv/run.stamp", 'export PATH="$PWD/.venv/bin:$PATH"']}
+EXPORT = "set -a; . ./variables.env; set +a"
 BUILD_SPECS = {
-    "modelbuild": {"version": 0.2, "phases": {
+    "modelbuild": {"version": 0.2, "env": {"exported-variables": ["TAG"]}, "phases": {
         "install": INSTALL, "pre_build": {"commands": ["ruff check intel_nb tests", "pytest -q"]},
-        "build": {"commands": ["python -m intel_nb.aws.stages modelbuild"]}}},
+        "build": {"commands": ["python -m intel_nb.aws.stages tag", EXPORT]}}},
+    "modelupdate": {"version": 0.2, "phases": {
+        "install": INSTALL, "build": {"commands": ["python -m intel_nb.aws.stages modelbuild"]}}},
     "modeldeploy": {"version": 0.2, "env": {"exported-variables": ["VERSION"]}, "phases": {
         "install": INSTALL,
-        "build": {"commands": ['python -m intel_nb.aws.stages "$STEP"', "set -a; . ./variables.env; set +a"]}},
+        "build": {"commands": ['python -m intel_nb.aws.stages "$STEP"', EXPORT]}},
         "artifacts": {"files": ["executed/**/*"]}},
 }
 
@@ -173,6 +176,7 @@ def build_project(options: Options, kind: str, role: str, minutes: int) -> dict:
 def build_projects(options: Options) -> Resources:
     "Return the CodeBuild projects; an update of production with its canary takes half an hour."
     return {"Modelbuild": build_project(options, "modelbuild", "BuildRole", minutes=60),
+            "Modelupdate": build_project(options, "modelupdate", "BuildRole", minutes=30),
             "Modeldeploy": build_project(options, "modeldeploy", "DeployRole", minutes=120)}
 
 # %% ../../nbs/aws/14_stack.ipynb #4919f526
@@ -204,10 +208,10 @@ def push_triggers(options: Options, name: str) -> dict:
                           "GitConfiguration": {"SourceActionName": "Source", "Push": [push]}}]}
 
 # %% ../../nbs/aws/14_stack.ipynb #8c0b26a8
-def build_action(project: str, name: str, order: int = 1, variables: Mapping[str, str] = {}, **more: Any) -> dict:
-    "Return an action that runs a CodeBuild project with these environment variables."
+def build_action(project: Any, name: str, order: int = 1, variables: Mapping[str, str] = {}, **more: Any) -> dict:
+    "Return an action that runs a CodeBuild project (its name, or a reference to it) with these environment variables."
     given = json.dumps([{"name": key, "value": value, "type": "PLAINTEXT"} for key, value in variables.items()])
-    configuration = {"ProjectName": ref(project)} | ({"EnvironmentVariables": given} if variables else {})
+    configuration = {"ProjectName": project} | ({"EnvironmentVariables": given} if variables else {})
     return pipeline_action(name, "Build", "CodeBuild", configuration, order, InputArtifacts=[{"Name": "Code"}], **more)
 
 # %% ../../nbs/aws/14_stack.ipynb #8243460b
@@ -218,7 +222,7 @@ def deploy_action(step: str, order: int = 1, version: str = CHOSEN, notebook: bo
     "Return the action for a step of modeldeploy; its output is the executed notebook, if it runs one."
     outputs = {"OutputArtifacts": [{"Name": f"{step.title()}Notebook"}]} if notebook else {}
     variables = {"STEP": step, "VERSION": version}
-    return build_action("Modeldeploy", step.title(), order, variables, **outputs, **more)
+    return build_action(ref("Modeldeploy"), step.title(), order, variables, **outputs, **more)
 
 # %% ../../nbs/aws/14_stack.ipynb #dbe18b12
 def skippable_stage(name: str, actions: list[dict]) -> dict:
@@ -241,6 +245,15 @@ def deploy_stages(options: Options) -> list[dict]:
         skippable_stage("Approval", [pipeline_action("Approve", "Approval", "Manual", request)]),
         skippable_stage("Production", [deploy_action("promote", 1), deploy_action("confirm", 2, notebook=False)])]
 
+# %% ../../nbs/aws/14_stack.ipynb #e7a0bfbe
+def build_stages(options: Options) -> list[dict]:
+    "Return the stages of modelbuild after its source: tests, the image of the code, the pipeline that names it."
+    tag = {"TAG": "#{Tests.TAG}"}
+    actions = {"Tests": build_action(ref("Modelbuild"), "Tests", Namespace="Tests"),
+               "Image": build_action(f"{options.name}-modelimage", "Image", variables=tag),
+               "Update": build_action(ref("Modelupdate"), "Update", variables=tag)}
+    return [{"Name": name, "Actions": [action]} for name, action in actions.items()]
+
 # %% ../../nbs/aws/14_stack.ipynb #1ec2606c
 def codepipeline(options: Options, name: str, stages: list[dict], **more: Any) -> dict:
     "Return the CodePipeline modelbuild or modeldeploy with these stages after its source; `more` are properties."
@@ -253,9 +266,8 @@ def codepipeline(options: Options, name: str, stages: list[dict], **more: Any) -
 # %% ../../nbs/aws/14_stack.ipynb #2432faa6
 def codepipelines(options: Options) -> Resources:
     "Return modelbuild and modeldeploy."
-    build = [{"Name": "Build", "Actions": [build_action("Modelbuild", "Build")]}]
     version = {"Name": "VERSION", "DefaultValue": "newest", "Description": "a version, or newest: the last approved"}
-    return {"ModelbuildPipeline": codepipeline(options, "modelbuild", build),
+    return {"ModelbuildPipeline": codepipeline(options, "modelbuild", build_stages(options)),
             "ModeldeployPipeline": codepipeline(options, "modeldeploy", deploy_stages(options), Variables=[version])}
 
 # %% ../../nbs/aws/14_stack.ipynb #10255cdb

@@ -8,25 +8,32 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from .client import client, ignore_not_found, request_token, translate_errors
 from .executions import start_execution, start_values
+from .hosting import SageMakerEndpoints, alarm_requests, endpoint_name
+from .image import TARGETS, checkout_folder, find_images, image_files, image_tag
 from .objects import ObjectNotFound
+from .package_group import PackageGroup
 from .pipeline import PipelineConfig, check_pipeline, pipeline_definition
-from .stack import Options, checked_options, pipeline_config
+from .stack import NONE, Options, checked_options, pipeline_config, staging_end_request
 from ..chain.execution import NotebookFailed, execute
 from ..chain.plan import notebooks_folder
 from ..registry import ModelVersion, note_stage, note_test, open_registry
-from ..serving.endpoints import open_endpoints
-from ..storage import InputError, fetch, read_json, write_text
+from ..serving.endpoints import Endpoint, EndpointError, open_endpoints
+from ..storage import InputError, fetch, read_json, write_json, write_text
 
 # %% auto #0
-__all__ = ['NOTEBOOKS', 'options_from', 'config_from', 'upsert_pipeline', 'run_modelbuild', 'Platform', 'choose_version',
-           'check_deploy_step', 'step_parameters', 'record_result', 'run_modeldeploy', 'run_build_command']
+__all__ = ['NOTEBOOKS', 'NEWEST', 'options_from', 'note_tag', 'config_from', 'upsert_pipeline', 'run_modelbuild', 'Platform',
+           'choose_version', 'check_approved', 'check_deploy_step', 'step_parameters', 'record_result',
+           'run_modeldeploy', 'raised_alarms', 'roll_back', 'confirm_production', 'keep_staging', 'end_staging_later',
+           'run_deploy_step', 'run_build_command']
 
 # %% ../../nbs/aws/16_stages.ipynb #4bebd32f
 def options_from(environ: Mapping[str, str]) -> Options:
@@ -36,12 +43,20 @@ def options_from(environ: Mapping[str, str]) -> Options:
     return checked_options(Options(**(options | lists)))
 
 # %% ../../nbs/aws/16_stages.ipynb #6af86e3b
+def note_tag(folder: Path = Path()) -> str:
+    "Write the tag of this checkout's images to `variables.env` in `folder`, and return it."
+    tag = image_tag(image_files(checkout_folder()))
+    write_text(folder / "variables.env", f"TAG={tag}\n")
+    return tag
+
 def config_from(environ: Mapping[str, str]) -> PipelineConfig:
-    "Return what the pipeline is made from in a build: the stack's options, its roles, and the images of this code."
+    "Return what the pipeline is made from in a build: the stack's options, its roles, and the images of TAG."
     config = pipeline_config(options_from(environ), environ["INTEL_NB_ACCOUNT"], environ["INTEL_NB_JOB_ROLE"],
                              environ["INTEL_NB_REGISTRAR_ROLE"])
-    return replace(config, image_steps=environ.get("INTEL_NB_IMAGE_STEPS") or config.image_steps,
-                   image_serve=environ.get("INTEL_NB_IMAGE_SERVE") or config.image_serve)
+    images = find_images(config.group, environ["TAG"], config.account, config.region)
+    if missing := set(TARGETS) - set(images):
+        raise InputError(f"the repository {config.group} has no image {min(missing)}-{environ['TAG']}; build it first")
+    return replace(config, image_steps=images["steps"], image_serve=images["serve"])
 
 # %% ../../nbs/aws/16_stages.ipynb #135f5375
 def upsert_pipeline(name: str, definition: dict, role: str) -> str:
@@ -76,21 +91,27 @@ class Platform:
     endpoints: str
 
 # %% ../../nbs/aws/16_stages.ipynb #dd4898bc
-def choose_version(platform: Platform, version: str = "") -> ModelVersion:
-    "Return `version`, or the newest one that is approved; raise `InputError` when there is none."
+NEWEST = "newest"  # in the place of a version
+
+def choose_version(platform: Platform, version: str = NEWEST) -> ModelVersion | None:
+    "Return `version`, or the newest one that is approved, or None; raise `InputError` when `version` is not approved."
     registry = open_registry(platform.registry)
-    if version:
-        return registry.get(version)
+    if version != NEWEST:
+        return check_approved(registry.get(version))
     approved = [one for one in registry.versions() if one.status == "Approved"]
-    if not approved:
-        raise InputError(f"no version in {platform.registry} is approved; approve one, and modeldeploy starts again")
-    return max(approved, key=lambda one: int(one.version))
+    return max(approved, key=lambda one: int(one.version), default=None)
+
+def check_approved(version: ModelVersion) -> ModelVersion:
+    "Return `version`; raise `InputError` when it is not approved (any more)."
+    if version.status != "Approved":
+        raise InputError(f"version {version.version} is {version.status} ({version.reason}); nothing is deployed")
+    return version
 
 # %% ../../nbs/aws/16_stages.ipynb #e6e3800f
 def check_deploy_step(step: str, version: ModelVersion) -> None:
     "Raise `InputError` when there is no such step, or when `version` may not take it."
     if step not in NOTEBOOKS:
-        raise InputError(f"there is no step {step!r}; choose one of {', '.join(NOTEBOOKS)}")
+        raise InputError(f"there is no step {step!r}; choose one of {', '.join(['choose', *NOTEBOOKS, 'confirm'])}")
     if step == "promote" and version.staging_test != "passed":
         raise InputError(f"version {version.version} has not passed the staging test; production stays as it is")
 
@@ -119,14 +140,13 @@ def record_result(step: str, platform: Platform, version: ModelVersion, result: 
         note_stage(registry, result["stage"], version.version)
 
 # %% ../../nbs/aws/16_stages.ipynb #6b2a9e0a
-def run_modeldeploy(step: str, platform: Platform, version: str = "", folder: Path = Path(),
+def run_modeldeploy(step: str, platform: Platform, version: str, folder: Path = Path(),
                     notebooks: Path | None = None) -> dict[str, Any]:
-    "Run the notebook of `step`, record its result and return it; `variables.env` tells later steps the version."
-    chosen = choose_version(platform, version)
+    "Run the notebook of `step` for `version`, record its result and return it."
+    chosen = check_approved(open_registry(platform.registry).get(version))
     check_deploy_step(step, chosen)
     work = folder / "work" / step
     parameters = step_parameters(step, platform, chosen, work / "inputs") | {"out_dir": str(work / "out")}
-    write_text(folder / "variables.env", f"VERSION={chosen.version}\n")
     notebook = (notebooks or notebooks_folder()) / NOTEBOOKS[step]
     try:
         execute(notebook, folder / "executed" / f"{step}.ipynb", parameters, work)
@@ -137,15 +157,85 @@ def run_modeldeploy(step: str, platform: Platform, version: str = "", folder: Pa
     record_result(step, platform, chosen, result)
     return result
 
-# %% ../../nbs/aws/16_stages.ipynb #27bd5931
-def run_build_command(arguments: list[str], environ: Mapping[str, str] = os.environ) -> int:
-    "Run `modelbuild`, or a step of modeldeploy; return 0, 1 for failed work, or 2 for a wrong input."
+# %% ../../nbs/aws/16_stages.ipynb #3d491d4e
+def raised_alarms(endpoint: str) -> list[str]:
+    "Return the names of the endpoint's alarms, of those that call an update back, that are raised."
+    names = [request["AlarmName"] for request in alarm_requests(endpoint)]
+    found = client("cloudwatch").describe_alarms(AlarmNames=names)["MetricAlarms"]
+    return [alarm["AlarmName"] for alarm in found if alarm["StateValue"] == "ALARM"]
+
+# %% ../../nbs/aws/16_stages.ipynb #c547b476
+def roll_back(name: str, stage: str) -> Endpoint:
+    "Serve the last earlier version of `stage` that is not rejected; raise `InputError` when there is none."
+    rejected = {one.version for one in PackageGroup(name).versions() if one.status == "Rejected"}
+    return SageMakerEndpoints(name).rollback(stage, rejected.__contains__)
+
+# %% ../../nbs/aws/16_stages.ipynb #361fbd13
+@translate_errors()
+def confirm_production(name: str, version: str, minutes: int = 10,
+                       pause: Callable[[float], None] = time.sleep) -> dict[str, Any]:
+    "Watch production's alarms for `minutes`; when one is raised, roll it back and raise `EndpointError`."
+    for _ in range(2 * minutes):
+        if raised := raised_alarms(endpoint_name(name, "production")):
+            raise EndpointError(f"{raised[0]} was raised after version {version} took over; {_undo(name, version)}")
+        pause(30)
+    return {"stage": "production", "version": version, "alarms": 0}
+
+def _undo(name: str, version: str) -> str:
+    "Roll production back from `version`; return a sentence about what serves now."
+    serves = SageMakerEndpoints(name).describe("production").version
+    if serves != version:
+        return f"production serves version {serves} by now"
     try:
-        if arguments == ["modelbuild"]:
-            print(run_modelbuild(environ), flush=True)
+        return f"production serves version {roll_back(name, 'production').version} again"
+    except InputError as error:
+        return f"it still serves, because {error}"
+
+# %% ../../nbs/aws/16_stages.ipynb #121d9fd1
+def keep_staging(name: str) -> None:
+    "Take away the schedule that would delete the staging endpoint."
+    with ignore_not_found():
+        client("scheduler").delete_schedule(Name=f"{endpoint_name(name, 'staging')}-end")
+
+def end_staging_later(options: Options, role: str) -> None:
+    "Have the staging endpoint deleted after `options.staging_hours`; 0 leaves it."
+    keep_staging(options.name)
+    if options.staging_hours:
+        client("scheduler").create_schedule(**staging_end_request(options, datetime.now(UTC), role))
+
+# %% ../../nbs/aws/16_stages.ipynb #27bd5931
+def run_deploy_step(step: str, version: str, options: Options, role: str) -> dict[str, Any]:
+    "Carry out a step of modeldeploy and return its result; `variables.env` tells later steps the version."
+    uri = f"sagemaker://{options.name}"
+    if step == "choose":
+        chosen = choose_version(Platform(uri, uri), version or NEWEST)
+        version = chosen.version if chosen else NONE
+    write_text("variables.env", f"VERSION={version}\n")
+    if step == "choose":
+        result: dict[str, Any] = {"version": version}
+    elif step == "confirm":
+        result = confirm_production(options.name, version)
+    else:
+        result = _run_notebook_step(step, Platform(uri, uri), version, options, role)
+    write_json(Path("executed") / f"{step}.json", result)  # a build without files to keep would fail
+    return result
+
+def _run_notebook_step(step: str, platform: Platform, version: str, options: Options, role: str) -> dict[str, Any]:
+    if step == "deploy":
+        keep_staging(options.name)
+    result = run_modeldeploy(step, platform, version)
+    if step == "staging" and result["passed"]:
+        end_staging_later(options, role)
+    return result
+
+def run_build_command(arguments: list[str], environ: Mapping[str, str] = os.environ) -> int:
+    "Run `tag` or `modelbuild`, or a step of modeldeploy; return 0, 1 for failed work, or 2 for a wrong input."
+    try:
+        if arguments[:1] in (["tag"], ["modelbuild"]):
+            print(note_tag() if arguments == ["tag"] else run_modelbuild(environ), flush=True)
             return 0
-        uri = f"sagemaker://{options_from(environ).name}"
-        result = run_modeldeploy(arguments[0] if arguments else "", Platform(uri, uri), environ.get("VERSION", ""))
+        result = run_deploy_step(arguments[0] if arguments else "", environ.get("VERSION", ""), options_from(environ),
+                                 environ.get("INTEL_NB_SCHEDULER_ROLE", ""))
         print(json.dumps(result), flush=True)
         return 0 if result.get("passed", True) else 1
     except InputError as error:

@@ -426,7 +426,8 @@ class Watcher:
 @contextmanager
 def remembered_interrupts() -> Iterator[threading.Event]:
     "Give an event that is set once this process gets a SIGINT or a SIGTERM for which it has a handler."
-    interrupted, before = threading.Event(), {}
+    interrupted = threading.Event()
+    before: dict[int, Callable[[int, Any], Any]] = {}
     def remember(number: int, frame: Any) -> None:
         interrupted.set()
         before[number](number, frame)
