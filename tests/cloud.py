@@ -160,7 +160,8 @@ class Cloud:
 def create_group(name: str, settings: GroupSettings) -> None:
     "Create a Model Package Group, and the parameter with these settings."
     client("sagemaker").create_model_package_group(ModelPackageGroupName=name)
-    client("ssm").put_parameter(Name=settings_parameter(name), Type="String", Value=json.dumps(vars(settings)))
+    client("ssm").put_parameter(Name=settings_parameter(name), Type="String", Overwrite=True,
+                                Value=json.dumps(vars(settings)))
 
 
 @contextmanager
@@ -397,5 +398,5 @@ def cloud_once(tmp_path_factory):
 def cloud(cloud_once):
     "Return an emulator without any resources; afterwards all requests of the test must have been valid."
     yield cloud_once
-    assert cloud_once.problems == []
+    assert cloud_once.problems == [], cloud_once.problems
     cloud_once.reset()

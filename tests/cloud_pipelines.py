@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -60,7 +61,7 @@ class CodePipeline:
     def start(self, variables: dict[str, str]) -> str:
         "Queue an execution; `go_on` carries it out."
         given = {v["Name"]: v["DefaultValue"] for v in self.declared.get("Variables", [])} | variables
-        self.executions.append(Execution(f"{len(self.executions) + 1:08}", {"variables": given}))
+        self.executions.append(Execution(str(uuid.uuid4()), {"variables": given}))
         self.answered = None
         return self.last.id
 
@@ -129,7 +130,7 @@ class CodePipeline:
             if status:
                 found["latestExecution"] = {"pipelineExecutionId": self.last.id, "status": status}
             if status == "InProgress":
-                token, since = f"token-{self.last.id}", self.since.timestamp()
+                token, since = self.last.id, self.since.timestamp()
                 actions[0]["latestExecution"] = {"status": "InProgress", "token": token, "lastStatusChange": since}
             stages.append(found)
         return {"pipelineName": self.name, "pipelineVersion": 1, "stageStates": stages}
@@ -158,7 +159,7 @@ def codepipelines(*pipelines: CodePipeline):
 
     def answer(self):
         pipeline = find(self._get_param("pipelineName"))
-        assert self._get_param("token") == f"token-{pipeline.last.id}"
+        assert self._get_param("token") == pipeline.last.id
         pipeline.answered = self._get_param("result")
         return json.dumps({"approvedAt": datetime.now(UTC).timestamp()})
 

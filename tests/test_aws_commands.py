@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from cloud import emulated
+from cloud_pipelines import codepipelines
 from cloud_stack import stacks
 
 from intel_nb.aws.client import client
@@ -85,12 +86,16 @@ def test_a_stack_from_nothing_to_nothing(tmp_path):
                   for target in ("steps", "serve")]
         given = [word for image in images for word in ("--option", image)]
         made = command("deploy", "--yes", *given)
-        assert made.returncode == 0 and "the pipeline starts by itself" in made.stdout
-        assert command("deploy", "--yes", *given).returncode == 0, "a deployment may be repeated"
-        status = command("status")
+        assert made.returncode == 0 and "intel-nb aws start --data ZIP" in made.stdout
+        assert command("deploy", "--yes", *given, "--option", "staging_hours=8").returncode == 0
+        again = command("deploy", "--yes", *given)
+        assert again.returncode == 0, "a deployment may be repeated"
+        assert again.stdout.startswith("options   staging_hours=8, as in the last deployment")
+        with codepipelines():  # the emulator's CloudFormation makes none
+            status = command("status")
         assert status.returncode == 0
         # The emulator's CloudFormation cannot make a pipeline.
-        assert status.stdout.startswith("execution  there is no pipeline intel-nb")
+        assert status.stdout.startswith("execution    there is no pipeline intel-nb")
         assert command("destroy", typed="n\n").returncode == 1
         client("s3").put_object(Bucket="intel-nb-data-123456789012-us-east-1", Key="intel.zip", Body=b"12345")
         removed = command("destroy", "--yes", "--keep", "data")

@@ -348,7 +348,7 @@ def test_the_settings_are_json_that_our_code_reads(made, name):
     (one,) = of_kind(made[name], "SSM::Parameter").values()
     assert one["Name"] == f"/{ALL[name].name}/settings" and one["Type"] == "String"
     values = json.loads(one["Value"]["Fn::Sub"].replace("${AWS::AccountId}", ACCOUNT))
-    assert list(values) == ["artifacts", "role", "image", "instance"] and values["role"] == "${ModelRole.Arn}"
+    assert list(values) == ["artifacts", "role", "image", "instance", "options"] and values["role"] == "${ModelRole.Arn}"
     assert values["artifacts"] == f"s3://{ALL[name].name}-artifacts-{ACCOUNT}-{ALL[name].region}"
     assert values["image"] == ALL[name].image_serve or values["image"].endswith(f"/{ALL[name].name}:serve")
     assert "Tags" not in of_kind(made[name], "SageMaker::ModelPackageGroup")["Group"]
@@ -396,7 +396,7 @@ def test_the_alarms_are_those_that_call_an_update_back(made):
 @pytest.mark.parametrize("name", ALL)
 def test_logs_expire(made, name):
     groups = of_kind(made[name], "Logs::LogGroup")
-    assert {one["RetentionInDays"] for one in groups.values()} == {ALL[name].log_days} and len(groups) == 4
+    assert {one["RetentionInDays"] for one in groups.values()} == {ALL[name].log_days} and len(groups) == 5
 
 
 def test_roles_are_taken_by_one_service_for_this_account(made):

@@ -17,10 +17,11 @@ from ..storage import InputError
 # %% auto #0
 __all__ = ['DEFAULTS', 'STAGES', 'CHOICES', 'RANGES', 'FORMS', 'Resources', 'IN_ACCOUNT', 'TEMPLATE_BYTES', 'BUCKET_KINDS',
            'WATCHED', 'ALL_PRIVATE', 'UNFINISHED', 'ENCRYPTION', 'KEPT', 'TO_CHEAPER', 'UNTAGGED', 'BUILDX',
-           'IMAGE_SPEC', 'Options', 'checked_options', 'ref', 'attribute', 'sub', 'resource', 'linter_exceptions',
-           'allow_service', 'deny_without_tls', 'template_yaml', 'template_json', 'bucket_name', 'expire_versions',
-           'expire_objects', 'bucket_resource', 'artifact_prefix', 'lifecycles', 'buckets', 'log_statements',
-           'bucket_policies', 'role_resource', 'repository', 'image_project', 'image_builds', 'base_template']
+           'IMAGE_SPEC', 'Options', 'checked_options', 'option_texts', 'ref', 'attribute', 'sub', 'resource',
+           'linter_exceptions', 'allow_service', 'deny_without_tls', 'template_yaml', 'template_json', 'bucket_name',
+           'expire_versions', 'expire_objects', 'bucket_resource', 'artifact_prefix', 'lifecycles', 'buckets',
+           'log_statements', 'bucket_policies', 'role_resource', 'repository', 'image_project', 'image_builds',
+           'base_template']
 
 # %% ../../nbs/aws/14_base.ipynb #92890435
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Options:
     log_days: int = 30  # that logs are kept
     capture_days: int = 90  # that captured requests are kept
     staging_hours: int = 0  # after its test that the endpoint of staging is deleted; 0: it stays
+    confirm_minutes: int = 10  # after a promotion that production's alarms are watched
 
 DEFAULTS = Options()
 
@@ -51,7 +53,7 @@ DEFAULTS = Options()
 STAGES = ("staging", "production")
 CHOICES = {"source": ("s3", "connection"), "events": ("direct", "cloudtrail"), "watch": STAGES,
            "log_days": (1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731)}
-RANGES = {"capture_days": (1, 3650), "staging_hours": (0, 720)}
+RANGES = {"capture_days": (1, 3650), "staging_hours": (0, 720), "confirm_minutes": (0, 60)}
 FORMS = {  # a regular expression, and what it stands for
     "name": (r"[a-z](-?[a-z0-9]){2,23}", "3 to 24 lower-case letters, digits and single -, as in intel-nb"),
     "region": (r"[a-z]{2}(-[a-z]+)+-\d", "a region, as in us-east-1"),
@@ -83,6 +85,14 @@ def _check_connection(options: Options) -> None:
                          "(Developer Tools, Settings, Connections), or use source s3, which needs none")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", options.repository):
         raise InputError(f"repository {options.repository!r} is no OWNER/NAME")
+
+# %% ../../nbs/aws/14_base.ipynb #b0150a24
+def option_texts(options: Options) -> list[str]:
+    "Return the options that are not as by default, as `NAME=VALUE`, without those that a deployment does not remember."
+    changed = {name: value for name, value in vars(options).items() if value != getattr(DEFAULTS, name)}
+    for name in ("name", "region", "image_steps", "image_serve"):
+        changed.pop(name, None)
+    return [f"{name}={','.join(value) if isinstance(value, tuple) else value}" for name, value in changed.items()]
 
 # %% ../../nbs/aws/14_base.ipynb #60e6b4e0
 Resources = dict[str, dict]

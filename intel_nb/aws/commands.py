@@ -19,14 +19,14 @@ from .executions import latest_execution, start_execution, start_upload, start_v
 from .hosting import STAGES, SageMakerEndpoints, scaling_problem
 from .messages import command_line
 from .operations import modeldeploy, stage_states, unconfirmed, waiting_decision
-from .package_group import PackageGroup
+from .package_group import NoDeployment, PackageGroup, describe_group
 from ..storage import InputError, write_text
 
 # %% auto #0
-__all__ = ['show_definition', 'run_rehearsal', 'from_pairs', 'stack_options', 'show_template', 'show_costs', 'run_deployment',
-           'run_removal', 'run_pipeline', 'latest_alarms', 'deployment_status', 'waiting_lines', 'status_lines',
-           'show_status', 'approve_version', 'promote_version', 'reject_version', 'roll_stage_back', 'stage_url',
-           'show_log']
+__all__ = ['show_definition', 'run_rehearsal', 'from_pairs', 'stack_options', 'show_template', 'show_costs', 'last_options',
+           'run_deployment', 'run_removal', 'run_pipeline', 'latest_alarms', 'deployment_status', 'waiting_lines',
+           'status_lines', 'show_status', 'approve_version', 'promote_version', 'reject_version', 'roll_stage_back',
+           'stage_url', 'show_log']
 
 # %% ../../nbs/aws/18_commands.ipynb #b6e754e9
 def show_definition(settings: Iterable[str] = ()) -> int:
@@ -93,11 +93,21 @@ def show_costs(settings: Iterable[str] = (), as_json: bool = False) -> int:
     return 0
 
 # %% ../../nbs/aws/18_commands.ipynb #d6e2d7df
+def last_options(name: str) -> list[str]:
+    "Return the options that the deployment `name` was made with, as `NAME=VALUE`; none where there is no deployment."
+    with suppress(NoDeployment):
+        return describe_group(name).settings.options.split("\n")
+    return []
+
 def run_deployment(settings: Iterable[str] = (), name: str = "intel-nb",
                    ask: Callable[[str], bool] = lambda question: False) -> int:
     "Create or change the stack after `ask` agreed to what was printed; return 1 when it did not agree."
     check_credentials()
-    return 0 if deploy.deploy_stack(stack_options(settings, name), ask) else 1
+    given = list(settings)
+    kept = [text for text in last_options(name) if text and text.partition("=")[0] not in parse_pairs(given)]
+    if kept:
+        print(f"options   {', '.join(kept)}, as in the last deployment")
+    return 0 if deploy.deploy_stack(stack_options([*kept, *given], name), ask) else 1
 
 # %% ../../nbs/aws/18_commands.ipynb #008a6693
 def run_removal(settings: Iterable[str] = (), name: str = "intel-nb", keep: Iterable[str] = (),

@@ -28,6 +28,7 @@ from .client import client, ignore_existing, ignore_not_found, paginate, transla
 from .executions import stop_execution_request
 from .hosting import SageMakerEndpoints, describe_endpoint, endpoint_name
 from .image import checkout_folder, ensure_image, put_archive, running_build, tracked_files
+from .messages import command
 from .objects import parse_s3_uri
 from .package_group import list_packages
 from .pipeline import PipelineConfig
@@ -130,7 +131,8 @@ def next_steps(options: Options, config: PipelineConfig) -> list[str]:
     "Return where a person uploads data, labels and code next."
     code = ("intel-nb aws deploy uploads it when it has changed" if options.source == "s3"
             else f"a push to {options.branch} of {options.repository}")
-    return [f"data      upload to {config.data}; the pipeline starts by itself",
+    return [f"next      {command(options, 'start --data ZIP')}",
+            f"data      an upload to {config.data} starts the pipeline by itself",
             f"labels    upload below {config.annotations}", f"source    {code}",
             *([f"e-mail    {options.email} has to confirm the subscription before anything is sent"]
               if options.email else [])]
@@ -176,7 +178,7 @@ def list_images(name: str) -> set[str] | None:
     return None
 
 # %% ../../nbs/aws/15_deploy.ipynb #a8cbe87f
-PROJECTS = ("image", "modelbuild", "modeldeploy")
+PROJECTS = ("image", "modelbuild", "modelimage", "modelupdate", "modeldeploy")
 
 def own_log_groups(name: str) -> list[str]:
     "Return the log groups of builds and endpoints of the deployment `name` that exist."
@@ -199,7 +201,7 @@ def list_assets(options: Options) -> list[StackAsset]:
     name, found = options.name, []
     for bucket, kind in _buckets(options).items():
         count, size = bucket_size(bucket)
-        found.append(StackAsset("bucket", bucket, f"{count} versions of objects, {size / 1e6:,.1f} MB", kind))
+        found.append(StackAsset("bucket", bucket, f"{count} object versions, {size / 1e6:,.1f} MB", kind))
     found += [StackAsset("endpoint", one, status) for one, status in list_endpoints(name).items()]
     versions, images = list_packages(name), list_images(name)
     found += [StackAsset("versions", name, f"{len(versions)} in the registry")] if versions else []

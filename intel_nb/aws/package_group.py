@@ -36,6 +36,7 @@ class GroupSettings:
     role: str = ""  # ARN of the role of the endpoints' containers
     image: str = ""  # URI of the container image that serves
     instance: str = "ml.m5.large"  # type of an endpoint's instances
+    options: str = ""  # of the deployment, as NAME=VALUE, one a line
 
     def require(self, name: str) -> str:
         "Return the setting `name`; raise `InputError` when it is empty."

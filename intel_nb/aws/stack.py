@@ -24,6 +24,7 @@ from intel_nb.aws.base import (
     checked_options,
     deny_without_tls,
     linter_exceptions,
+    option_texts,
     ref,
     resource,
     role_resource,
@@ -120,8 +121,10 @@ def settings(options: Options) -> dict:
     "Return what the stack tells our code, as JSON in CloudFormation's syntax."
     config = pipeline_config(options)
     values = {"artifacts": f"s3://{config.bucket}", "role": "MODEL", "image": config.image("serve"),
-              "instance": config.instance_serve}
-    return sub(fill_stand_ins(json.dumps(values))["Fn::Sub"].replace("MODEL", "${ModelRole.Arn}"))
+              "instance": config.instance_serve, "options": "OPTIONS"}
+    given = json.dumps("\n".join(option_texts(options))).replace("${", "${!")
+    text = fill_stand_ins(json.dumps(values))["Fn::Sub"].replace("MODEL", "${ModelRole.Arn}")
+    return sub(text.replace('"OPTIONS"', given))
 
 # %% ../../nbs/aws/14_stack.ipynb #6468dffe
 def pipeline_and_group(options: Options, definition: dict) -> Resources:

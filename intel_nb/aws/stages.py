@@ -172,7 +172,7 @@ def roll_back(name: str, stage: str) -> Endpoint:
 
 # %% ../../nbs/aws/16_stages.ipynb #361fbd13
 @translate_errors()
-def confirm_production(name: str, version: str, minutes: int = 10,
+def confirm_production(name: str, version: str, minutes: int,
                        pause: Callable[[float], None] = time.sleep) -> dict[str, Any]:
     "Watch production's alarms for `minutes`; when one is raised, roll it back and raise `EndpointError`."
     for _ in range(2 * minutes):
@@ -214,7 +214,7 @@ def run_deploy_step(step: str, version: str, options: Options, role: str) -> dic
     if step == "choose":
         result: dict[str, Any] = {"version": version}
     elif step == "confirm":
-        result = confirm_production(options.name, version)
+        result = confirm_production(options.name, version, options.confirm_minutes)
     else:
         result = _run_notebook_step(step, Platform(uri, uri), version, options, role)
     write_json(Path("executed") / f"{step}.json", result)  # a build without files to keep would fail
