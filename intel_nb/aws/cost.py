@@ -63,7 +63,8 @@ class Usage:
     data_minutes: float = 6
     train_minutes: float = 12
     evaluate_minutes: float = 6
-    build_minutes: float = 15  # installation and tests
+    keep_minutes: float = 4
+    build_minutes: float = 20  # three builds: installation and tests, a look for the image, the update
     deploy_minutes: float = 90  # six builds, most of it waiting: for endpoints, and ten minutes for an alarm
     drift_minutes: float = 5  # one job that reads an hour's captures
     runs: int = 8  # of the pipeline, in a month
@@ -123,7 +124,8 @@ def run_items(usage: Usage) -> list[BillItem]:
             bill_item("action minute", usage.build_minutes + 1, "modelbuild"),
             *job_items("data", usage.instance_process, usage.data_minutes, 30),
             *job_items("train", usage.instance_train, usage.train_minutes, 50, SPOT_SHARE if usage.spot else 1.0),
-            *job_items("evaluate", usage.instance_process, usage.evaluate_minutes, 30)]
+            *job_items("evaluate", usage.instance_process, usage.evaluate_minutes, 30),
+            *job_items("keep", usage.instance_process, usage.keep_minutes, 30)]
 
 # %% ../../nbs/aws/14_cost.ipynb #e21f649c
 def deployment_items(usage: Usage) -> list[BillItem]:

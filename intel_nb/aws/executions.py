@@ -66,10 +66,16 @@ def start_execution(pipeline: str, values: Mapping[str, Any] = {}) -> str:
 
 # %% ../../nbs/aws/08_executions.ipynb #4a47323e
 def data_version(archive: str, annotations: str) -> str:
-    "Return a digest of the archive and the labels at these URIs, of 16 digits; raise `ObjectNotFound` for no archive."
-    tags = [found.tag for found in find_objects(archive)]
-    labels = [f"{found['Key']} {found['ETag']}" for found in list_objects(*parse_s3_uri(annotations))]
-    return hashlib.sha256("\n".join([*tags, *labels]).encode()).hexdigest()[:16]
+    """Return what identifies the archive and the labels at these URIs; raise `ObjectNotFound` for no archive.
+
+    Without labels it is the version of the object, which an upload's event gives too; else a digest of 16 digits."""
+    bucket, key = parse_s3_uri(archive)
+    objects = find_objects(archive)
+    labels = [f"{one['Key']} {one['ETag']}" for one in list_objects(*parse_s3_uri(annotations)) if one["Size"]]
+    if not labels and [one.key for one in objects] == [key]:
+        if version := client("s3").head_object(Bucket=bucket, Key=key).get("VersionId"):
+            return version
+    return hashlib.sha256("\n".join([*(one.tag for one in objects), *labels]).encode()).hexdigest()[:16]
 
 # %% ../../nbs/aws/08_executions.ipynb #6189233b
 def champion_version(group: str) -> str:

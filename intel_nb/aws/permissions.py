@@ -167,6 +167,7 @@ BUILD = Role("codebuild", "tests the code, updates the pipeline and starts it", 
     *BUILDING, *READ_GROUP, *READ_REGISTRY,
     Grant(("ecr:DescribeImages",), ("repository",)),
     Grant(("s3:ListBucket",), ("data", "annotations")),
+    Grant(("s3:GetObject",), ("archive",)),
     Grant(("sagemaker:CreatePipeline", "sagemaker:DescribePipeline", "sagemaker:StartPipelineExecution",
            "sagemaker:UpdatePipeline"), ("pipeline",))))
 
