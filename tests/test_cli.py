@@ -16,7 +16,7 @@ from conftest import COMMAND
 COMMANDS = ("run", "runs", "report", "models", "trace", "endpoints", "captures", "approve", "reject", "promote",
             "rollback", "shadow", "start", "stop", "predict", "serve", "sign", "watch", "prune", "aws")
 AWS_COMMANDS = ("template", "definition", "rehearse", "cost", "deploy", "start", "status", "models", "approve",
-                "invoke", "destroy")
+                "promote", "reject", "rollback", "invoke", "logs", "destroy")
 
 
 def alive(pid: int) -> bool:

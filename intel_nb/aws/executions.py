@@ -72,9 +72,9 @@ def data_version(archive: str, annotations: str) -> str:
     bucket, key = parse_s3_uri(archive)
     objects = find_objects(archive)
     labels = [f"{one['Key']} {one['ETag']}" for one in list_objects(*parse_s3_uri(annotations)) if one["Size"]]
-    if not labels and [one.key for one in objects] == [key]:
-        if version := client("s3").head_object(Bucket=bucket, Key=key).get("VersionId"):
-            return version
+    alone = not labels and [one.key for one in objects] == [key]
+    if alone and (version := client("s3").head_object(Bucket=bucket, Key=key).get("VersionId")):
+        return version
     return hashlib.sha256("\n".join([*(one.tag for one in objects), *labels]).encode()).hexdigest()[:16]
 
 # %% ../../nbs/aws/08_executions.ipynb #6189233b
