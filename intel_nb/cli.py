@@ -667,7 +667,7 @@ def aws_reject_command(version: VersionArgument, name: NameOption = "intel-nb",
 @aws_app.command("rollback")
 def aws_rollback_command(stage: StageArgument, name: NameOption = "intel-nb") -> None:
     "Return a stage to its last earlier version that is not rejected."
-    raise typer.Exit(cloud_module("commands").roll_stage_back(stage, name))
+    raise typer.Exit(cloud_module("commands").rollback_version(stage, name))
 
 # %% ../nbs/20_cli.ipynb #12779468
 @aws_app.command("invoke")
@@ -684,7 +684,7 @@ def aws_invoke_command(
 @aws_app.command("logs")
 def aws_logs_command(
     what: Annotated[str, typer.Argument(metavar="WHAT", help="data, train, evaluate, keep, image, modelbuild, "
-                                        "modeldeploy, staging, production or drift.")],
+                                        "modelimage, modelupdate, modeldeploy, staging, production or drift.")],
     name: NameOption = "intel-nb",
     lines: Annotated[int, typer.Option(help="How many of the last lines.", min=1, max=10000)] = 100,
 ) -> None:

@@ -1,6 +1,7 @@
 """Emulate AWS on this machine for tests: moto over real HTTP, with its gaps filled, and containers that serve.
 
-Where moto lacks an operation, or differs from AWS, this module and no other corrects it:
+Where moto lacks an operation, or differs from AWS, it is corrected here; stacks, builds and quotas in cloud_stack.py,
+CodePipelines in cloud_pipelines.py. CONTRIBUTING.md says what is tested instead of what this leaves unproven.
 
 * It has no update_endpoint, and its create_model and create_endpoint accept a name twice.
 * Its update_model_package forgets metadata and status that the request leaves out.

@@ -1,4 +1,4 @@
-"""Carry out a CodePipeline of the template: moto keeps a pipeline's declaration, and does nothing with it.
+"""Carry out the CodePipeline modeldeploy of the template: moto keeps a declaration, and does nothing with it.
 
 The stages, their conditions, the variables and the builds' environments are those of the template. A build is a real
 process that runs the command of its description on this machine. Entry conditions, variables and the approval's token

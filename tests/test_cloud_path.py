@@ -10,6 +10,7 @@ import re
 import shlex
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,13 +62,13 @@ def in_background(step, every: float = 0.3):
     def work() -> None:
         while not ended.wait(every):
             step()
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(work)
+        try:
+            yield
+        finally:
+            ended.set()
+            working.result()  # raises what a step has raised
 
 
 def filled(text: str) -> str:
@@ -98,7 +99,7 @@ class Account:
             client("s3").put_bucket_versioning(Bucket=f"{NAME}-{kind}-{ACCOUNT}-us-east-1",
                                                VersioningConfiguration={"Status": "Enabled"})
         self.deploying = CodePipeline(self.made, "ModeldeployPipeline", folder / "modeldeploy")
-        self.building = CodePipeline(self.made, "ModelbuildPipeline", folder / "modelbuild")
+        self.building = CodePipeline(self.made, "ModelbuildPipeline", folder)  # described, not carried out
         self.seen: set[str] = set()
 
     def events(self) -> None:
@@ -130,12 +131,9 @@ def test_the_path_of_the_readme(tmp_path, monkeypatch):
     photo.write_bytes(sample_jpeg(0, [1]))
     path = {words[0]: [{"ZIP": str(archive), "photo.jpg": str(photo)}.get(word, word) for word in words]
             for words in path_of_readme()}
-    shown: dict[str, str] = {}
-
     def walk(name: str, *more: str, typed: str = "", status: int = 0) -> str:
         done = command(*path[name], *more, typed=typed)
-        shown[name] = f"$ intel-nb aws {' '.join([*path[name], *more])}\n{done.stdout}{done.stderr}"
-        print(shown[name])
+        print(f"$ intel-nb aws {' '.join([*path[name], *more])}\n{done.stdout}{done.stderr}")
         assert done.returncode == status and "Traceback" not in done.stderr
         return done.stdout + done.stderr
 
@@ -175,8 +173,6 @@ def test_the_path_of_the_readme(tmp_path, monkeypatch):
         assert cloud.problems == []
         left = [bucket["Name"] for bucket in client("s3").list_buckets()["Buckets"]]
         assert left == [] and client("sagemaker").list_endpoints()["Endpoints"] == []
-    record = tmp_path / "shown.txt"
-    record.write_text("\n".join(shown.values()))
 
 
 def log_of_training(account: Account) -> None:

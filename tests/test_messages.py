@@ -43,7 +43,7 @@ EXPECTED = {
     "a run failed": (lambda name: pipeline_event(name=name), "An execution of the pipeline {0} failed, or its gate "
                      "refused the package; see why with: intel-nb aws status"),
     "modelbuild failed": (lambda name: run_event(f"{name}-modelbuild"),
-                          "A run of modelbuild failed; read its output with: intel-nb aws logs modelbuild"),
+                          "A run of modelbuild failed; see in which stage with: intel-nb aws status"),
     "modeldeploy failed": (lambda name: run_event(f"{name}-modeldeploy"),
                            "A run of modeldeploy failed; read its output with: intel-nb aws logs modeldeploy"),
     "the image failed": (lambda name: build_event(f"{name}-image"),

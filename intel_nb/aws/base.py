@@ -39,8 +39,8 @@ class Options:
     profile: str = "quick"
     instance_train: str = "ml.m5.xlarge"
     instance_serve: str = "ml.m5.large"
-    image_steps: str = ""  # URI of the image for jobs; empty: the tag `steps` in the account's repository NAME
-    image_serve: str = ""  # of the image for endpoints; empty: the tag `serve`
+    image_steps: str = ""  # URI of the image for jobs; empty: intel-nb aws deploy builds it
+    image_serve: str = ""  # of the image for endpoints; empty: likewise
     spot: bool = False  # train on spare capacity
     log_days: int = 30  # that logs are kept
     capture_days: int = 90  # that captured requests are kept

@@ -10,18 +10,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from .client import client, error_code, ignore_not_found, ignoring, is_not_found, paginate
+from .client import client, ignore_not_found, paginate
 from .stack import Options, bucket_name, template_json
 from ..storage import InputError
 
 # %% auto #0
-__all__ = ['Say', 'Pause', 'ignore_missing', 'INLINE_BYTES', 'NO_CHANGES', 'IN_PROGRESS', 'MADE', 'StackError', 'wait_for',
-           'is_missing', 'account_id', 'find_stack', 'change_type', 'wait_for_stack', 'bucket_exists', 'delete_bucket',
-           'Change', 'ChangeSet', 'uploaded_template', 'create_change_set', 'wait_for_change_set', 'list_changes',
-           'discard_change_set', 'first_failure', 'execute_change_set', 'apply_template', 'delete_stack']
+__all__ = ['Say', 'Pause', 'INLINE_BYTES', 'IN_PROGRESS', 'NO_CHANGES', 'MADE', 'StackError', 'wait_for', 'account_id',
+           'find_stack', 'change_type', 'wait_for_stack', 'bucket_exists', 'delete_bucket', 'Change', 'ChangeSet',
+           'uploaded_template', 'wait_for_change_set', 'list_changes', 'create_change_set', 'discard_change_set',
+           'first_failure', 'execute_change_set', 'apply_template', 'delete_stack']
 
 # %% ../../nbs/aws/18_changes.ipynb #fa895704
 class StackError(RuntimeError):
@@ -37,14 +36,6 @@ def wait_for(done: Callable[[], bool], pause: Pause, every: float, minutes: floa
             return
         pause(every)
     raise StackError(late)
-
-# %% ../../nbs/aws/18_changes.ipynb #62bcd2b5
-def is_missing(error: Any) -> bool:
-    "Tell whether the `error` of any service says that the thing does not exist."
-    code = error_code(error)
-    return is_not_found(error) or "NotFound" in code or code == "NoSuchEntity"
-
-ignore_missing = partial(ignoring, is_missing)
 
 # %% ../../nbs/aws/18_changes.ipynb #1041fce2
 def account_id() -> str:
@@ -90,7 +81,7 @@ def wait_for_stack(name: str, pause: Pause = time.sleep, minutes: float = 60) ->
 
 # %% ../../nbs/aws/18_changes.ipynb #d66ebfc3
 def bucket_exists(name: str) -> bool:
-    "Tell whether there is a bucket of that name that these credentials may look at."
+    "Return whether there is a bucket of that name that these credentials may look at."
     with ignore_not_found():
         client("s3").head_bucket(Bucket=name)
         return True
@@ -153,6 +144,27 @@ def uploaded_template(options: Options, text: str) -> Iterator[dict[str, str]]:
     finally:
         client("s3").delete_object(Bucket=bucket, Key=key)
 
+# %% ../../nbs/aws/18_changes.ipynb #1707e821
+IN_PROGRESS = ("CREATE_PENDING", "CREATE_IN_PROGRESS")
+
+def wait_for_change_set(arn: str, pause: Pause = time.sleep) -> dict[str, Any]:
+    "Return the description of a change set once CloudFormation has made it, or has failed to."
+    latest: list[dict[str, Any]] = []
+
+    def made() -> bool:
+        latest.append(client("cloudformation").describe_change_set(ChangeSetName=arn))
+        return latest[-1]["Status"] not in IN_PROGRESS
+    wait_for(made, pause, 2, 10, f"CloudFormation has not made the change set {arn} in ten minutes; deploy again")
+    return latest[-1]
+
+# %% ../../nbs/aws/18_changes.ipynb #3ea7a4ad
+def list_changes(arn: str) -> list[Change]:
+    "Return the changes of the change set `arn`."
+    changes = paginate(client("cloudformation").describe_change_set, "Changes", ChangeSetName=arn)
+    return [Change(one["Action"], one["LogicalResourceId"], one["ResourceType"],
+                   one.get("Replacement") in ("True", "Conditional"))
+            for one in (change["ResourceChange"] for change in changes)]
+
 # %% ../../nbs/aws/18_changes.ipynb #26c66559
 NO_CHANGES = ("didn't contain changes", "no updates are to be performed")
 
@@ -174,27 +186,6 @@ def create_change_set(options: Options, stack: str, template: dict, pause: Pause
     if any(words in reason.lower() for words in NO_CHANGES):
         return None
     raise StackError(f"CloudFormation refuses the template of the stack {stack}: {reason}")
-
-# %% ../../nbs/aws/18_changes.ipynb #1707e821
-IN_PROGRESS = ("CREATE_PENDING", "CREATE_IN_PROGRESS")
-
-def wait_for_change_set(arn: str, pause: Pause = time.sleep) -> dict[str, Any]:
-    "Return the description of a change set once CloudFormation has made it, or has failed to."
-    latest: list[dict[str, Any]] = []
-
-    def made() -> bool:
-        latest.append(client("cloudformation").describe_change_set(ChangeSetName=arn))
-        return latest[-1]["Status"] not in IN_PROGRESS
-    wait_for(made, pause, 2, 10, f"CloudFormation has not made the change set {arn} in ten minutes; deploy again")
-    return latest[-1]
-
-# %% ../../nbs/aws/18_changes.ipynb #3ea7a4ad
-def list_changes(arn: str) -> list[Change]:
-    "Return the changes of the change set `arn`."
-    changes = paginate(client("cloudformation").describe_change_set, "Changes", ChangeSetName=arn)
-    return [Change(one["Action"], one["LogicalResourceId"], one["ResourceType"],
-                   one.get("Replacement") in ("True", "Conditional"))
-            for one in (change["ResourceChange"] for change in changes)]
 
 # %% ../../nbs/aws/18_changes.ipynb #11db60b7
 def discard_change_set(proposed: ChangeSet, pause: Pause = time.sleep) -> None:

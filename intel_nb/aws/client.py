@@ -89,18 +89,18 @@ def translate_errors() -> Iterator[None]:
         raise as_cloud_error(error) from error
 
 # %% ../../nbs/aws/01_client.ipynb #30f861b3
-NOT_FOUND_CODES = {"404", "NoSuchBucket", "NoSuchKey", "NotFound", "ResourceNotFound"}
+NOT_FOUND_CODES = {"404", "NoSuchBucket", "NoSuchKey"}
 
 def is_not_found(error: ClientError) -> bool:
-    "Tell whether `error` says that the requested thing does not exist."
+    "Return whether `error` says that the requested thing does not exist."
     code, message = error_code(error), error.response.get("Error", {}).get("Message", "").lower()
     phrases = "could not find|not found|does not exist|no such|no .* found"
-    return (code in NOT_FOUND_CODES or code.endswith("NotFoundException")
+    return (code in NOT_FOUND_CODES or "NotFound" in code
             or code.startswith("Validation") and bool(re.search(phrases, message)))
 
 # %% ../../nbs/aws/01_client.ipynb #477b1d50
 def already_exists(error: ClientError) -> bool:
-    "Tell whether `error` says that the thing to create exists already."
+    "Return whether `error` says that the thing to create exists already."
     message = error.response.get("Error", {}).get("Message", "").lower()
     return "already exist" in message or "AlreadyExists" in error_code(error)
 

@@ -14,18 +14,19 @@ from typing import Any
 
 from . import cost, deploy, operations, pipeline, stack, stages
 from .client import check_credentials, client, paginate, region_name, translate_errors
-from .definition import closest, parse_pairs
+from .definition import parse_pairs
 from .executions import latest_execution, start_execution, start_upload, start_values, watch_execution
 from .hosting import STAGES, SageMakerEndpoints, scaling_problem
 from .messages import command_line
-from .operations import modeldeploy, stage_states, unconfirmed, waiting_decision
+from .operations import codepipeline_progress, modeldeploy_name, unconfirmed, waiting_decision
 from .package_group import NoDeployment, PackageGroup, describe_group
+from ..chain.parameters import closest
 from ..storage import InputError, write_text
 
 # %% auto #0
 __all__ = ['show_definition', 'run_rehearsal', 'from_pairs', 'stack_options', 'show_template', 'show_costs', 'last_options',
            'run_deployment', 'run_removal', 'run_pipeline', 'latest_alarms', 'deployment_status', 'waiting_lines',
-           'status_lines', 'show_status', 'approve_version', 'promote_version', 'reject_version', 'roll_stage_back',
+           'status_lines', 'show_status', 'approve_version', 'promote_version', 'reject_version', 'rollback_version',
            'stage_url', 'show_log']
 
 # %% ../../nbs/aws/25_commands.ipynb #b6e754e9
@@ -157,8 +158,8 @@ def latest_alarms(name: str, count: int = 10) -> list[dict[str, str]]:
 def deployment_status(name: str) -> dict[str, Any]:
     "Return the latest execution, the endpoints and the alarms of the deployment `name`, or why a part is missing."
     return {"execution": _or_reason(lambda: (found := latest_execution(name)) and asdict(found)),
-            "modelbuild": _or_reason(lambda: stage_states(f"{name}-modelbuild")),
-            "modeldeploy": _or_reason(lambda: stage_states(modeldeploy(name))),
+            "modelbuild": _or_reason(lambda: codepipeline_progress(f"{name}-modelbuild")),
+            "modeldeploy": _or_reason(lambda: codepipeline_progress(modeldeploy_name(name))),
             "waiting": waiting_lines(name),
             "endpoints": _or_reason(lambda: [asdict(endpoint) for endpoint in SageMakerEndpoints(name).list()]),
             "problems": [problem for stage in STAGES if (problem := scaling_problem(name, stage))],
@@ -250,11 +251,12 @@ def reject_version(version: str, name: str = "intel-nb", reason: str = "rejected
     operations.reject(name, version, reason)
     return 0
 
-def roll_stage_back(stage: str, name: str = "intel-nb") -> int:
+def rollback_version(stage: str, name: str = "intel-nb") -> int:
     "Serve the version of `stage` before the present one."
     check_credentials()
-    print(f"{stage} goes back, which takes some ten minutes …", flush=True)
-    print(f"{stage} serves version {stages.roll_back(name, stage).version} again")
+    now = SageMakerEndpoints(name).describe(stage)
+    print(f"{stage} goes back from version {now.version}, which takes some ten minutes …", flush=True)
+    print(f"{stage} serves version {stages.rollback_stage(name, stage).version} again")
     return 0
 
 # %% ../../nbs/aws/25_commands.ipynb #c33f1f03

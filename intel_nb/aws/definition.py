@@ -175,7 +175,7 @@ COMPARISONS = {"Equals": operator.eq, "GreaterThan": operator.gt, "GreaterThanOr
                "LessThan": operator.lt, "LessThanOrEqualTo": operator.le}
 
 def evaluate_condition(condition: dict, scope: Scope) -> bool:
-    "Tell whether `condition` is true; raise `TypeError` for sides of different types, `KeyError` for a malformed one."
+    "Return whether `condition` is true; raise `TypeError` for sides of two types, `KeyError` for a malformed one."
     kind = condition["Type"]
     if kind == "Or":
         results = [evaluate_condition(one, scope) for one in condition["Conditions"]]  # all, to find every mistake

@@ -5,7 +5,6 @@
 # %% ../../nbs/aws/21_deploy.ipynb #acb48d5d
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -21,19 +20,18 @@ from intel_nb.aws.changes import (
     delete_bucket,
     delete_stack,
     find_stack,
-    ignore_missing,
     wait_for,
 )
-from .client import client, ignore_existing, ignore_not_found, paginate, translate_errors
+from .client import client, ignore_existing, ignore_not_found, paginate, request_token, translate_errors
 from .executions import stop_execution_request
-from .hosting import SageMakerEndpoints, describe_endpoint, endpoint_name
+from .hosting import JOB, SageMakerEndpoints, describe_endpoint, endpoint_name, is_named
 from .image import checkout_folder, ensure_image, put_archive, running_build, tracked_files
 from .messages import command
 from .objects import parse_s3_uri
 from .package_group import list_packages
 from .pipeline import PipelineConfig
 from .preflight import check_region, preflight
-from .stack import STAGES, Options, base_template, bucket_name, pipeline_config, template
+from .stack import BUILD_SPECS, STAGES, Options, base_template, bucket_name, pipeline_config, template
 
 # %% auto #0
 __all__ = ['CODE_ARCHIVES', 'JOB_LOGS', 'BUCKETS', 'PROJECTS', 'base_name', 'put_label_placeholder', 'upload_sources',
@@ -173,12 +171,12 @@ def bucket_size(bucket: str) -> tuple[int, int]:
 # %% ../../nbs/aws/21_deploy.ipynb #6b62a2db
 def list_images(name: str) -> set[str] | None:
     "Return the digests of the images in the repository `name`, or None when there is no repository."
-    with ignore_missing():
+    with ignore_not_found():
         return {one["imageDigest"] for one in paginate(client("ecr").list_images, "imageIds", repositoryName=name)}
     return None
 
 # %% ../../nbs/aws/21_deploy.ipynb #a8cbe87f
-PROJECTS = ("image", "modelbuild", "modelimage", "modelupdate", "modeldeploy")
+PROJECTS = ("image", "modelimage", *BUILD_SPECS)  # of CodeBuild
 
 def own_log_groups(name: str) -> list[str]:
     "Return the log groups of builds and endpoints of the deployment `name` that exist."
@@ -203,6 +201,9 @@ def list_assets(options: Options) -> list[StackAsset]:
         count, size = bucket_size(bucket)
         found.append(StackAsset("bucket", bucket, f"{count} object versions, {size / 1e6:,.1f} MB", kind))
     found += [StackAsset("endpoint", one, status) for one, status in list_endpoints(name).items()]
+    with ignore_not_found():
+        found.append(StackAsset("pipeline", client("sagemaker").describe_pipeline(PipelineName=name)["PipelineName"],
+                                "the definition of its steps"))
     versions, images = list_packages(name), list_images(name)
     found += [StackAsset("versions", name, f"{len(versions)} in the registry")] if versions else []
     found += [StackAsset("images", name, f"{len(images)} in the repository")] if images is not None else []
@@ -213,7 +214,7 @@ def list_assets(options: Options) -> list[StackAsset]:
 # %% ../../nbs/aws/21_deploy.ipynb #5b614766
 def running_executions(name: str) -> list[dict]:
     "Return the executions of the pipeline `name` that have not ended, as SageMaker lists them."
-    with ignore_missing():
+    with ignore_not_found():
         found = paginate(client("sagemaker").list_pipeline_executions, "PipelineExecutionSummaries", PipelineName=name)
         return [one for one in found if one["PipelineExecutionStatus"] in ("Executing", "Stopping")]
     return []
@@ -221,11 +222,12 @@ def running_executions(name: str) -> list[dict]:
 # %% ../../nbs/aws/21_deploy.ipynb #8d3898af
 def running_drift_jobs(name: str) -> list[str]:
     "Return the names of the jobs that look for drift in the deployment's endpoints and have not ended."
-    form = re.compile(rf"{re.escape(name)}-({'|'.join(STAGES)})-\w+")
+    endpoints = [endpoint_name(name, stage) for stage in STAGES]
     found = (job for status in ("InProgress", "Stopping")
              for job in paginate(client("sagemaker").list_processing_jobs, "ProcessingJobSummaries",
                                  NameContains=f"{name}-", StatusEquals=status))
-    return [job["ProcessingJobName"] for job in found if form.fullmatch(job["ProcessingJobName"])]
+    return [job["ProcessingJobName"] for job in found
+            if any(is_named(job["ProcessingJobName"], endpoint, JOB) for endpoint in endpoints)]
 
 # %% ../../nbs/aws/21_deploy.ipynb #c25d2712
 def running_work(name: str) -> list[str]:
@@ -259,15 +261,17 @@ def delete_group(name: str) -> None:
 
 # %% ../../nbs/aws/21_deploy.ipynb #00f00b68
 def delete_leftovers(name: str) -> None:
-    "Delete what the stacks leave: the repository with its images, settings, staging's last schedule, and log groups."
-    with ignore_missing():
+    "Delete what the stacks leave: images, settings, a pipeline, staging's last schedule, and log groups."
+    with ignore_not_found():
         client("ecr").delete_repository(repositoryName=name, force=True)
-    with ignore_missing():
+    with ignore_not_found():
         client("ssm").delete_parameter(Name=f"/{name}/settings")
-    with ignore_missing():
+    with ignore_not_found():
+        client("sagemaker").delete_pipeline(PipelineName=name, ClientRequestToken=request_token())
+    with ignore_not_found():
         client("scheduler").delete_schedule(Name=f"{endpoint_name(name, 'staging')}-end")
     for group in own_log_groups(name):
-        with ignore_missing():
+        with ignore_not_found():
             client("logs").delete_log_group(logGroupName=group)
 
 # %% ../../nbs/aws/21_deploy.ipynb #83a4030d

@@ -17,7 +17,6 @@ from typing import Any
 
 from intel_nb.aws.client import (
     client,
-    ignore_not_found,
     not_found_as,
     paginate,
     request_token,
@@ -32,8 +31,8 @@ from ..storage import InputError
 # %% auto #0
 __all__ = ['EVENT_SECONDS', 'ENDED', 'deployed_definition', 'check_start', 'start_execution', 'data_version', 'champion_version',
            'start_values', 'check_archive', 'upload_progress', 'upload_archive', 'execution_parameters',
-           'find_execution', 'start_upload', 'stop_execution_request', 'stop_executions', 'StepState', 'to_step_state',
-           'list_steps', 'Execution', 'describe_execution', 'latest_execution', 'describe_changes', 'watch_execution']
+           'find_execution', 'start_upload', 'stop_execution_request', 'StepState', 'to_step_state', 'list_steps',
+           'Execution', 'describe_execution', 'latest_execution', 'describe_changes', 'watch_execution']
 
 # %% ../../nbs/aws/08_executions.ipynb #3e8d36b3
 def _no_pipeline(name: str) -> InputError:
@@ -161,15 +160,6 @@ def start_upload(pipeline: str, archive: str | Path, say: Callable[[str], None] 
 def stop_execution_request(arn: str) -> dict[str, str]:
     "Return the request of StopPipelineExecution for the execution `arn`."
     return {"PipelineExecutionArn": arn, "ClientRequestToken": request_token()}
-
-# %% ../../nbs/aws/08_executions.ipynb #dd747de1
-def stop_executions(name: str) -> None:
-    "Stop the running executions of the pipeline `name`, whose jobs are billed until they end."
-    with ignore_not_found():
-        found = paginate(client("sagemaker").list_pipeline_executions, "PipelineExecutionSummaries", PipelineName=name)
-        for one in list(found):
-            if one["PipelineExecutionStatus"] == "Executing":
-                client("sagemaker").stop_pipeline_execution(**stop_execution_request(one["PipelineExecutionArn"]))
 
 # %% ../../nbs/aws/08_executions.ipynb #cdede012
 @dataclass(frozen=True)

@@ -528,6 +528,6 @@ def endpoint_drift_status(url: str, timeout: float = 10) -> dict[str, Any]:
 # %% ../../nbs/aws/05_hosting.ipynb #28653588
 @translate_errors()
 def endpoint_in_service(url: str) -> bool:
-    "Tell whether the endpoint at `sagemaker://NAME` serves."
+    "Return whether the endpoint at `sagemaker://NAME` serves."
     found = describe_endpoint(url.removeprefix("sagemaker://"))
     return found is not None and ENDPOINT_STATUS[found["EndpointStatus"]] == "running"

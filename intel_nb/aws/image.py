@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import intel_nb
-from .changes import Pause, Say, StackError, ignore_missing, wait_for
+from .changes import Pause, Say, StackError, wait_for
 from .client import client, ignore_not_found, request_token
 from .pipeline import digest_code, image_uri
 from .stack import Options, bucket_name
@@ -43,7 +43,7 @@ def ignore_pattern(line: str) -> re.Pattern:
     return re.compile(f"{text}(?:/.*)?")
 
 def is_ignored(path: str, lines: list[str]) -> bool:
-    "Tell whether .dockerignore with these `lines` leaves `path` out: the last line that matches decides."
+    "Return whether .dockerignore with these `lines` leaves `path` out: the last line that matches decides."
     ignored = False
     for line in lines:
         if ignore_pattern(line.removeprefix("!")).fullmatch(path):
@@ -108,7 +108,7 @@ def find_images(name: str, tag: str, account: str, region: str) -> dict[str, str
     "Return the URIs, by digest, of the images with `tag` in the repository `name`, by target."
     found: dict[str, str] = {}
     for target in TARGETS:
-        with ignore_missing():
+        with ignore_not_found():
             images = client("ecr").describe_images(repositoryName=name, imageIds=[{"imageTag": f"{target}-{tag}"}])
             repository = image_uri(target, account, region, name).rpartition(":")[0]
             found[target] = f"{repository}@{images['imageDetails'][0]['imageDigest']}"
@@ -126,7 +126,7 @@ def build_request(options: Options, account: str, tag: str, targets: list[str]) 
 # %% ../../nbs/aws/20_image.ipynb #dd077482
 def running_build(project: str, tag: str = "") -> str:
     "Return the id of a build of `project` that runs, for `tag` where one is given, or an empty text."
-    with ignore_missing():
+    with ignore_not_found():
         ids = client("codebuild").list_builds_for_project(projectName=project)["ids"]  # the newest hundred
         for build in client("codebuild").batch_get_builds(ids=ids)["builds"] if ids else []:
             variables = {one["name"]: one["value"] for one in build["environment"].get("environmentVariables", [])}
@@ -164,7 +164,7 @@ def log_end(logs: Mapping[str, Any], lines: int) -> list[str]:
     "Return the last lines of a build's log, or none where it has no log."
     if not logs.get("streamName"):
         return []
-    with ignore_missing():
+    with ignore_not_found():
         found = client("logs").get_log_events(logGroupName=logs["groupName"], logStreamName=logs["streamName"],
                                               limit=lines, startFromHead=False)
         return [f"  {event['message'].rstrip()}" for event in found["events"]]

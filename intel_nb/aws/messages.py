@@ -98,8 +98,9 @@ def failed_build_messages(options: Options) -> list[Message]:
         f"{kind}-failed", {"source": ["aws.codepipeline"],
                            "detail-type": ["CodePipeline Pipeline Execution State Change"],
                            "detail": {"pipeline": [f"{options.name}-{kind}"], "state": ["FAILED"]}},
-        f"A run of {kind} failed; read its output with: {command(options, f'logs {kind}')}")
-        for kind in ("modelbuild", "modeldeploy")]
+        f"A run of {kind} failed; {remedy}")
+        for kind, remedy in (("modelbuild", f"see in which stage with: {command(options, 'status')}"),
+                             ("modeldeploy", f"read its output with: {command(options, 'logs modeldeploy')}"))]
     detail = {"project-name": [f"{options.name}-image"], "build-status": ["FAILED", "FAULT", "TIMED_OUT"]}
     image = Message(
         "image-failed", {"source": ["aws.codebuild"], "detail-type": ["CodeBuild Build State Change"],

@@ -5,12 +5,14 @@
 # %% ../../nbs/aws/24_operations.ipynb #37268cf7
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import chain
 from typing import Any
 
+from .changes import Say
 from intel_nb.aws.client import (
     client,
     ignore_not_found,
@@ -20,19 +22,19 @@ from intel_nb.aws.client import (
     request_token,
     translate_errors,
 )
+from .deploy import PROJECTS
 from .executions import latest_execution
-from .hosting import SageMakerEndpoints, endpoint_name
+from .hosting import STAGES, SageMakerEndpoints, endpoint_name
 from .messages import command_line
 from .package_group import PackageGroup
-from .stages import roll_back
+from .stages import rollback_stage
 from ..storage import InputError
 
-Say = Callable[[str], None]
 
 # %% auto #0
-__all__ = ['Say', 'BUILDS', 'STAGES', 'STEPS', 'SOURCES', 'Waiting', 'modeldeploy', 'pipeline_stages', 'stage_states',
-           'chosen_version', 'waiting_decision', 'answer', 'promote', 'reject', 'withdraw', 'LogSource', 'log_source',
-           'job_of_step', 'newest_streams', 'merged_lines', 'read_log', 'topic_arn', 'unconfirmed']
+__all__ = ['STEPS', 'SOURCES', 'Waiting', 'modeldeploy_name', 'codepipeline_stages', 'codepipeline_progress', 'chosen_version',
+           'waiting_decision', 'answer', 'promote', 'reject', 'withdraw', 'LogSource', 'log_source', 'job_of_step',
+           'newest_streams', 'merged_lines', 'read_log', 'topic_arn', 'unconfirmed']
 
 # %% ../../nbs/aws/24_operations.ipynb #350572c1
 @dataclass(frozen=True)
@@ -42,21 +44,21 @@ class Waiting:
     token: str
     since: str  # ISO 8601, UTC
 
-def modeldeploy(name: str) -> str:
+def modeldeploy_name(name: str) -> str:
     "Return the name of the CodePipeline modeldeploy of the deployment `name`."
     return f"{name}-modeldeploy"
 
 # %% ../../nbs/aws/24_operations.ipynb #f2f47bff
-def pipeline_stages(pipeline: str) -> dict[str, dict[str, Any]]:
+def codepipeline_stages(pipeline: str) -> dict[str, dict[str, Any]]:
     "Return the stages of a CodePipeline by name as they are now; raise `InputError` when there is no such pipeline."
-    with not_found_as(InputError(f"there is no pipeline {pipeline}; intel-nb aws deploy makes it")):
+    with not_found_as(InputError(f"there is no CodePipeline {pipeline}; intel-nb aws deploy makes it")):
         found = client("codepipeline").get_pipeline_state(name=pipeline)
     return {stage["stageName"]: stage for stage in found["stageStates"]}
 
 # %% ../../nbs/aws/24_operations.ipynb #234ecd7f
-def stage_states(pipeline: str) -> dict[str, str]:
+def codepipeline_progress(pipeline: str) -> dict[str, str]:
     "Return how each stage of a CodePipeline ended, or that it is in progress; leave out those that never ran."
-    stages = pipeline_stages(pipeline)
+    stages = codepipeline_stages(pipeline)
     found = {name: stage.get("latestExecution", {}).get("status", "") for name, stage in stages.items()}
     return {name: status.lower() for name, status in found.items() if status}
 
@@ -64,14 +66,14 @@ def stage_states(pipeline: str) -> dict[str, str]:
 def chosen_version(name: str, execution: str) -> str:
     "Return the version that an execution of modeldeploy has chosen, or an empty text."
     details = paginate(client("codepipeline").list_action_executions, "actionExecutionDetails",
-                       pipelineName=modeldeploy(name), filter={"pipelineExecutionId": execution})
+                       pipelineName=modeldeploy_name(name), filter={"pipelineExecutionId": execution})
     chosen = (one for one in details if one["actionName"] == "Choose")
     return next((one.get("output", {}).get("outputVariables", {}).get("VERSION", "") for one in chosen), "")
 
 # %% ../../nbs/aws/24_operations.ipynb #7ab7200c
 def waiting_decision(name: str) -> Waiting | None:
     "Return the decision that modeldeploy waits for, or None."
-    stage = pipeline_stages(modeldeploy(name)).get("Approval", {})
+    stage = codepipeline_stages(modeldeploy_name(name)).get("Approval", {})
     for action in stage.get("actionStates", []):
         latest = action.get("latestExecution", {})
         if latest.get("status") == "InProgress" and latest.get("token"):
@@ -83,7 +85,7 @@ def waiting_decision(name: str) -> Waiting | None:
 def answer(name: str, waiting: Waiting, status: str, summary: str) -> None:
     "Answer the question of modeldeploy with `status`, Approved or Rejected."
     client("codepipeline").put_approval_result(
-        pipelineName=modeldeploy(name), stageName="Approval", actionName="Approve", token=waiting.token,
+        pipelineName=modeldeploy_name(name), stageName="Approval", actionName="Approve", token=waiting.token,
         result={"status": status, "summary": summary[:512]})
 
 # %% ../../nbs/aws/24_operations.ipynb #8dcb99db
@@ -92,18 +94,20 @@ def promote(name: str, version: str, say: Say = print) -> bool:
     "Let modeldeploy put `version` into production, or bring it to staging first; return whether production is next."
     found, status = PackageGroup(name).get(version), command_line(name, "status")
     if found.status != "Approved":
-        remedy = command_line(name, f"approve {version}")
+        remedy = (f"approve it with: {command_line(name, f'approve {version}')}" if found.status != "Rejected"
+                  else f"it stays so; start the pipeline again with: {command_line(name, 'start')}")
         raise InputError(f"version {version} is {found.status} ({found.reason}); {remedy}")
     waiting = waiting_decision(name)
     if waiting and waiting.version == version:
         answer(name, waiting, "Approved", "promoted with intel-nb aws promote")
         say(f"modeldeploy puts version {version} into production, which takes half an hour: {status}")
         return True
+    given = [{"name": "VERSION", "value": version}]
     client("codepipeline").start_pipeline_execution(
-        name=modeldeploy(name), variables=[{"name": "VERSION", "value": version}], clientRequestToken=request_token())
-    other = f"version {waiting.version}" if waiting else "no version"
-    say(f"modeldeploy waited with {other}; it brings version {version} to staging again and tests it, which takes half "
-        f"an hour: {status}, then {command_line(name, f'promote {version}')}")
+        name=modeldeploy_name(name), variables=given, clientRequestToken=request_token())
+    asks = f"about version {waiting.version}" if waiting else "nothing now"
+    say(f"modeldeploy asks {asks}; version {version} goes to staging and is tested again, which takes half an hour: "
+        f"{status}, then {command_line(name, f'promote {version}')}")
     return False
 
 # %% ../../nbs/aws/24_operations.ipynb #28f41440
@@ -112,11 +116,12 @@ def reject(name: str, version: str, reason: str, say: Say = print) -> None:
     "Reject `version`, and take it from every stage that serves it."
     PackageGroup(name).set_status(version, "Rejected", reason)
     say(f"version {version} is Rejected")
-    with ignore_not_found():
+    waiting = None
+    with suppress(InputError):  # there is no modeldeploy while its stack is made anew; stages go back all the same
         waiting = waiting_decision(name)
-        if waiting and waiting.version == version:
-            answer(name, waiting, "Rejected", reason)
-            say("modeldeploy no longer waits for it")
+    if waiting and waiting.version == version:
+        answer(name, waiting, "Rejected", reason)
+        say("modeldeploy no longer waits for it")
     for endpoint in SageMakerEndpoints(name).list():
         if endpoint.version == version and endpoint.status != "stopped":
             withdraw(name, endpoint.stage, say)
@@ -125,15 +130,14 @@ def withdraw(name: str, stage: str, say: Say) -> None:
     "Serve the version of `stage` before the present one, or delete its endpoint when there is none."
     say(f"{stage} serves it; it goes back, which takes some ten minutes …")
     try:
-        say(f"{stage} serves version {roll_back(name, stage).version} again")
+        say(f"{stage} serves version {rollback_stage(name, stage).version} again")
     except InputError as error:  # there is none before it; a stage that somebody changes raises another error
         SageMakerEndpoints(name).stop(stage)
         say(f"the endpoint of {stage} is deleted ({error})")
 
 # %% ../../nbs/aws/24_operations.ipynb #8d2f17b3
-BUILDS, STAGES = ("image", "modelbuild", "modeldeploy"), ("staging", "production")
 STEPS = {"data": "ProcessingJobs", "train": "TrainingJobs", "evaluate": "ProcessingJobs", "keep": "ProcessingJobs"}
-SOURCES = (*STEPS, *BUILDS, *STAGES, "drift")
+SOURCES = (*STEPS, *PROJECTS, *STAGES, "drift")
 
 @dataclass(frozen=True)
 class LogSource:
@@ -143,7 +147,7 @@ class LogSource:
 
 def log_source(name: str, what: str) -> LogSource:
     "Return where `what`, one of `SOURCES`, writes its log; raise `InputError` for another, or a step that has no job."
-    if what in BUILDS:
+    if what in PROJECTS:
         return LogSource(f"/aws/codebuild/{name}-{what}")
     if what in STAGES:
         return LogSource(f"/aws/sagemaker/Endpoints/{endpoint_name(name, what)}")

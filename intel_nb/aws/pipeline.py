@@ -49,8 +49,8 @@ class PipelineConfig:
     instance_process: str = "ml.m5.xlarge"
     instance_train: str = "ml.m5.xlarge"
     instance_serve: str = "ml.m5.large"
-    image_steps: str = ""  # URI of the image for jobs; empty: the tag `steps` of the account's repository GROUP
-    image_serve: str = ""  # URI of the image for endpoints; empty: the tag `serve`
+    image_steps: str = ""  # URI of the image for jobs; empty: a stand-in, for reading and rehearsing
+    image_serve: str = ""  # URI of the image for endpoints; empty: likewise
     spot: bool = False  # train on spare capacity, which is cheaper and may take longer
     max_seconds: int = 4 * 3600  # the time limit of one step
     cached_days: int = 30

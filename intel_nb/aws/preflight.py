@@ -10,8 +10,17 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .changes import Say, change_type, find_stack, ignore_missing
-from .client import DENIED_CODES, ClientError, check_credentials, client, error_code, is_not_found, paginate
+from .changes import Say, change_type, find_stack
+from intel_nb.aws.client import (
+    DENIED_CODES,
+    ClientError,
+    check_credentials,
+    client,
+    error_code,
+    ignore_not_found,
+    is_not_found,
+    paginate,
+)
 from .hosting import instance_limits
 from .stack import STAGES, Options, checked_options, drift_job_request, pipeline_config
 from ..storage import InputError
@@ -117,9 +126,9 @@ def quota_shortages(needs: Iterable[Need], region: str, say: Say = print) -> lis
 
 # %% ../../nbs/aws/19_preflight.ipynb #69721775
 def _exists(find: Callable[[], Any]) -> bool:
-    "Tell whether `find` finds something; what may not be looked at counts as absent, and CloudFormation will say."
+    "Return whether `find` finds something; what may not be looked at counts as absent, and CloudFormation will say."
     try:
-        with ignore_missing():
+        with ignore_not_found():
             find()
             return True
     except ClientError as error:
@@ -132,7 +141,6 @@ NAMED: dict[str, tuple[str, Callable[[str], Any]]] = {  # the property that has 
     "SageMaker::ModelPackageGroup": ("ModelPackageGroupName", lambda name: client(
         "sagemaker").describe_model_package_group(ModelPackageGroupName=name)),
     "ECR::Repository": ("RepositoryName", lambda name: client("ecr").describe_repositories(repositoryNames=[name])),
-    "IAM::Role": ("RoleName", lambda name: client("iam").get_role(RoleName=name)),
     "SSM::Parameter": ("Name", lambda name: client("ssm").get_parameter(Name=name)),
 }
 

@@ -160,7 +160,7 @@ BUILD_SPECS = {
 
 # %% ../../nbs/aws/17_stack.ipynb #04d91b0e
 def build_project(options: Options, kind: str, role: str, minutes: int) -> dict:
-    "Return the CodeBuild project for modelbuild or modeldeploy with the stack's options; it stops after `minutes`."
+    "Return the CodeBuild project `kind` of `BUILD_SPECS` with the stack's options; it stops after `minutes`."
     changed = {name: value for name, value in vars(options).items() if value != getattr(Options(), name)}
     arns = {name: attribute(f"{name}Role") for name in ("Pipeline", "Job", "Registrar", "Scheduler")}
     variables = {"INTEL_NB_STACK": json.dumps(changed), "INTEL_NB_ACCOUNT": ref("AWS::AccountId"),

@@ -32,8 +32,8 @@ from ..storage import InputError, fetch, read_json, write_json, write_text
 # %% auto #0
 __all__ = ['NOTEBOOKS', 'NEWEST', 'options_from', 'note_tag', 'config_from', 'upsert_pipeline', 'run_modelbuild', 'Platform',
            'choose_version', 'check_approved', 'check_deploy_step', 'step_parameters', 'record_result',
-           'run_modeldeploy', 'raised_alarms', 'roll_back', 'confirm_production', 'keep_staging', 'end_staging_later',
-           'run_deploy_step', 'run_build_command']
+           'run_modeldeploy', 'raised_alarms', 'rollback_stage', 'confirm_production', 'cancel_staging_end',
+           'schedule_staging_end', 'run_deploy_step', 'run_build_command']
 
 # %% ../../nbs/aws/22_stages.ipynb #4bebd32f
 def options_from(environ: Mapping[str, str]) -> Options:
@@ -165,7 +165,7 @@ def raised_alarms(endpoint: str) -> list[str]:
     return [alarm["AlarmName"] for alarm in found if alarm["StateValue"] == "ALARM"]
 
 # %% ../../nbs/aws/22_stages.ipynb #c547b476
-def roll_back(name: str, stage: str) -> Endpoint:
+def rollback_stage(name: str, stage: str) -> Endpoint:
     "Serve the last earlier version of `stage` that is not rejected; raise `InputError` when there is none."
     rejected = {one.version for one in PackageGroup(name).versions() if one.status == "Rejected"}
     return SageMakerEndpoints(name).rollback(stage, rejected.__contains__)
@@ -187,19 +187,19 @@ def _undo(name: str, version: str) -> str:
     if serves != version:
         return f"production serves version {serves} by now"
     try:
-        return f"production serves version {roll_back(name, 'production').version} again"
+        return f"production serves version {rollback_stage(name, 'production').version} again"
     except InputError as error:
         return f"it still serves, because {error}"
 
 # %% ../../nbs/aws/22_stages.ipynb #121d9fd1
-def keep_staging(name: str) -> None:
+def cancel_staging_end(name: str) -> None:
     "Take away the schedule that would delete the staging endpoint."
     with ignore_not_found():
         client("scheduler").delete_schedule(Name=f"{endpoint_name(name, 'staging')}-end")
 
-def end_staging_later(options: Options, role: str) -> None:
+def schedule_staging_end(options: Options, role: str) -> None:
     "Have the staging endpoint deleted after `options.staging_hours`; 0 leaves it."
-    keep_staging(options.name)
+    cancel_staging_end(options.name)
     if options.staging_hours:
         client("scheduler").create_schedule(**staging_end_request(options, datetime.now(UTC), role))
 
@@ -222,10 +222,10 @@ def run_deploy_step(step: str, version: str, options: Options, role: str) -> dic
 
 def _run_notebook_step(step: str, platform: Platform, version: str, options: Options, role: str) -> dict[str, Any]:
     if step == "deploy":
-        keep_staging(options.name)
+        cancel_staging_end(options.name)
     result = run_modeldeploy(step, platform, version)
     if step == "staging" and result["passed"]:
-        end_staging_later(options, role)
+        schedule_staging_end(options, role)
     return result
 
 def run_build_command(arguments: list[str], environ: Mapping[str, str] = os.environ) -> int:
