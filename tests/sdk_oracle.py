@@ -148,9 +148,9 @@ def build() -> Pipeline:
     register = ModelStep("register", step_args=registered, retry_policies=[STEP_RETRY])
     refuse = FailStep("refuse", error_message=evaluation_entry("gate.reason"))
     is_new = ConditionEquals(left=JsonGet(step_name="keep", property_file=kept, json_path="new"), right=True)
-    once = ConditionStep("once", conditions=[is_new], if_steps=[register], else_steps=[])
-    gate = ConditionStep("gate", conditions=[accurate, passed], if_steps=[keep, once], else_steps=[refuse])
-    return Pipeline(name="intel-nb", parameters=list(P.values()), steps=[data, train, evaluate, gate],
+    once = ConditionStep("once", conditions=[accurate, passed, is_new], if_steps=[register], else_steps=[])
+    gate = ConditionStep("gate", conditions=[accurate, passed], if_steps=[], else_steps=[refuse])
+    return Pipeline(name="intel-nb", parameters=list(P.values()), steps=[data, train, evaluate, gate, keep, once],
                     sagemaker_session=SESSION, pipeline_experiment_config=None)
 
 

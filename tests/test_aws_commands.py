@@ -59,7 +59,7 @@ def test_the_command_is_the_same_in_a_process_of_its_own(no_account):
 
 def test_the_other_commands_work_without_an_account(no_account, tmp_path):
     definition = json.loads(command("definition", "--parameter", "Profile=full").stdout)
-    assert [step["Name"] for step in definition["Steps"]] == ["data", "train", "evaluate", "gate"]
+    assert [step["Name"] for step in definition["Steps"]] == ["data", "train", "evaluate", "gate", "keep", "once"]
     template = command("template").stdout
     assert template.startswith("AWSTemplateFormatVersion")
     assert command("template", "--output", str(tmp_path / "stack.yaml"), "--option", "source=s3").stdout == ""

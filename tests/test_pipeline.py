@@ -36,7 +36,7 @@ def steps_of(made: dict) -> dict[str, dict]:
 
 def test_the_definition_passes(made):
     assert pipeline_problems(made) == []
-    assert [step["Name"] for step in made["Steps"]] == ["data", "train", "evaluate", "gate"]
+    assert [step["Name"] for step in made["Steps"]] == ["data", "train", "evaluate", "gate", "keep", "once"]
     assert {name: step["Type"] for name, step in steps_of(made).items() if name not in NOTEBOOKS} == {
         "gate": "Condition", "keep": "Processing", "once": "Condition", "register": "RegisterModel", "refuse": "Fail"}
     assert set(json.loads(json.dumps(made))) == {"Version", "Metadata", "Parameters", "Steps"}

@@ -156,14 +156,17 @@ def copy_registered(package: Path, evaluation: Path, out: Path) -> None:
 
 # %% ../../nbs/aws/10_container.ipynb #4c07938f
 def keep_package(package: Path, evaluation: Path, registry: str, out: Path) -> dict[str, Any]:
-    "Copy a package and its evaluation to `out` unless they are registered, and return what `keep.json` says of that."
+    "Copy a package that passed to `out`, unless it is registered; return what `keep.json` says of that."
     report = read_json(evaluation / "evaluation.json")
     check_evaluated(package, report)
     known = registered_version(open_registry(registry), report)
-    if not known:
+    decision = dict(KEPT)
+    if known:
+        decision = {NEW: False, "version": known, "reason": f"version {known} is of this package, data and threshold"}
+    elif report["gate"]["passed"] is not True:
+        decision = {NEW: False, "version": "", "reason": report["gate"]["reason"]}
+    else:
         copy_registered(package, evaluation, out)
-    reason = f"version {known} is of this package, this data and this threshold" if known else KEPT["reason"]
-    decision = {NEW: not known, "version": known, "reason": reason}
     write_json(out / "keep.json", decision)
     return decision
 

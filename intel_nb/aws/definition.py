@@ -493,6 +493,8 @@ def condition_problems(step: dict, index: DefinitionIndex) -> Iterator[str]:
         yield "it has no Conditions"
     if not any(step["Arguments"].get(side) for side in BRANCHES):
         yield "it has no step in either branch"
+    for one in (one for side in BRANCHES for one in step["Arguments"].get(side, []) if one["Type"] == "Condition"):
+        yield f"it has the condition {one['Name']} in a branch, and SageMaker takes no condition inside another"
     for condition in step["Arguments"].get("Conditions", []):
         kind = condition.get("Type")
         try:

@@ -23,7 +23,7 @@ __all__ = ['NOTEBOOKS', 'PACKAGE_SUFFIXES', 'CHOICES', 'ENTRY', 'RETRIES', 'PROC
            'code_environment', 'pipeline_parameters', 'declare_parameter', 'parameter_reference', 'join_values',
            'run_uri', 'registry_uri', 'output_uri', 'file_entry', 'evaluation_entry', 'job_step', 's3_input',
            'property_file', 'processing_arguments', 'processing_step', 'training_step', 'keep_step', 'register_step',
-           'once_step', 'gate_step', 'pipeline_definition', 'pipeline_problems', 'check_pipeline']
+           'passing_conditions', 'gate_step', 'once_step', 'pipeline_definition', 'pipeline_problems', 'check_pipeline']
 
 # %% ../../nbs/aws/09_pipeline.ipynb #22801980
 def image_uri(target: str, account: str, region: str, repository: str = "intel-nb") -> str:
@@ -236,7 +236,7 @@ def training_step(config: PipelineConfig, inputs: Mapping[str, Any], arguments: 
 KEEP, NEW = "keep", "new"  # the argument of the container, which is the step's name too; the entry that `once` reads
 
 def keep_step(config: PipelineConfig) -> dict:
-    "Return the step that checks a package and copies it, with its evaluation, to where the registry's files lie."
+    "Return the step that checks a package and copies it, if it passed, to where the registry's files lie."
     inputs = {"model": MODEL, "evaluation": output_uri("evaluate")}
     return {"Name": KEEP, "Type": "Processing", "RetryPolicies": RETRIES,
             "PropertyFiles": [property_file("Keep", KEEP, "keep.json")],
@@ -260,23 +260,26 @@ def register_step(config: PipelineConfig) -> dict:
         "ModelMetrics": {"ModelQuality": {"Statistics": statistics}}, "CustomerMetadataProperties": metadata}}
 
 # %% ../../nbs/aws/09_pipeline.ipynb #708a65b9
-def once_step(config: PipelineConfig) -> dict:
-    "Return the condition that registers the package, unless it is registered already."
-    is_new = {"Type": "Equals", "LeftValue": file_entry(KEEP, "Keep", NEW), "RightValue": True}
-    return {"Name": "once", "Type": "Condition", "Arguments": {
-        "Conditions": [is_new], "IfSteps": [register_step(config)], "ElseSteps": []}}
-
-# %% ../../nbs/aws/09_pipeline.ipynb #4e44e261
 ACCURACY = "multiclass_classification_metrics.accuracy.value"
 
-def gate_step(config: PipelineConfig) -> dict:
-    "Return the condition that keeps and registers the package, or fails with the gate's reason."
-    accurate = {"Type": "GreaterThanOrEqualTo", "LeftValue": evaluation_entry(ACCURACY),
-                "RightValue": parameter_reference("AccuracyThreshold")}
-    passed = {"Type": "Equals", "LeftValue": evaluation_entry("gate.passed"), "RightValue": True}
+def passing_conditions() -> list[dict]:
+    "Return what an evaluation must say, so that its package is registered."
+    return [{"Type": "GreaterThanOrEqualTo", "LeftValue": evaluation_entry(ACCURACY),
+             "RightValue": parameter_reference("AccuracyThreshold")},
+            {"Type": "Equals", "LeftValue": evaluation_entry("gate.passed"), "RightValue": True}]
+
+def gate_step() -> dict:
+    "Return the condition that fails with the gate's reason, unless the evaluation passed."
     refuse = {"Name": "refuse", "Type": "Fail", "Arguments": {"ErrorMessage": evaluation_entry("gate.reason")}}
     return {"Name": "gate", "Type": "Condition", "Arguments": {
-        "Conditions": [accurate, passed], "IfSteps": [keep_step(config), once_step(config)], "ElseSteps": [refuse]}}
+        "Conditions": passing_conditions(), "IfSteps": [], "ElseSteps": [refuse]}}
+
+# %% ../../nbs/aws/09_pipeline.ipynb #4e44e261
+def once_step(config: PipelineConfig) -> dict:
+    "Return the condition that registers a package that passed, unless it is registered already."
+    is_new = {"Type": "Equals", "LeftValue": file_entry(KEEP, "Keep", NEW), "RightValue": True}
+    return {"Name": "once", "Type": "Condition", "Arguments": {
+        "Conditions": [*passing_conditions(), is_new], "IfSteps": [register_step(config)], "ElseSteps": []}}
 
 # %% ../../nbs/aws/09_pipeline.ipynb #9fda11ff
 def pipeline_definition(config: PipelineConfig = PipelineConfig()) -> dict:
@@ -294,7 +297,7 @@ def pipeline_definition(config: PipelineConfig = PipelineConfig()) -> dict:
         training_step(config, dataset, train),
         processing_step(config, "evaluate", {**dataset, "model": MODEL}, evaluate,
                         {"INTEL_NB_CHAMPION": parameter_reference("ChampionVersion")}, PropertyFiles=[evaluation]),
-        gate_step(config)]}
+        gate_step(), keep_step(config), once_step(config)]}
 
 # %% ../../nbs/aws/09_pipeline.ipynb #ce3504d3
 EVALUATION = {
