@@ -10,7 +10,7 @@ CodePipelines in cloud_pipelines.py. CONTRIBUTING.md says what is tested instead
 * It has no list_pipeline_execution_steps. Here it returns the steps that a test sets.
 * It has no delete_model_package, delete_model_package_group and stop_pipeline_execution.
 * Its create_model forgets EnableNetworkIsolation, and its list_models ignores NameContains.
-* It knows no rights. Here a test names calls of auto-scaling that are refused.
+* It knows no rights and quotas. Here a test names calls of auto-scaling, or UpdateEndpoint, that are refused.
 * Its S3 answers 412 to a condition that does not hold, and never 409 to requests that race, as AWS may do. Here a test
   sets how many of the next conditional writes are answered so. (That it honours conditions, tests/test_state.py shows.)
 * Its processing jobs are done at once. Here a test may let one go on.
@@ -64,7 +64,7 @@ class Cloud:
         self.pending: dict[str, str] = {}  # endpoints in an update, and the new configuration
         self.alarmed: dict[str, str] = {}  # endpoints whose next update is rolled back, and the reason
         self.captured: dict[str, list[dict]] = {}  # of each endpoint, until it is flushed
-        self.refused: dict[str, str] = {}  # calls of auto-scaling that the caller has no right to, and what AWS says
+        self.refused: dict[str, str] = {}  # calls that are refused, and what AWS says
         self.races = 0  # how many of the next conditional writes to S3 are answered by 409
         self._clients: dict[str, object] = {}
         self._client_lock = threading.Lock()
@@ -249,6 +249,8 @@ def backend(cloud: Cloud):
 
 def update_endpoint(self, cloud: Cloud):
     found, name, config = self.sagemaker_backend, self._get_param("EndpointName"), self._get_param("EndpointConfigName")
+    if "UpdateEndpoint" in cloud.refused:
+        raise AWSValidationException(cloud.refused["UpdateEndpoint"])
     if name not in found.endpoints or config not in found.endpoint_configs:
         raise AWSValidationException(f"Could not find endpoint {name} or configuration {config}.")
     if found.endpoints[name].endpoint_status != "InService":

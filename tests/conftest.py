@@ -13,6 +13,11 @@ from pathlib import Path
 
 import pytest
 
+for name in [n for n in os.environ if n.startswith(("AWS_", "CODEBUILD_", "INTEL_NB_"))]:
+    if name != "INTEL_NB_TEST_IMAGES":
+        del os.environ[name]  # of a build, or of the person who runs the tests
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+os.environ |= dict.fromkeys(("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"), os.devnull)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a test run shares its cores with the processes that it starts
 sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema would compile a grammar of IRIs with it, for three seconds
 sys.dont_write_bytecode = False  # pytest rewrites hypothesis and the tests; kept, that saves each worker four seconds

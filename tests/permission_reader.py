@@ -35,7 +35,7 @@ ENTRY_POINTS = {
                "aws.objects:download"),
     "Operator": (*(f"aws.commands:{name}" for name in (
                      "run_pipeline", "show_status", "approve_version", "promote_version", "reject_version",
-                     "roll_stage_back", "stage_url", "show_log")), "aws.hosting:invoke_endpoint",
+                     "rollback_version", "stage_url", "show_log")), "aws.hosting:invoke_endpoint",
                  *methods(GROUP, "versions", "set_status"),
                  *methods(HOSTING, "list", "describe", "rollback", "start", "stop")),
 }

@@ -1,4 +1,5 @@
 """Putting both stacks into an account and out again, from every state in which a deployment may have been left."""
+import contextlib
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import pytest
 from cloud import emulated
 from cloud_stack import stacks
 
-from intel_nb.aws.client import client, request_problems
+from intel_nb.aws.client import ClientError, client, request_problems
 from intel_nb.aws.deploy import StackError, deploy_stack, destroy_stack, find_stack, list_buckets
 from intel_nb.aws.stack import ACCOUNT, STAGES, Options, base_template, template
 from intel_nb.storage import InputError
@@ -132,10 +133,30 @@ def test_an_error_of_cloudformation_is_named(aws, stack):
     aws.fails[stack] = ("DataBucket", "the name is taken")
     with pytest.raises(StackError, match=f"the stack {stack} is ROLLBACK_COMPLETE: DataBucket: the name is taken"):
         deploy()
-    with pytest.raises(InputError, match=f"the stack {stack} is ROLLBACK_COMPLETE and cannot be changed; run intel-nb"):
+    aws.fails.clear()
+    builds, said = len(aws.builds), []
+    assert deploy(say=said.append), "the stack that failed is removed, and what stands stays"
+    assert any(f"the stack {stack} could not be made (DataBucket: the name is taken)" in line for line in said)
+    assert len(aws.builds) == max(builds, 1)
+
+
+def test_a_failed_stack_is_removed_only_when_a_person_agrees(aws):
+    aws.fails["intel-nb"] = ("DataBucket", "the name is taken")
+    with pytest.raises(StackError):
         deploy()
     aws.fails.clear()
-    assert destroy() and deploy()
+    assert deploy(ask=lambda question: not question.startswith("Remove")) is False
+    assert find_stack("intel-nb")["StackStatus"] == "ROLLBACK_COMPLETE"
+
+
+def test_a_no_leaves_what_another_has_made_meanwhile(aws):
+    from intel_nb.aws.changes import ChangeSet, create_change_set, discard_change_set, execute_change_set
+    made = {"Resources": {"Topic": {"Type": "AWS::SNS::Topic", "Properties": {}}}}
+    proposed = create_change_set(Options(), "intel-nb", made, lambda seconds: None)
+    execute_change_set(proposed, lambda seconds: None)
+    with contextlib.suppress(ClientError):  # in moto the change set is gone by now
+        discard_change_set(ChangeSet(proposed.arn, "intel-nb", "CREATE", []), lambda seconds: None)
+    assert find_stack("intel-nb")["StackStatus"] == "CREATE_COMPLETE"
 
 
 # -- the image
@@ -237,13 +258,6 @@ def test_names_that_are_taken_are_said_at_once(aws):
     assert "ModelPackageGroup intel-nb exists already and belongs to no stack" in str(refused.value)
     assert any(f"Bucket {CODE} exists, and is taken in" in line for line in said)
     assert aws.change_sets == []
-
-
-def test_a_bucket_name_that_is_too_long_is_said(aws):
-    name, region = "a" * 24, "ap-southeast-1"
-    from intel_nb.aws.preflight import taken_names
-    found = taken_names(base_template(Options(name=name, region=region), ACCOUNT), ACCOUNT, True, lambda line: None)
-    assert [text for text in found if "annotations" in text and "64 characters" in text]
 
 
 # -- removing

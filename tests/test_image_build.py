@@ -45,7 +45,10 @@ echo "{name} $*" >> {folder}/calls
 if [ -n "$FAILS" ]; then case "{name} $*" in "$FAILS"*) exit 1;; esac; fi
 case "{name} $1 $2" in
   "aws ecr get-login-password") echo secret;;
-  "aws ecr describe-images") for tag in $THERE; do case "$*" in *"imageTag=$tag") exit 0;; esac; done; exit 254;;
+  "aws ecr describe-images")
+    if grep -q "docker push" {folder}/calls; then THERE="$THERE $LATER"; fi
+    for tag in $THERE; do case "$*" in *"imageTag=$tag") exit 0;; esac; done; exit 254;;
+  "aws ecr batch-get-image") echo "${{FORM:-application/vnd.docker.distribution.manifest.v2+json}}";;
   "docker login "*) cat >> {folder}/password;;
 esac
 """)
@@ -59,7 +62,7 @@ esac
 
 
 def pushed(calls: list[str]) -> list[str]:
-    return [call.split()[-2] for call in calls if call.startswith("docker buildx build")]
+    return [call.split()[-1] for call in calls if call.startswith("docker push")]
 
 
 def test_both_targets_are_built_and_pushed(tmp_path):
@@ -67,9 +70,19 @@ def test_both_targets_are_built_and_pushed(tmp_path):
     assert status == 0 and pushed(calls) == [f"{REPOSITORY}:steps-abc", f"{REPOSITORY}:serve-abc"]
     assert (tmp_path / "password").read_text() == "secret\n"
     assert f"docker login --username AWS --password-stdin {REPOSITORY.partition('/')[0]}" in calls
-    first = next(call for call in calls if call.startswith("docker buildx build"))
-    assert first == ("docker buildx build --target steps --provenance=false --sbom=false --output "
-                     f"type=image,oci-mediatypes=false,push=true --tag {REPOSITORY}:steps-abc .")
+    first = next(call for call in calls if call.startswith("docker build"))
+    assert first == f"docker build --target steps --provenance=false --sbom=false --tag {REPOSITORY}:steps-abc ."
+
+
+def test_another_form_than_docker_schema_2_is_red(tmp_path):
+    status, calls, output = build(tmp_path, FORM="application/vnd.oci.image.index.v1+json")
+    assert status != 0 and "steps-abc is no docker schema 2" in output
+
+
+def test_a_tag_that_another_build_pushed_meanwhile_is_no_failure(tmp_path):
+    "The second look finds it: the first one and the push came before."
+    status, calls, _ = build(tmp_path, fails="docker push", LATER="steps-abc serve-abc")
+    assert status == 0 and pushed(calls) == [f"{REPOSITORY}:steps-abc"]
 
 
 def test_what_is_there_is_not_built_again(tmp_path):
@@ -90,8 +103,8 @@ def test_one_target_alone(tmp_path):
 
 
 @pytest.mark.parametrize("fails, built", [
-    ("docker buildx build --target steps", 1), ("docker buildx build --target serve", 2), ("docker login", 0),
-    ("aws ecr get-login-password", 0), ("docker buildx create", 0)])
+    ("docker build --target steps", 0), ("docker build --target serve", 1), ("docker login", 0),
+    ("aws ecr get-login-password", 0), ("docker push", 1)])
 def test_a_build_that_fails_is_red(tmp_path, fails, built):
     status, calls, _ = build(tmp_path, fails=fails)
     assert status != 0 and len(pushed(calls)) == built

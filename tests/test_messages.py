@@ -43,9 +43,10 @@ EXPECTED = {
     "a run failed": (lambda name: pipeline_event(name=name), "An execution of the pipeline {0} failed, or its gate "
                      "refused the package; see why with: intel-nb aws status"),
     "modelbuild failed": (lambda name: run_event(f"{name}-modelbuild"),
-                          "A run of modelbuild failed; see in which stage with: intel-nb aws status"),
+                          "A run of modelbuild failed, or was refused; see in which stage with: intel-nb aws status"),
     "modeldeploy failed": (lambda name: run_event(f"{name}-modeldeploy"),
-                           "A run of modeldeploy failed; read its output with: intel-nb aws logs modeldeploy"),
+                           "A run of modeldeploy failed, or was refused; read its output with: "
+                           "intel-nb aws logs modeldeploy"),
     "the image failed": (lambda name: build_event(f"{name}-image"),
                          "The image of {0} could not be built; read the output with: intel-nb aws logs image"),
     "staging is broken": (lambda name: endpoint_event("FAILED", "staging", name), "The endpoint of staging is not "

@@ -461,8 +461,8 @@ def a_person_decides(cloud, hosting, package):
     client("logs").create_log_group(logGroupName="/aws/codebuild/intel-nb-image")
     client("logs").create_log_stream(logGroupName="/aws/codebuild/intel-nb-image", logStreamName="a")
     assert operations.read_log("intel-nb", "image") == []
-    stages.end_staging_later(Options(staging_hours=1), ROLE)
-    stages.keep_staging("intel-nb")
+    stages.schedule_staging_end(Options(staging_hours=1), ROLE)
+    stages.cancel_staging_end("intel-nb")
 
 
 def a_stack_comes_and_goes(cloud):
@@ -477,6 +477,7 @@ def a_stack_comes_and_goes(cloud):
     assert stages.run_modelbuild(environ).startswith("created the pipeline scenes; it starts when s3://scenes-data-")
     client("s3").put_object(Bucket="scenes-data-123456789012-us-east-1", Key="intel.zip", Body=b"12345")
     assert stages.run_modelbuild(environ).startswith("updated the pipeline scenes, and started arn:")
+    assert "is as it was, and arn:" in stages.run_modelbuild(environ), "a second start with the same data is none"
     cloud.aws("s3").put_bucket_versioning(Bucket="scenes-data-123456789012-us-east-1",  # moto's stack does not
                                           VersioningConfiguration={"Status": "Enabled"})
     with zipfile.ZipFile(cloud.folder / "scenes.zip", "w") as archive:

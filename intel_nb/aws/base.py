@@ -16,9 +16,9 @@ from ..storage import InputError
 
 # %% auto #0
 __all__ = ['DEFAULTS', 'STAGES', 'CHOICES', 'RANGES', 'FORMS', 'Resources', 'IN_ACCOUNT', 'TEMPLATE_BYTES', 'BUCKET_KINDS',
-           'WATCHED', 'ALL_PRIVATE', 'UNFINISHED', 'ENCRYPTION', 'KEPT', 'TO_CHEAPER', 'UNTAGGED', 'BUILDX',
-           'IMAGE_SPEC', 'Options', 'checked_options', 'option_texts', 'ref', 'attribute', 'sub', 'resource',
-           'linter_exceptions', 'allow_service', 'deny_without_tls', 'template_yaml', 'template_json', 'bucket_name',
+           'WATCHED', 'ALL_PRIVATE', 'UNFINISHED', 'ENCRYPTION', 'KEPT', 'TO_CHEAPER', 'UNTAGGED', 'BUILD', 'IS_THERE',
+           'FORM', 'IMAGE_SPEC', 'Options', 'bucket_name', 'checked_options', 'option_texts', 'ref', 'attribute', 'sub',
+           'resource', 'linter_exceptions', 'allow_service', 'deny_without_tls', 'template_yaml', 'template_json',
            'expire_versions', 'expire_objects', 'bucket_resource', 'artifact_prefix', 'lifecycles', 'buckets',
            'log_statements', 'bucket_policies', 'role_resource', 'repository', 'image_project', 'image_builds',
            'base_template']
@@ -49,13 +49,19 @@ class Options:
 
 DEFAULTS = Options()
 
+# %% ../../nbs/aws/15_base.ipynb #4d54a714
+def bucket_name(options: Options, kind: str, account: str = "${AWS::AccountId}") -> str:
+    "Return the name of the bucket for `kind`, as in `BUCKET_KINDS`; without `account` in CloudFormation's syntax."
+    return f"{options.name}-{kind}-{account}-{options.region}"
+
 # %% ../../nbs/aws/15_base.ipynb #b5d81aab
 STAGES = ("staging", "production")
 CHOICES = {"source": ("s3", "connection"), "events": ("direct", "cloudtrail"), "watch": STAGES,
            "log_days": (1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731)}
 RANGES = {"capture_days": (1, 3650), "staging_hours": (0, 720), "confirm_minutes": (0, 60)}
 FORMS = {  # a regular expression, and what it stands for
-    "name": (r"[a-z](-?[a-z0-9]){2,23}", "3 to 24 lower-case letters, digits and single -, as in intel-nb"),
+    "name": (r"(?=.{3,24}$)(?!.*-base$)[a-z](-?[a-z0-9])+", "3 to 24 lower-case letters, digits and single -, not "
+             "-base at the end, as in intel-nb"),
     "region": (r"[a-z]{2}(-[a-z]+)+-\d", "a region, as in us-east-1"),
     "branch": (r"[\w./-]{1,255}", "a branch, as in main"),
     "email": (r"([^@\s]+@[^@\s]+\.[^@\s]+)?", "an e-mail address"),
@@ -74,6 +80,10 @@ def checked_options(options: Options) -> Options:
     for name, (least, most) in RANGES.items():
         if not least <= getattr(options, name) <= most:
             raise InputError(f"{name} {getattr(options, name)} is out of range; it takes {least} to {most}")
+    longest = bucket_name(options, "annotations", "0" * 12)
+    if len(longest) > 63:
+        raise InputError(f"name {options.name!r} is too long for {options.region}: a bucket's name has room for 63 "
+                         f"characters, and {longest} has {len(longest)}; take {len(longest) - 63} less")
     if options.source == "connection":
         _check_connection(options)
     return options
@@ -165,10 +175,6 @@ def template_json(made: dict) -> str:
 BUCKET_KINDS = {"DataBucket": "data", "AnnotationsBucket": "annotations", "ArtifactBucket": "artifacts",
                 "LogBucket": "logs", "CodeBucket": "code"}
 WATCHED = ("data", "annotations", "code")  # the buckets whose uploads start something
-
-def bucket_name(options: Options, kind: str, account: str = "${AWS::AccountId}") -> str:
-    "Return the name of the bucket for `kind`, as in `BUCKET_KINDS`; without `account` in CloudFormation's syntax."
-    return f"{options.name}-{kind}-{account}-{options.region}"
 
 # %% ../../nbs/aws/15_base.ipynb #002d5202
 def expire_versions(days: int) -> dict:
@@ -286,23 +292,27 @@ def repository(options: Options) -> Resources:
         Metadata=linter_exceptions(CKV_AWS_136=reason))}
 
 # %% ../../nbs/aws/15_base.ipynb #89cb644b
-BUILDX = ("docker buildx build --target $target --provenance=false --sbom=false "
-          "--output type=image,oci-mediatypes=false,push=true --tag $REPOSITORY:$tag .")
+BUILD = "docker build --target $target --provenance=false --sbom=false --tag $REPOSITORY:$tag ."
+IS_THERE = "aws ecr describe-images --repository-name ${REPOSITORY#*/} --image-ids imageTag=$tag >/dev/null"
+FORM = ("aws ecr batch-get-image --repository-name ${REPOSITORY#*/} --image-ids imageTag=$tag "
+        "--query 'images[0].imageManifestMediaType' --output text")
 IMAGE_SPEC = {"version": 0.2, "env": {"shell": "bash"}, "phases": {
     "pre_build": {"commands": [
         'test -n "$TAG" || { echo "TAG is not set" >&2; false; }',
         "(set -o pipefail; aws ecr get-login-password | "
-        "docker login --username AWS --password-stdin ${REPOSITORY%%/*})",
-        "docker buildx create --use --name intel-nb --driver docker-container"]},
+        "docker login --username AWS --password-stdin ${REPOSITORY%%/*})"]},
     "build": {"commands": [
         "(\n"
         "for target in ${TARGETS:-steps serve}; do\n"
         "  tag=$target-$TAG\n"
-        "  if aws ecr describe-images --repository-name ${REPOSITORY#*/} --image-ids imageTag=$tag >/dev/null; then\n"
+        f"  if {IS_THERE}; then\n"
         '    echo "$tag is there already"\n'
-        "  else\n"
-        f"    {BUILDX} || exit 1\n"
+        "    continue\n"
         "  fi\n"
+        f"  {BUILD} || exit 1\n"
+        f"  docker push $REPOSITORY:$tag || {IS_THERE} || exit 1\n"  # another build may have pushed it meanwhile
+        f"  case $({FORM}) in *docker.distribution.manifest.v2*) ;; *)\n"
+        '    echo "$tag is no docker schema 2, which SageMaker takes alone" >&2; exit 1;; esac\n'
         "done\n)\n"]}}}
 
 # %% ../../nbs/aws/15_base.ipynb #761ad3ba

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from .client import client, ignore_not_found, paginate
+from .client import client, error_code, ignore_not_found, ignoring, paginate
 from .stack import Options, bucket_name, template_json
 from ..storage import InputError
 
@@ -20,7 +20,7 @@ from ..storage import InputError
 __all__ = ['Say', 'Pause', 'INLINE_BYTES', 'IN_PROGRESS', 'NO_CHANGES', 'MADE', 'StackError', 'wait_for', 'account_id',
            'find_stack', 'change_type', 'wait_for_stack', 'bucket_exists', 'delete_bucket', 'Change', 'ChangeSet',
            'uploaded_template', 'wait_for_change_set', 'list_changes', 'create_change_set', 'discard_change_set',
-           'first_failure', 'execute_change_set', 'apply_template', 'delete_stack']
+           'first_failure', 'execute_change_set', 'delete_stack', 'remove_failed_stack', 'apply_template']
 
 # %% ../../nbs/aws/18_changes.ipynb #fa895704
 class StackError(RuntimeError):
@@ -62,7 +62,7 @@ def change_type(name: str, stack: dict[str, Any] | None) -> str:
     if status == "UPDATE_ROLLBACK_FAILED":
         raise InputError(f"the stack {name} is {status}: CloudFormation could not go back by itself; run aws "
                          f"cloudformation continue-update-rollback --stack-name {name}, then deploy again")
-    if status in ("ROLLBACK_COMPLETE", "ROLLBACK_FAILED", "CREATE_FAILED", "DELETE_FAILED"):
+    if status in ("ROLLBACK_FAILED", "CREATE_FAILED", "DELETE_FAILED"):
         raise InputError(f"the stack {name} is {status} and cannot be changed; "
                          "run intel-nb aws destroy, then deploy again")
     return "UPDATE" if stack else "CREATE"
@@ -88,14 +88,22 @@ def bucket_exists(name: str) -> bool:
     return False
 
 # %% ../../nbs/aws/18_changes.ipynb #bf06c235
-def delete_bucket(name: str) -> None:
+def delete_bucket(name: str, attempts: int = 5) -> None:
     "Delete a bucket with all versions of all its objects; raise `StackError` when an object stays."
+    for _ in range(attempts - 1):
+        _empty_bucket(name)
+        with ignoring(lambda error: error_code(error) == "BucketNotEmpty"):  # S3 has written an access log meanwhile
+            client("s3").delete_bucket(Bucket=name)
+            return
+    _empty_bucket(name)
+    client("s3").delete_bucket(Bucket=name)
+
+def _empty_bucket(name: str) -> None:
     for kind in ("Versions", "DeleteMarkers"):
         found = [{"Key": one["Key"], "VersionId": one["VersionId"]}
                  for one in paginate(client("s3").list_object_versions, kind, Bucket=name)]
         for start in range(0, len(found), 1000):  # the most that S3 deletes in a call
             _delete_versions(name, found[start:start + 1000])
-    client("s3").delete_bucket(Bucket=name)
 
 def _delete_versions(bucket: str, versions: list[dict]) -> None:
     answer = client("s3").delete_objects(Bucket=bucket, Delete={"Objects": versions, "Quiet": True})
@@ -191,7 +199,8 @@ def create_change_set(options: Options, stack: str, template: dict, pause: Pause
 def discard_change_set(proposed: ChangeSet, pause: Pause = time.sleep) -> None:
     "Delete the change set, and the empty stack that CloudFormation made for it where there was none."
     client("cloudformation").delete_change_set(ChangeSetName=proposed.arn)
-    if proposed.kind == "CREATE":
+    found = _describe_stack(proposed.stack)
+    if proposed.kind == "CREATE" and found and found["StackStatus"] == "REVIEW_IN_PROGRESS":  # nobody else has made it
         client("cloudformation").delete_stack(StackName=proposed.stack)
         wait_for_stack(proposed.stack, pause)
 
@@ -218,10 +227,32 @@ def execute_change_set(proposed: ChangeSet, pause: Pause = time.sleep) -> dict[s
         raise StackError(f"the stack {name} is {status}: {first_failure(name, began) or 'no reason given'}")
     return found
 
+# %% ../../nbs/aws/18_changes.ipynb #1a5b601e
+def delete_stack(name: str, pause: Pause = time.sleep) -> None:
+    "Delete the stack and wait until it is gone; raise `StackError` when it stays."
+    client("cloudformation").delete_stack(StackName=name)
+    pause(5)  # the first look may otherwise see the state before
+    if found := wait_for_stack(name, pause):
+        raise StackError(f"the stack {name} is {found['StackStatus']}: {first_failure(name) or 'no reason given'}")
+
+# %% ../../nbs/aws/18_changes.ipynb #ed422f15
+def remove_failed_stack(name: str, ask: Callable[[str], bool], say: Say = print, pause: Pause = time.sleep) -> bool:
+    "Delete the stack after `ask` agreed, if its creation failed and was undone; return whether a change may follow."
+    found = find_stack(name)
+    if not found or found["StackStatus"] != "ROLLBACK_COMPLETE":
+        return True
+    say(f"the stack {name} could not be made ({first_failure(name) or 'no reason given'}), and has nothing left in it")
+    if not ask(f"Remove what is left of the stack {name}, and make it anew?"):
+        return False
+    delete_stack(name, pause)
+    return True
+
 # %% ../../nbs/aws/18_changes.ipynb #0d81a2a1
 def apply_template(options: Options, stack: str, template: dict, ask: Callable[[str], bool], say: Say = print,
                    pause: Pause = time.sleep, import_existing: bool = False) -> bool:
     "Bring `stack` to the state of `template` after `ask` agreed to what `say` was given; return whether it is there."
+    if not remove_failed_stack(stack, ask, say, pause):
+        return False
     proposed = create_change_set(options, stack, template, pause, import_existing)
     if proposed is None:
         say(f"the stack {stack} is up to date")
@@ -233,10 +264,3 @@ def apply_template(options: Options, stack: str, template: dict, ask: Callable[[
         return False
     execute_change_set(proposed, pause)
     return True
-
-# %% ../../nbs/aws/18_changes.ipynb #1a5b601e
-def delete_stack(name: str, pause: Pause = time.sleep) -> None:
-    "Delete the stack and wait until it is gone; raise `StackError` when it stays."
-    client("cloudformation").delete_stack(StackName=name)
-    if found := wait_for_stack(name, pause):
-        raise StackError(f"the stack {name} is {found['StackStatus']}: {first_failure(name) or 'no reason given'}")

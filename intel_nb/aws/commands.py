@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -18,16 +19,17 @@ from .definition import parse_pairs
 from .executions import latest_execution, start_execution, start_upload, start_values, watch_execution
 from .hosting import STAGES, SageMakerEndpoints, scaling_problem
 from .messages import command_line
-from .operations import codepipeline_progress, modeldeploy_name, unconfirmed, waiting_decision
+from .operations import codepipeline_progress, held_version, modeldeploy_name, unconfirmed, waiting_decision
 from .package_group import NoDeployment, PackageGroup, describe_group
+from .state import read_state
 from ..chain.parameters import closest
 from ..storage import InputError, write_text
 
 # %% auto #0
 __all__ = ['show_definition', 'run_rehearsal', 'from_pairs', 'stack_options', 'show_template', 'show_costs', 'last_options',
-           'run_deployment', 'run_removal', 'run_pipeline', 'latest_alarms', 'deployment_status', 'waiting_lines',
-           'status_lines', 'show_status', 'approve_version', 'promote_version', 'reject_version', 'rollback_version',
-           'stage_url', 'show_log']
+           'run_deployment', 'run_removal', 'run_pipeline', 'latest_alarms', 'deployment_status', 'stage_problems',
+           'waiting_lines', 'status_lines', 'show_status', 'approve_version', 'promote_version', 'reject_version',
+           'rollback_version', 'stage_url', 'show_log']
 
 # %% ../../nbs/aws/25_commands.ipynb #b6e754e9
 def show_definition(settings: Iterable[str] = ()) -> int:
@@ -147,7 +149,9 @@ def _start(name: str, parameters: dict[str, str], data: str, say: Callable[[str]
 # %% ../../nbs/aws/25_commands.ipynb #183305a0
 def latest_alarms(name: str, count: int = 10) -> list[dict[str, str]]:
     "Return the alarms whose names begin with `name`: first those that are raised, then those that changed last."
-    found = list(paginate(client("cloudwatch").describe_alarms, "MetricAlarms", AlarmNamePrefix=f"{name}-"))
+    own = re.compile(rf"{re.escape(name)}-(({'|'.join(STAGES)})-[a-z]+|undelivered|(data|labels)-dead)")
+    alarms = paginate(client("cloudwatch").describe_alarms, "MetricAlarms", AlarmNamePrefix=f"{name}-")
+    found = [alarm for alarm in alarms if own.fullmatch(alarm["AlarmName"])]  # others may be called NAME-something
     found.sort(key=lambda alarm: (alarm["StateValue"] != "ALARM", -alarm["StateUpdatedTimestamp"].timestamp()))
     return [{"alarm": alarm["AlarmName"], "state": alarm["StateValue"],
              "since": f"{alarm['StateUpdatedTimestamp']:%Y-%m-%dT%H:%M:%SZ}", "reason": alarm.get("StateReason", "")}
@@ -162,8 +166,15 @@ def deployment_status(name: str) -> dict[str, Any]:
             "modeldeploy": _or_reason(lambda: codepipeline_progress(modeldeploy_name(name))),
             "waiting": waiting_lines(name),
             "endpoints": _or_reason(lambda: [asdict(endpoint) for endpoint in SageMakerEndpoints(name).list()]),
-            "problems": [problem for stage in STAGES if (problem := scaling_problem(name, stage))],
-            "unconfirmed": unconfirmed(name), "alarms": latest_alarms(name)}
+            "problems": _or_reason(lambda: stage_problems(name)),
+            "unconfirmed": unconfirmed(name), "alarms": _or_reason(lambda: latest_alarms(name))}
+
+def stage_problems(name: str) -> list[str]:
+    "Return why stages are not as they should be, by the service and by what was noted."
+    artifacts = describe_group(name).settings.artifacts
+    noted = [read_state(artifacts, stage).state.problem for stage in STAGES if artifacts]
+    unread = [problem for problem in noted if "cannot be read" in problem]  # others may be over
+    return sorted({problem for problem in (*unread, *(scaling_problem(name, stage) for stage in STAGES)) if problem})
 
 def waiting_lines(name: str) -> list[str]:
     "Return what waits for a person, each with the command that answers it."
@@ -172,6 +183,9 @@ def waiting_lines(name: str) -> list[str]:
         pending = [f"version {one.version} waits ({one.reason}): {command_line(name, f'approve {one.version}')}"
                    for one in PackageGroup(name).versions() if one.status == "PendingManualApproval"][:3]
     with suppress(InputError):
+        if held := held_version(name):
+            remedy = command_line(name, f"promote {held}")
+            pending.append(f"version {held} is tested, and held up by the next line: {remedy}")
         if waiting := waiting_decision(name):
             pending.append(f"version {waiting.version} passed its test on staging: "
                            f"{command_line(name, f'promote {waiting.version}')}")
@@ -190,7 +204,8 @@ def status_lines(found: dict[str, Any]) -> list[str]:
     endpoint, alarm = "{stage}  {status}, version {version} at {url}", "{alarm}  {state} since {since}"
     return [*_execution_lines(found["execution"]), *_codepipeline_lines(found),
             *_lines("waiting", found["waiting"]), *_part(found["endpoints"], "endpoint", "none yet", endpoint),
-            *_lines("problem", found["problems"]), *_part(found["alarms"], "alarm", "none", alarm),
+            *_lines("problem", found["problems"] if isinstance(found["problems"], list) else [found["problems"]]),
+            *_part(found["alarms"], "alarm", "none", alarm),
             *_lines("mail", [f"{one} gets no messages until the link in Amazon's mail was followed"
                              for one in found["unconfirmed"]])]
 
@@ -230,11 +245,18 @@ def show_status(name: str = "intel-nb", as_json: bool = False) -> int:
 def approve_version(version: str, name: str = "intel-nb") -> int:
     "Approve a version, which starts modeldeploy; raise `RuntimeError` when it is rejected."
     check_credentials()
-    found = PackageGroup(name).get(version)
+    found, again = PackageGroup(name).get(version), command_line(name, f"promote {version}")
     if found.status == "Rejected":
         raise RuntimeError(f"version {version} is rejected ({found.reason}) and stays so; start the pipeline again")
-    if found.status != "Approved":  # each approval starts a deployment
-        PackageGroup(name).set_status(version, "Approved", "approved with intel-nb aws approve")
+    if found.status == "Approved":
+        print(f"version {version} is Approved already; bring it to staging again with: {again}")
+        return 0
+    PackageGroup(name).set_status(version, "Approved", "approved with intel-nb aws approve")  # starts a deployment
+    newest = max((one.version for one in PackageGroup(name).versions() if one.status == "Approved"), key=int)
+    if newest != version:
+        print(f"version {version} is Approved, but modeldeploy takes the newest approved version, {newest}; bring "
+              f"this one to staging with: {again}")
+        return 0
     print(f"version {version} is Approved; modeldeploy brings it to staging and tests it, which takes half an hour: "
           f"{command_line(name, 'status')}, then {command_line(name, f'promote {version}')}")
     return 0
@@ -265,7 +287,9 @@ def stage_url(stage: str, name: str = "intel-nb") -> str:
     check_credentials()
     found = SageMakerEndpoints(name).describe(stage)
     if found.status == "stopped":
-        print(f"the endpoint of {stage} was deleted; it is made again, which takes some five minutes …",
+        if PackageGroup(name).get(found.version).status != "Approved":
+            raise InputError(f"{stage} is stopped, and served version {found.version} last, which is not approved")
+        print(f"the endpoint of {stage} was deleted; it is made again, which takes some five minutes, and stays …",
               file=sys.stderr, flush=True)
         found = SageMakerEndpoints(name).start(stage)
     return found.url

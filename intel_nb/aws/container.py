@@ -22,7 +22,7 @@ from .pipeline import KEEP, KEPT, NEW, code_files, digest_code
 from ..chain.execution import execute
 from ..chain.parameters import Parameter, check_values, read_parameters, read_value
 from ..chain.plan import notebooks_folder
-from ..registry import Registry, open_registry
+from ..registry import Registry, metrics_of, open_registry
 from ..storage import InputError, files_of, read_json, write_json, write_text
 
 # %% auto #0
@@ -159,6 +159,7 @@ def keep_package(package: Path, evaluation: Path, registry: str, out: Path) -> d
     "Copy a package that passed to `out`, unless it is registered; return what `keep.json` says of that."
     report = read_json(evaluation / "evaluation.json")
     check_evaluated(package, report)
+    _check_figures(report)
     known = registered_version(open_registry(registry), report)
     decision = dict(KEPT)
     if known:
@@ -169,6 +170,13 @@ def keep_package(package: Path, evaluation: Path, registry: str, out: Path) -> d
         copy_registered(package, evaluation, out)
     write_json(out / "keep.json", decision)
     return decision
+
+def _check_figures(report: Mapping[str, Any]) -> None:
+    "Raise `InputError` unless the registry can read the figures of an evaluation."
+    try:
+        float(metrics_of(dict(report))["accuracy"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"the figures of evaluation.json cannot be read ({error}); nothing is registered") from None
 
 # %% ../../nbs/aws/10_container.ipynb #b9250740
 BASE = "/opt/ml"

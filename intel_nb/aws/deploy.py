@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 from intel_nb.aws.changes import (
     Pause,
@@ -25,7 +26,7 @@ from intel_nb.aws.changes import (
 from .client import client, ignore_existing, ignore_not_found, paginate, request_token, translate_errors
 from .executions import stop_execution_request
 from .hosting import JOB, SageMakerEndpoints, describe_endpoint, endpoint_name, is_named
-from .image import checkout_folder, ensure_image, put_archive, running_build, tracked_files
+from .image import checkout_folder, ensure_image, put_archive, running_builds, tracked_files
 from .messages import command
 from .objects import parse_s3_uri
 from .package_group import list_packages
@@ -64,7 +65,7 @@ def upload_sources(options: Options, account: str, say: Say = print) -> None:
         return
     bucket, files = bucket_name(options, "code", account), tracked_files(checkout_folder())
     for key in CODE_ARCHIVES:
-        done = "uploaded; its CodePipeline starts" if put_archive(bucket, key, files) else "is up to date"
+        done = "uploaded" if put_archive(bucket, key, files) else "is up to date"
         say(f"code      s3://{bucket}/{key} {done}")
 
 # %% ../../nbs/aws/21_deploy.ipynb #00a94bc6
@@ -232,9 +233,9 @@ def running_drift_jobs(name: str) -> list[str]:
 # %% ../../nbs/aws/21_deploy.ipynb #c25d2712
 def running_work(name: str) -> list[str]:
     "Return what runs of the deployment `name`: executions, jobs that look for drift, and builds."
-    builds = (running_build(f"{name}-{project}") for project in PROJECTS)
+    builds = chain.from_iterable(running_builds(f"{name}-{project}") for project in PROJECTS)
     return [*(one["PipelineExecutionArn"] for one in running_executions(name)), *running_drift_jobs(name),
-            *filter(None, builds)]
+            *builds]
 
 # %% ../../nbs/aws/21_deploy.ipynb #6ac335dc
 def stop_work(name: str, say: Say = print, pause: Pause = time.sleep, minutes: float = 20) -> None:
@@ -244,7 +245,7 @@ def stop_work(name: str, say: Say = print, pause: Pause = time.sleep, minutes: f
             client("sagemaker").stop_pipeline_execution(**stop_execution_request(one["PipelineExecutionArn"]))
     for job in running_drift_jobs(name):
         client("sagemaker").stop_processing_job(ProcessingJobName=job)
-    for build in filter(None, (running_build(f"{name}-{project}") for project in PROJECTS)):
+    for build in chain.from_iterable(running_builds(f"{name}-{project}") for project in PROJECTS):
         client("codebuild").stop_build(id=build)
     if work := running_work(name):
         say(f"stopping  {len(work)} executions, jobs and builds: some minutes")
@@ -319,6 +320,7 @@ def say_what_is_left(options: Options, keep: Iterable[str], say: Say = print) ->
     for asset in left:
         if asset.is_kept(tuple(keep)):
             say(f"kept      {asset.name}  {asset.content}; intel-nb aws deploy takes it in again")
+    say(f"kept      what others may use too: {' and '.join(JOB_LOGS)}, and the role of auto-scaling")
     others = [f"{asset.kind} {asset.name}" for asset in left if not asset.is_kept(tuple(keep))]
     if others:
         raise StackError(f"this is left: {', '.join(others)}; run intel-nb aws destroy again")

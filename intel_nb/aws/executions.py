@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from intel_nb.aws.client import (
+    CloudError,
     client,
     not_found_as,
     paginate,
+    printable,
     request_token,
     translate_errors,
     upload_errors,
@@ -219,10 +221,10 @@ def latest_execution(pipeline: str) -> Execution | None:
 def describe_changes(before: Execution | None, now: Execution) -> list[str]:
     "Return a line for each step that has changed, and one for the execution when it has ended."
     known = {step.name: step for step in before.steps} if before else {}
-    lines = [f"{step.name:<12} {step.status.lower()}" + (f": {step.reason}" if step.reason else "")
+    lines = [f"{step.name:<12} {step.status.lower()}" + (f": {printable(step.reason)}" if step.reason else "")
              for step in now.steps if known.get(step.name) != step]
     if now.status in ENDED and (before is None or before.status != now.status):
-        lines.append(f"execution    {now.status.lower()}" + (f": {now.reason}" if now.reason else ""))
+        lines.append(f"execution    {now.status.lower()}" + (f": {printable(now.reason)}" if now.reason else ""))
     return lines
 
 # %% ../../nbs/aws/08_executions.ipynb #a44b7a41
@@ -231,7 +233,7 @@ def watch_execution(arn: str, say: Callable[[str], None] = print,
                     pause: Callable[[float], None] = time.sleep) -> Execution:
     "Say what changes in an execution until it has ended, and return its last state."
     before: Execution | None = None
-    while True:
+    for _ in range(2 * 24 * 360):
         now = describe_execution(arn)
         for line in describe_changes(before, now):
             say(line)
@@ -239,3 +241,4 @@ def watch_execution(arn: str, say: Callable[[str], None] = print,
             return now
         before = now
         pause(10)
+    raise CloudError(f"{arn} has not ended after two days; look at it in SageMaker's console")

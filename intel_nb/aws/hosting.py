@@ -47,21 +47,23 @@ from ..serving.endpoints import Endpoint, EndpointError, Endpoints, Refused, as_
 from ..storage import InputError, sha256_file
 
 # %% auto #0
-__all__ = ['VARIANT', 'ENDPOINT_STATUS', 'STAGES', 'DIGEST', 'JOB', 'MAX_PAYLOAD', 'DRIFT_TYPE', 'endpoint_name',
+__all__ = ['VARIANT', 'STAGES', 'ENDPOINT_STATUS', 'CHANGING', 'DIGEST', 'JOB', 'MAX_PAYLOAD', 'DRIFT_TYPE', 'endpoint_name',
            'versioned_name', 'instance_limits', 'model_request', 'capture_uri', 'config_request', 'alarm_requests',
            'ensure_alarms', 'deployment_config', 'scaling_target', 'enable_scaling', 'why_not_scaling',
            'describe_endpoint', 'update_outcome', 'wait_for_update', 'ensure_config', 'delete_endpoint', 'serve_config',
            'scale_stage', 'is_named', 'stop_drift_jobs', 'delete_configs', 'delete_models', 'delete_alarms',
-           'serving_now', 'earlier_config', 'SageMakerEndpoints', 'give_up', 'scaling_problem', 'invoke_endpoint',
-           'endpoint_drift_status', 'endpoint_in_service']
+           'serving_now', 'NothingEarlier', 'earlier_config', 'SageMakerEndpoints', 'give_up', 'scaling_problem',
+           'invoke_endpoint', 'endpoint_drift_status', 'endpoint_in_service']
 
 # %% ../../nbs/aws/05_hosting.ipynb #fc5a63cd
-VARIANT = "AllTraffic"
+VARIANT, STAGES = "AllTraffic", ("staging", "production")
 
 def endpoint_name(prefix: str, stage: str) -> str:
     "Return the name of the endpoint of `stage`; raise `InputError` when SageMaker would not accept it."
     name = f"{prefix}-{check_stage(stage)}"
-    if not re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,43}", name):  # 63, less the room for a version and a digest
+    if stage not in STAGES:  # another one could be an endpoint of the deployment PREFIX-something
+        raise InputError(f"there is no stage {stage} on AWS; choose one of {', '.join(STAGES)}")
+    if len(name) > 44 or not re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9])*", name):  # 63, less a version and a digest
         raise InputError(f"{name!r} is no name for an endpoint; use letters, digits and single -, 44 at most")
     return name
 
@@ -227,10 +229,21 @@ def delete_endpoint(endpoint: str, pause: Callable[[float], None]) -> None:
     "Delete the endpoint, and return when it no longer exists and no longer costs anything."
     with ignoring(lambda error: is_not_found(error) or error_code(error) in DENIED_CODES):
         client("application-autoscaling").deregister_scalable_target(**scaling_target(endpoint))
+    _wait_while(endpoint, CHANGING, pause)  # SageMaker refuses to delete one that it is changing
     if describe_endpoint(endpoint):
         client("sagemaker").delete_endpoint(EndpointName=endpoint)
-    while describe_endpoint(endpoint):
+    _wait_while(endpoint, None, pause)
+
+CHANGING = ("Creating", "Updating", "SystemUpdating", "RollingBack")
+
+def _wait_while(endpoint: str, states: tuple[str, ...] | None, pause: Callable[[float], None]) -> None:
+    "Return when the endpoint is in none of `states` (None: when it is gone); raise `EndpointError` after an hour."
+    for _ in range(720):
+        found = describe_endpoint(endpoint)
+        if found is None or states is not None and found["EndpointStatus"] not in states:
+            return
         pause(5)
+    raise EndpointError(f"{endpoint} is the same for an hour; look at it in SageMaker's console, and try again")
 
 # %% ../../nbs/aws/05_hosting.ipynb #ccc7b809
 def serve_config(stage: str, endpoint: str, config: str, pause: Callable[[float], None], rolling: bool = False) -> None:
@@ -261,7 +274,6 @@ def scale_stage(stage: str, endpoint: str) -> str:
     return ""
 
 # %% ../../nbs/aws/05_hosting.ipynb #81a69602
-STAGES = ("staging", "production")
 DIGEST, JOB = r"[0-9a-f]{8}", r"([0-9a-zA-Z]+|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})"
 
 def is_named(name: str, start: str, form: str) -> bool:
@@ -309,6 +321,10 @@ def serving_now(found: dict[str, Any] | None) -> Serving:
         return Serving(found["EndpointConfigName"] if status == "InService" else "")
     return Serving(changing=True)
 
+# %% ../../nbs/aws/05_hosting.ipynb #96340aff
+class NothingEarlier(InputError):
+    "A stage has served nothing before that it could go back to."
+
 # %% ../../nbs/aws/05_hosting.ipynb #ec633081
 def earlier_config(history: tuple[str, ...], allowed: Callable[[str], bool]) -> str:
     "Return the last configuration in `history` before the present one whose version is `allowed`, or an empty text."
@@ -341,11 +357,11 @@ class SageMakerEndpoints(Endpoints):
     def rollback(self, stage: str, is_rejected: Callable[[str], bool] = lambda version: False) -> Endpoint:
         """Serve what `stage` served before, and return when it answers; a second rollback goes further back.
 
-        Versions that `is_rejected` are passed over. Raise `InputError`, and change nothing, when none is left."""
+        Versions that `is_rejected` are passed over. Raise `NothingEarlier`, and change nothing, when none is left."""
         def choose(state: StageState) -> str:
             if config := earlier_config(state.history, lambda version: not is_rejected(version)):
                 return config
-            raise InputError(f"{stage} has served no earlier version that is not rejected; it stays at version "
+            raise NothingEarlier(f"{stage} has served no earlier version that is not rejected; it stays at version "
                              f"{version_from_name(state.config)}, and nothing was changed")
         self._known(stage)
         return self._serve("rollback", stage, choose)
@@ -429,7 +445,7 @@ class SageMakerEndpoints(Endpoints):
         return state, found
 
     def _endpoint(self, stage: str, state: StageState, found: dict[str, Any]) -> Endpoint:
-        status = ENDPOINT_STATUS[found["EndpointStatus"]] if found else "stopped"
+        status = ENDPOINT_STATUS.get(found["EndpointStatus"], "starting") if found else "stopped"
         version = version_from_name(found["EndpointConfigName"] if found else state.config)
         return Endpoint(stage, f"sagemaker://{endpoint_name(self.name, stage)}", version, status, None, "sagemaker")
 
@@ -530,4 +546,4 @@ def endpoint_drift_status(url: str, timeout: float = 10) -> dict[str, Any]:
 def endpoint_in_service(url: str) -> bool:
     "Return whether the endpoint at `sagemaker://NAME` serves."
     found = describe_endpoint(url.removeprefix("sagemaker://"))
-    return found is not None and ENDPOINT_STATUS[found["EndpointStatus"]] == "running"
+    return found is not None and ENDPOINT_STATUS.get(found["EndpointStatus"]) == "running"

@@ -24,7 +24,7 @@ from ..storage import InputError, files_of
 # %% auto #0
 __all__ = ['EXECUTABLE', 'TARGETS', 'BUILD_MINUTES', 'checkout_folder', 'ignore_pattern', 'is_ignored', 'image_files',
            'image_tag', 'archive_bytes', 'put_archive', 'tracked_files', 'find_images', 'build_request',
-           'running_build', 'watch_build', 'build_failure', 'log_end', 'ensure_image', 'build_images']
+           'running_builds', 'watch_build', 'build_failure', 'log_end', 'ensure_image', 'build_images']
 
 # %% ../../nbs/aws/20_image.ipynb #0067897b
 def checkout_folder() -> Path:
@@ -124,15 +124,16 @@ def build_request(options: Options, account: str, tag: str, targets: list[str]) 
                                              for key, value in variables.items()]}
 
 # %% ../../nbs/aws/20_image.ipynb #dd077482
-def running_build(project: str, tag: str = "") -> str:
-    "Return the id of a build of `project` that runs, for `tag` where one is given, or an empty text."
+def running_builds(project: str, tag: str = "") -> list[str]:
+    "Return the ids of the builds of `project` that run, for `tag` where one is given."
+    found: list[str] = []
     with ignore_not_found():
         ids = client("codebuild").list_builds_for_project(projectName=project)["ids"]  # the newest hundred
         for build in client("codebuild").batch_get_builds(ids=ids)["builds"] if ids else []:
             variables = {one["name"]: one["value"] for one in build["environment"].get("environmentVariables", [])}
             if build["buildStatus"] == "IN_PROGRESS" and tag in ("", variables.get("TAG")):
-                return build["id"]
-    return ""
+                found.append(build["id"])
+    return found
 
 # %% ../../nbs/aws/20_image.ipynb #576e627a
 BUILD_MINUTES = 90
@@ -195,7 +196,7 @@ def build_images(options: Options, account: str, files: Mapping[str, bytes], tar
     "Build the images `targets` from `files` in CodeBuild and wait for the end; raise `StackError` when that fails."
     tag, project = image_tag(files), f"{options.name}-image"
     put_archive(bucket_name(options, "code", account), f"image/{tag}.zip", files)
-    build = running_build(project, tag)
+    build = next(iter(running_builds(project, tag)), "")
     if build:
         say(f"image     {build} builds {tag} already; waiting for its end")
     else:

@@ -98,7 +98,7 @@ def failed_build_messages(options: Options) -> list[Message]:
         f"{kind}-failed", {"source": ["aws.codepipeline"],
                            "detail-type": ["CodePipeline Pipeline Execution State Change"],
                            "detail": {"pipeline": [f"{options.name}-{kind}"], "state": ["FAILED"]}},
-        f"A run of {kind} failed; {remedy}")
+        f"A run of {kind} failed, or was refused; {remedy}")
         for kind, remedy in (("modelbuild", f"see in which stage with: {command(options, 'status')}"),
                              ("modeldeploy", f"read its output with: {command(options, 'logs modeldeploy')}"))]
     detail = {"project-name": [f"{options.name}-image"], "build-status": ["FAILED", "FAULT", "TIMED_OUT"]}

@@ -5,36 +5,47 @@
 # %% ../../nbs/aws/24_operations.ipynb #37268cf7
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
-from .changes import Say
+from .changes import Pause, Say
 from intel_nb.aws.client import (
     client,
     ignore_not_found,
     not_found_as,
     paginate,
+    printable,
     region_name,
     request_token,
     translate_errors,
 )
 from .deploy import PROJECTS
 from .executions import latest_execution
-from .hosting import STAGES, SageMakerEndpoints, endpoint_name
+from intel_nb.aws.hosting import (
+    JOB,
+    STAGES,
+    NothingEarlier,
+    SageMakerEndpoints,
+    endpoint_name,
+    is_named,
+    version_from_name,
+)
 from .messages import command_line
 from .package_group import PackageGroup
 from .stages import rollback_stage
+from ..serving.endpoints import EndpointError
 from ..storage import InputError
 
 
 # %% auto #0
 __all__ = ['STEPS', 'SOURCES', 'Waiting', 'modeldeploy_name', 'codepipeline_stages', 'codepipeline_progress', 'chosen_version',
-           'waiting_decision', 'answer', 'promote', 'reject', 'withdraw', 'LogSource', 'log_source', 'job_of_step',
-           'newest_streams', 'merged_lines', 'read_log', 'topic_arn', 'unconfirmed']
+           'waiting_decision', 'answer', 'held_version', 'make_way', 'promote', 'reject', 'withdraw', 'LogSource',
+           'log_source', 'job_of_step', 'newest_streams', 'merged_lines', 'read_log', 'topic_arn', 'unconfirmed']
 
 # %% ../../nbs/aws/24_operations.ipynb #350572c1
 @dataclass(frozen=True)
@@ -88,26 +99,45 @@ def answer(name: str, waiting: Waiting, status: str, summary: str) -> None:
         pipelineName=modeldeploy_name(name), stageName="Approval", actionName="Approve", token=waiting.token,
         result={"status": status, "summary": summary[:512]})
 
+# %% ../../nbs/aws/24_operations.ipynb #9544a33e
+def held_version(name: str) -> str:
+    "Return the version that waits in front of the stage Approval, because another one is in it, or an empty text."
+    held = codepipeline_stages(modeldeploy_name(name)).get("Approval", {}).get("inboundExecutions", [])
+    return chosen_version(name, held[-1]["pipelineExecutionId"]) if held else ""
+
+def make_way(name: str, version: str, say: Say = print, pause: Pause = time.sleep) -> Waiting | None:
+    "Refuse another version that modeldeploy waits with; return what it waits for then."
+    waiting = waiting_decision(name)
+    if waiting is None or waiting.version == version:
+        return waiting
+    held = held_version(name) == version
+    answer(name, waiting, "Rejected", f"version {version} takes its place")
+    say(f"modeldeploy no longer waits with version {waiting.version}, which stays approved")
+    for _ in range(12 if held else 0):  # the next execution comes in after some seconds
+        if (found := waiting_decision(name)) and found.version == version:
+            return found
+        pause(5)
+    return None
+
 # %% ../../nbs/aws/24_operations.ipynb #8dcb99db
 @translate_errors()
-def promote(name: str, version: str, say: Say = print) -> bool:
+def promote(name: str, version: str, say: Say = print, pause: Pause = time.sleep) -> bool:
     "Let modeldeploy put `version` into production, or bring it to staging first; return whether production is next."
     found, status = PackageGroup(name).get(version), command_line(name, "status")
     if found.status != "Approved":
         remedy = (f"approve it with: {command_line(name, f'approve {version}')}" if found.status != "Rejected"
                   else f"it stays so; start the pipeline again with: {command_line(name, 'start')}")
         raise InputError(f"version {version} is {found.status} ({found.reason}); {remedy}")
-    waiting = waiting_decision(name)
+    waiting = make_way(name, version, say, pause)
     if waiting and waiting.version == version:
         answer(name, waiting, "Approved", "promoted with intel-nb aws promote")
         say(f"modeldeploy puts version {version} into production, which takes half an hour: {status}")
         return True
-    given = [{"name": "VERSION", "value": version}]
+    given = [{"name": "VERSION", "value": version}]  # it is tested again
     client("codepipeline").start_pipeline_execution(
         name=modeldeploy_name(name), variables=given, clientRequestToken=request_token())
-    asks = f"about version {waiting.version}" if waiting else "nothing now"
-    say(f"modeldeploy asks {asks}; version {version} goes to staging and is tested again, which takes half an hour: "
-        f"{status}, then {command_line(name, f'promote {version}')}")
+    say(f"modeldeploy does not wait with version {version}, which goes to staging and is tested again; that takes half "
+        f"an hour: {status}, then {command_line(name, f'promote {version}')}")
     return False
 
 # %% ../../nbs/aws/24_operations.ipynb #28f41440
@@ -122,7 +152,12 @@ def reject(name: str, version: str, reason: str, say: Say = print) -> None:
     if waiting and waiting.version == version:
         answer(name, waiting, "Rejected", reason)
         say("modeldeploy no longer waits for it")
-    for endpoint in SageMakerEndpoints(name).list():
+    hosting = SageMakerEndpoints(name)
+    for endpoint in hosting.list():
+        intent = hosting.state(endpoint.stage).intent
+        if intent and version_from_name(intent.config) == version:
+            raise EndpointError(f"version {version} is Rejected, but {endpoint.stage} is being changed to it "
+                                f"({intent}); give the same command again when that is over")
         if endpoint.version == version and endpoint.status != "stopped":
             withdraw(name, endpoint.stage, say)
 
@@ -131,8 +166,9 @@ def withdraw(name: str, stage: str, say: Say) -> None:
     say(f"{stage} serves it; it goes back, which takes some ten minutes …")
     try:
         say(f"{stage} serves version {rollback_stage(name, stage).version} again")
-    except InputError as error:  # there is none before it; a stage that somebody changes raises another error
+    except NothingEarlier as error:
         SageMakerEndpoints(name).stop(stage)
+        PackageGroup(name).set_alias(stage, None)
         say(f"the endpoint of {stage} is deleted ({error})")
 
 # %% ../../nbs/aws/24_operations.ipynb #8d2f17b3
@@ -141,9 +177,14 @@ SOURCES = (*STEPS, *PROJECTS, *STAGES, "drift")
 
 @dataclass(frozen=True)
 class LogSource:
-    "A log group, and the beginning of the names of its streams."
+    "A log group, the beginning of the names of its streams, and what follows it up to a slash."
     group: str
     prefix: str = ""
+    form: str = ""
+
+    def has(self, stream: str) -> bool:
+        "Return whether `stream` is one of this source."
+        return not self.form or is_named(stream.partition("/")[0], self.prefix.rstrip("-"), self.form)
 
 def log_source(name: str, what: str) -> LogSource:
     "Return where `what`, one of `SOURCES`, writes its log; raise `InputError` for another, or a step that has no job."
@@ -152,7 +193,7 @@ def log_source(name: str, what: str) -> LogSource:
     if what in STAGES:
         return LogSource(f"/aws/sagemaker/Endpoints/{endpoint_name(name, what)}")
     if what == "drift":
-        return LogSource("/aws/sagemaker/ProcessingJobs", f"{endpoint_name(name, 'production')}-")
+        return LogSource("/aws/sagemaker/ProcessingJobs", f"{endpoint_name(name, 'production')}-", JOB)
     if what in STEPS:
         return LogSource(f"/aws/sagemaker/{STEPS[what]}", job_of_step(name, what))
     raise InputError(f"there is no log of {what!r}; choose one of {', '.join(SOURCES)}")
@@ -172,7 +213,8 @@ def newest_streams(source: LogSource, count: int = 4) -> list[str]:
     "Return the streams of `source` that were written to last."
     newest = {"orderBy": "LastEventTime", "descending": True}
     order = {"logStreamNamePrefix": source.prefix} if source.prefix else newest  # the service takes one of them
-    found = client("logs").describe_log_streams(logGroupName=source.group, **order)["logStreams"]
+    streams = paginate(client("logs").describe_log_streams, "logStreams", logGroupName=source.group, **order)
+    found = [one for one in (streams if source.prefix else islice(streams, count)) if source.has(one["logStreamName"])]
     found.sort(key=lambda stream: -stream.get("lastEventTimestamp", 0))
     return [stream["logStreamName"] for stream in found[:count]]
 
@@ -181,7 +223,7 @@ def merged_lines(events: Iterable[dict[str, Any]], count: int) -> list[str]:
     "Return the last `count` of these events in the order of their times, as lines that begin with the time."
     ordered = sorted(events, key=lambda event: event["timestamp"])[-count:]
     when = lambda event: datetime.fromtimestamp(event["timestamp"] / 1000, UTC)
-    return [f"{when(event):%Y-%m-%dT%H:%M:%SZ} {event['message'].rstrip()}" for event in ordered]
+    return [f"{when(event):%Y-%m-%dT%H:%M:%SZ} {printable(event['message'].rstrip())}" for event in ordered]
 
 # %% ../../nbs/aws/24_operations.ipynb #9b04a422
 @translate_errors()

@@ -148,7 +148,7 @@ def evaluation_uri(found: dict[str, Any]) -> str:
 # %% ../../nbs/aws/04_package_group.ipynb #e5cd4967
 def _metadata_from_evaluation(found: dict[str, Any], read_evaluation: Callable[[dict], dict]) -> dict[str, str]:
     "Return the metadata that the evaluation of a described package holds, if it has one."
-    with suppress(ObjectNotFound):
+    with suppress(InputError, ValueError, TypeError, KeyError, AttributeError):  # a job may have written anything
         evaluation = read_evaluation(found)
         fingerprint = str(evaluation.get("fingerprints", {}).get("package", ""))
         return version_metadata(fingerprint, evaluation) | {"reason": str(evaluation.get("gate", {}).get("reason", ""))}

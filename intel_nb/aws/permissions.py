@@ -89,6 +89,7 @@ RESOURCES = {
 
 # %% ../../nbs/aws/13_permissions.ipynb #18534836
 UNSCOPED = {
+    "cloudwatch:DescribeAlarms": "a look for alarms by the beginning of their names is allowed on all or on none",
     "ecr:GetAuthorizationToken": "it returns a token for the whole registry of images, and takes no resource",
     "cloudwatch:PutMetricData": "a metric is no resource; a condition narrows it to one namespace",
     "application-autoscaling:DescribeScalableTargets": "a list of targets is no resource",
@@ -168,8 +169,9 @@ BUILD = Role("codebuild", "tests the code, updates the pipeline and starts it", 
     Grant(("ecr:DescribeImages",), ("repository",)),
     Grant(("s3:ListBucket",), ("data", "annotations")),
     Grant(("s3:GetObject",), ("archive",)),
-    Grant(("sagemaker:CreatePipeline", "sagemaker:DescribePipeline", "sagemaker:StartPipelineExecution",
-           "sagemaker:UpdatePipeline"), ("pipeline",))))
+    Grant(("sagemaker:CreatePipeline", "sagemaker:DescribePipeline", "sagemaker:ListPipelineExecutions",
+           "sagemaker:StartPipelineExecution", "sagemaker:UpdatePipeline"), ("pipeline",)),
+    Grant(("sagemaker:ListPipelineParametersForExecution",), ("executions",))))
 
 IMAGE = Role("codebuild", "builds the image and pushes it", (
     Grant(WRITE_LOGS[1:], ("image logs", "build logs"), "CodeBuild keeps the build's output"),
@@ -221,7 +223,7 @@ SCHEDULER = Role("scheduler", "starts the jobs that look for drift, and ends the
 
 # %% ../../nbs/aws/13_permissions.ipynb #fbe16330
 OPERATOR = Role("", "starts the pipeline, decides about versions, and takes them back", (
-    *READ_GROUP, *READ_REGISTRY, READ_RUNS,
+    *READ_GROUP, *READ_REGISTRY,
     Grant(("s3:PutObject",), ("state files",)),
     Grant(UPLOAD, ("archive",)),
     Grant(("s3:ListBucket",), ("data", "annotations")),
@@ -239,7 +241,8 @@ OPERATOR = Role("", "starts the pipeline, decides about versions, and takes them
            "application-autoscaling:RegisterScalableTarget"), ("scaling",)),
     Grant(("application-autoscaling:DescribeScalableTargets", "application-autoscaling:DescribeScalingPolicies"),
           ("any",)),
-    Grant(("cloudwatch:DescribeAlarms", "cloudwatch:PutMetricAlarm"), ("alarms",)),
+    Grant(("cloudwatch:PutMetricAlarm",), ("alarms",)),
+    Grant(("cloudwatch:DescribeAlarms",), ("any",)),
     Grant(("logs:DescribeLogStreams", "logs:GetLogEvents"), ("job logs", "endpoint logs", "build logs", "image logs")),
     Grant(("sns:ListSubscriptionsByTopic",), ("topic",))))
 

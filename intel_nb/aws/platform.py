@@ -27,7 +27,7 @@ _all_ = ["Execution", "latest_execution", "start_execution", "watch_execution", 
 def group_name(uri: str) -> str:
     "Return the name in `sagemaker://NAME`, or in a bare NAME; raise `InputError` when SageMaker does not take it."
     name = uri.removeprefix("sagemaker://").rstrip("/") or "intel-nb"
-    if not re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,31}", name):
+    if len(name) > 32 or not re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9])*", name):
         raise InputError(f"{uri!r} names no model package group; "
                          "write sagemaker://NAME with at most 32 letters, digits and single -")
     return name

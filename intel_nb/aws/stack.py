@@ -338,7 +338,7 @@ def start_queue(options: Options, rule: str, queue: StartQueue) -> Resources:
             "Source": attribute(name), "SourceParameters": {"SqsQueueParameters": {"BatchSize": 1}},
             "Target": sub(local_arn("sagemaker", f"pipeline/{options.name}")),
             "TargetParameters": {"SageMakerPipelineParameters": {"PipelineParameterList": version}}},
-            DependsOn=["Pipeline"])}
+            DependsOn=["Pipeline", "ModelbuildPipeline", "ModeldeployPipeline"])}  # then its role is known
 
 # %% ../../nbs/aws/17_stack.ipynb #97830693
 def rule_resources(options: Options) -> Resources:

@@ -10,13 +10,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from .client import client, ignore_not_found, request_token, translate_errors
-from .executions import start_execution, start_values
+from .executions import deployed_definition, find_execution, start_execution, start_values
 from .hosting import SageMakerEndpoints, alarm_requests, endpoint_name
 from .image import TARGETS, checkout_folder, find_images, image_files, image_tag
 from .objects import ObjectNotFound
@@ -73,12 +74,20 @@ def upsert_pipeline(name: str, definition: dict, role: str) -> str:
 def run_modelbuild(environ: Mapping[str, str] = os.environ) -> str:
     "Update the pipeline, and start it if there is data; return a sentence that says what was done."
     config = config_from(environ)
+    before = _present_definition(config.group)
     done = upsert_pipeline(config.group, check_pipeline(pipeline_definition(config)), environ["INTEL_NB_PIPELINE_ROLE"])
     try:
         values = start_values(config.group)
     except ObjectNotFound:
         return f"{done} the pipeline {config.group}; it starts when {config.data} is uploaded"
+    if before == pipeline_definition(config) and (known := find_execution(config.group, values["DataVersion"])):
+        return f"the pipeline {config.group} is as it was, and {known} is for this data"
     return f"{done} the pipeline {config.group}, and started {start_execution(config.group, values)}"
+
+def _present_definition(name: str) -> dict[str, Any]:
+    with suppress(InputError):
+        return deployed_definition(name)
+    return {}
 
 # %% ../../nbs/aws/22_stages.ipynb #6e520c12
 NOTEBOOKS = {"deploy": "03_deploy.ipynb", "drift": "04_drift.ipynb", "staging": "05_test_staging.ipynb",
@@ -154,6 +163,8 @@ def run_modeldeploy(step: str, platform: Platform, version: str, folder: Path = 
         record_result(step, platform, chosen, {"passed": False})
         raise
     result = read_json(work / "out" / "result.json")
+    if "stage" in result:  # somebody may have rejected it while the stage was changed to it
+        check_approved(open_registry(platform.registry).get(version))
     record_result(step, platform, chosen, result)
     return result
 

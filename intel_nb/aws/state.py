@@ -71,10 +71,10 @@ def parse_state(text: str) -> StageState:
     "Return the state in `text`; one that cannot be read is empty, and its `problem` says so."
     try:
         found = json.loads(text)
-        intent = Intent(**found["intent"]) if found.get("intent") else None
+        intent = Intent(**{key: str(value) for key, value in found["intent"].items()}) if found.get("intent") else None
         return StageState(str(found["config"]), tuple(map(str, found["history"])), str(found["alias"]), intent,
                           str(found["problem"]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return StageState(problem=f"the state of the stage cannot be read ({type(error).__name__}: {error})")
 
 # %% ../../nbs/aws/03_state.ipynb #ab36ba3a
@@ -119,7 +119,8 @@ def list_stages(artifacts: str) -> list[str]:
     "Return the names of the stages that have a state."
     bucket, prefix = parse_s3_uri(f"{artifacts}/state/")
     with ignore_not_found():
-        return sorted(found["Key"].removeprefix(prefix).removesuffix(".json") for found in list_objects(bucket, prefix))
+        names = (found["Key"].removeprefix(prefix) for found in list_objects(bucket, prefix))
+        return sorted(name.removesuffix(".json") for name in names if re.fullmatch(r"[a-z][a-z0-9-]{0,30}\.json", name))
     return []
 
 def delete_state(artifacts: str, stage: str) -> None:
@@ -173,8 +174,8 @@ PATIENCE = timedelta(minutes=10)
 
 def is_fresh(intent: Intent) -> bool:
     "Return whether `intent` is so young that its process may still be at work."
-    with suppress(ValueError):
-        return datetime.now(UTC) - datetime.fromisoformat(intent.since) < PATIENCE
+    with suppress(ValueError, TypeError):  # a clock may be ahead, and a text no time
+        return abs(datetime.now(UTC) - datetime.fromisoformat(intent.since)) < PATIENCE
     return False
 
 def check_free(stage: str, state: StageState, now: Serving) -> None:
