@@ -267,6 +267,8 @@ SCALING = "SageMaker's developer guide, Auto scaling prerequisites"
 PASSING = "SageMaker's developer guide, API permissions: actions, permissions, and resources reference"
 SCHEDULING = "EventBridge Scheduler's user guide, Identity-based policies, iam:PassRole"
 AUTOSCALING_ROLE = {"StringEquals": {"iam:AWSServiceName": "sagemaker.application-autoscaling.amazonaws.com"}}
+# A right that our own calls need anyway has no row: for DeleteEndpoint that to deregister what scales
+# (stable-diffusion-aws-extension#161), for UpdateEndpoint that to describe the alarms that call it back.
 IMPLIED = (
     Implied("application-autoscaling:RegisterScalableTarget", ("sagemaker:DescribeEndpoint",
             "sagemaker:UpdateEndpointWeightsAndCapacities"), ("endpoints",), SCALING),
@@ -278,12 +280,8 @@ IMPLIED = (
             ("scaling alarms",), SCALING),
     Implied("application-autoscaling:DeregisterScalableTarget", ("cloudwatch:DeleteAlarms",), ("scaling alarms",),
             SCALING),
-    Implied("sagemaker:DeleteEndpoint", ("application-autoscaling:DeregisterScalableTarget",), ("scaling",),
-            "stable-diffusion-aws-extension#161", on="endpoints"),
     Implied("sagemaker:CreateEndpoint", ("sagemaker:CreateEndpoint",), ("endpoint configs",), PASSING),
     Implied("sagemaker:UpdateEndpoint", ("sagemaker:UpdateEndpoint",), ("endpoint configs",), "aws-cdk#11594"),
-    Implied("sagemaker:UpdateEndpoint", ("cloudwatch:DescribeAlarms",), ("alarms",),
-            "SageMaker's developer guide, Auto-rollback configuration and monitoring"),
     Implied("sagemaker:CreateModel", ("iam:PassRole",), ("model role",), PASSING,
             condition=pass_to("sagemaker")),
     Implied("sagemaker:CreatePipeline", ("iam:PassRole",), ("pipeline role",), PASSING, condition=pass_to("sagemaker")),
