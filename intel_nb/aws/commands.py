@@ -21,7 +21,7 @@ from .hosting import STAGES, SageMakerEndpoints, scaling_problem
 from .messages import command_line
 from .operations import codepipeline_progress, held_version, modeldeploy_name, unconfirmed, waiting_decision
 from .package_group import NoDeployment, PackageGroup, describe_group
-from .state import read_state
+from .state import UNREADABLE, read_state
 from ..chain.parameters import closest
 from ..storage import InputError, write_text
 
@@ -173,7 +173,7 @@ def stage_problems(name: str) -> list[str]:
     "Return why stages are not as they should be, by the service and by what was noted."
     artifacts = describe_group(name).settings.artifacts
     noted = [read_state(artifacts, stage).state.problem for stage in STAGES if artifacts]
-    unread = [problem for problem in noted if "cannot be read" in problem]  # others may be over
+    unread = [problem for problem in noted if problem.startswith(UNREADABLE)]  # others may be over
     return sorted({problem for problem in (*unread, *(scaling_problem(name, stage) for stage in STAGES)) if problem})
 
 def waiting_lines(name: str) -> list[str]:
@@ -258,7 +258,7 @@ def approve_version(version: str, name: str = "intel-nb") -> int:
               f"this one to staging with: {again}")
         return 0
     print(f"version {version} is Approved; modeldeploy brings it to staging and tests it, which takes half an hour: "
-          f"{command_line(name, 'status')}, then {command_line(name, f'promote {version}')}")
+          f"{command_line(name, 'status')}, then {again}")
     return 0
 
 # %% ../../nbs/aws/25_commands.ipynb #ff14667e

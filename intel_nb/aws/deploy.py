@@ -29,7 +29,7 @@ from .hosting import JOB, SageMakerEndpoints, describe_endpoint, endpoint_name, 
 from .image import checkout_folder, ensure_image, put_archive, running_builds, tracked_files
 from .messages import command
 from .objects import parse_s3_uri
-from .package_group import list_packages
+from .package_group import list_packages, settings_parameter
 from .pipeline import PipelineConfig
 from .preflight import check_region, preflight
 from .stack import BUILD_SPECS, STAGES, Options, base_template, bucket_name, pipeline_config, template
@@ -266,7 +266,7 @@ def delete_leftovers(name: str) -> None:
     with ignore_not_found():
         client("ecr").delete_repository(repositoryName=name, force=True)
     with ignore_not_found():
-        client("ssm").delete_parameter(Name=f"/{name}/settings")
+        client("ssm").delete_parameter(Name=settings_parameter(name))
     with ignore_not_found():
         client("sagemaker").delete_pipeline(PipelineName=name, ClientRequestToken=request_token())
     with ignore_not_found():

@@ -129,7 +129,7 @@ def promote(name: str, version: str, say: Say = print, pause: Pause = time.sleep
                   else f"it stays so; start the pipeline again with: {command_line(name, 'start')}")
         raise InputError(f"version {version} is {found.status} ({found.reason}); {remedy}")
     waiting = make_way(name, version, say, pause)
-    if waiting and waiting.version == version:
+    if waiting:
         answer(name, waiting, "Approved", "promoted with intel-nb aws promote")
         say(f"modeldeploy puts version {version} into production, which takes half an hour: {status}")
         return True

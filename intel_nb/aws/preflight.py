@@ -186,8 +186,6 @@ def taken_names(template: dict, account: str, imports: bool, say: Say = print) -
             say(f"names     {what} {name} exists, and is taken in with what it holds")
         elif owner:
             found.append(f"{what} {name} {TAKEN[owner]}")
-        if kind == "S3::Bucket" and len(name) > 63:
-            found.append(f"{what} {name} has {len(name)} characters, and S3 takes 63; choose a shorter --name")
     return found
 
 # %% ../../nbs/aws/19_preflight.ipynb #4a4534d0

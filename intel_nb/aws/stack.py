@@ -35,6 +35,7 @@ from intel_nb.aws.base import (
 from .capture import DRIFT_COMMAND
 from .hosting import endpoint_name
 from .messages import RETRY, alarms, command, dashboard, message_id, message_rules, messages, topic
+from .package_group import settings_parameter
 from .permissions import BASE_ROLES, FROM_CONNECTION, FROM_S3, ROLES, local_arn, policy_document
 from intel_nb.aws.pipeline import (
     PipelineConfig,
@@ -139,7 +140,7 @@ def pipeline_and_group(options: Options, definition: dict) -> Resources:
             "ModelPackageGroupName": options.name, "ModelPackageGroupDescription": "classifiers of scene photographs"},
             DeletionPolicy="RetainExceptOnCreate", UpdateReplacePolicy="Retain"),
         "Settings": resource("SSM::Parameter", {
-            "Name": f"/{options.name}/settings", "Type": "String", "Value": settings(options),
+            "Name": settings_parameter(options.name), "Type": "String", "Value": settings(options),
             "Description": "where packages lie, and what serves them"})}
 
 # %% ../../nbs/aws/17_stack.ipynb #5608f3ad

@@ -74,13 +74,13 @@ def upsert_pipeline(name: str, definition: dict, role: str) -> str:
 def run_modelbuild(environ: Mapping[str, str] = os.environ) -> str:
     "Update the pipeline, and start it if there is data; return a sentence that says what was done."
     config = config_from(environ)
-    before = _present_definition(config.group)
-    done = upsert_pipeline(config.group, check_pipeline(pipeline_definition(config)), environ["INTEL_NB_PIPELINE_ROLE"])
+    definition, before = check_pipeline(pipeline_definition(config)), _present_definition(config.group)
+    done = upsert_pipeline(config.group, definition, environ["INTEL_NB_PIPELINE_ROLE"])
     try:
         values = start_values(config.group)
     except ObjectNotFound:
         return f"{done} the pipeline {config.group}; it starts when {config.data} is uploaded"
-    if before == pipeline_definition(config) and (known := find_execution(config.group, values["DataVersion"])):
+    if before == definition and (known := find_execution(config.group, values["DataVersion"])):
         return f"the pipeline {config.group} is as it was, and {known} is for this data"
     return f"{done} the pipeline {config.group}, and started {start_execution(config.group, values)}"
 
@@ -163,8 +163,10 @@ def run_modeldeploy(step: str, platform: Platform, version: str, folder: Path = 
         record_result(step, platform, chosen, {"passed": False})
         raise
     result = read_json(work / "out" / "result.json")
-    if "stage" in result:  # somebody may have rejected it while the stage was changed to it
-        check_approved(open_registry(platform.registry).get(version))
+    status = open_registry(platform.registry).get(version).status
+    if "stage" in result and status != "Approved":  # somebody has decided while the stage was changed to it
+        raise EndpointError(f"{result['stage']} serves version {version}, which is {status} by now; "
+                            f"take it back with: intel-nb aws reject {version}")
     record_result(step, platform, chosen, result)
     return result
 
@@ -242,7 +244,7 @@ def _run_notebook_step(step: str, platform: Platform, version: str, options: Opt
 def run_build_command(arguments: list[str], environ: Mapping[str, str] = os.environ) -> int:
     "Run `tag` or `modelbuild`, or a step of modeldeploy; return 0, 1 for failed work, or 2 for a wrong input."
     try:
-        if arguments[:1] in (["tag"], ["modelbuild"]):
+        if arguments in (["tag"], ["modelbuild"]):
             print(note_tag() if arguments == ["tag"] else run_modelbuild(environ), flush=True)
             return 0
         result = run_deploy_step(arguments[0] if arguments else "", environ.get("VERSION", ""), options_from(environ),

@@ -23,10 +23,10 @@ from ..serving.supervisor import extend_history
 from ..storage import utc_now
 
 # %% auto #0
-__all__ = ['CONFLICT_CODES', 'ATTEMPTS', 'PATIENCE', 'version_from_name', 'Intent', 'StageState', 'state_text', 'parse_state',
-           'StateChanged', 'StoredState', 'state_uri', 'read_state', 'write_state', 'list_stages', 'delete_state',
-           'write_alias', 'read_aliases', 'Serving', 'repair_state', 'StageBusy', 'TakenOver', 'is_fresh', 'check_free',
-           'this_process', 'HeldStage', 'begin_change', 'end_change']
+__all__ = ['UNREADABLE', 'CONFLICT_CODES', 'ATTEMPTS', 'PATIENCE', 'version_from_name', 'Intent', 'StageState', 'state_text',
+           'parse_state', 'StateChanged', 'StoredState', 'state_uri', 'read_state', 'write_state', 'list_stages',
+           'delete_state', 'write_alias', 'read_aliases', 'Serving', 'repair_state', 'StageBusy', 'TakenOver',
+           'is_fresh', 'check_free', 'this_process', 'HeldStage', 'begin_change', 'end_change']
 
 # %% ../../nbs/aws/03_state.ipynb #7571e5c8
 def version_from_name(name: str) -> str:
@@ -63,6 +63,8 @@ class StageState:
         return [version for version, _ in groupby(map(version_from_name, self.history))]
 
 # %% ../../nbs/aws/03_state.ipynb #78003795
+UNREADABLE = "the state of the stage cannot be read"  # how such a problem begins
+
 def state_text(state: StageState) -> str:
     "Return `state` as JSON."
     return json.dumps(asdict(state), indent=1)
@@ -75,7 +77,7 @@ def parse_state(text: str) -> StageState:
         return StageState(str(found["config"]), tuple(map(str, found["history"])), str(found["alias"]), intent,
                           str(found["problem"]))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return StageState(problem=f"the state of the stage cannot be read ({type(error).__name__}: {error})")
+        return StageState(problem=f"{UNREADABLE} ({type(error).__name__}: {error})")
 
 # %% ../../nbs/aws/03_state.ipynb #ab36ba3a
 class StateChanged(Exception):
