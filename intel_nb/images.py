@@ -232,15 +232,16 @@ def encode_jpeg(pixels: np.ndarray, quality: int = 95) -> bytes:
 
 # %% ../nbs/12_images.ipynb #85ea2fc1
 class CheckedImage(NamedTuple):
-    "An image that decodes: its bytes (PNG where it had to be changed), its size in pixels, and what was changed."
+    "An image that decodes: its bytes (PNG where it had to be changed), its size in pixels, what was changed, and itself."
     data: bytes
     width: int
     height: int
     changed: str
+    image: Image.Image  # upright RGB
 
 # %% ../nbs/12_images.ipynb #6d2a44cb
 def check_image(data: bytes) -> CheckedImage:
     "Decode `data` in full and return the bytes to keep. Raise `ImageError`."
     image, changed = to_rgb(open_image(data))
     kept = encode_png(np.asarray(image)) if changed else data
-    return CheckedImage(kept, image.width, image.height, changed)
+    return CheckedImage(kept, image.width, image.height, changed, image)
