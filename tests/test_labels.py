@@ -77,7 +77,8 @@ USED = {  # name: (files, and the labels of each image that is found)
             {"id": 1, "result": [*choose(["fog"], "weather"), *choose(["cat"], "animal")]}])]},
         {"a.jpg": ["cat"]}),
     "columns beside the class, in a table with tabs": (
-        {"a.jpg": None, "l.tsv": "photo\tcamera\tanimal\na.jpg\tnorth\tcat\nnone.jpg\tsouth\tcow\n"}, {"a.jpg": ["cat"]}),
+        {"a.jpg": None, "l.tsv": "photo\tcamera\tanimal\na.jpg\tnorth\tcat\nnone.jpg\tsouth\tcow\n"},
+        {"a.jpg": ["cat"]}),
     "choices as a text, and as a list; annotators vote": (
         {"a.jpg": None, "b.jpg": None, "p.json": [
             task(1, "a.jpg", "cat", "dog", "cat"), task(2, "b.jpg", annotations=[{"id": 3, "result": choose("dog")}])]},
