@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import hashlib
 import json
 import shutil
 import zipfile
@@ -15,12 +16,12 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from intel_nb.data import build_dataset
 from intel_nb.dataset import read_split
-from intel_nb.images import encode_jpeg
+from intel_nb.images import MAX_BYTES, encode_jpeg
 from intel_nb.labels.files import read_labels
 from intel_nb.labels.lookup import read_annotations
 from intel_nb.labels.records import LabelRecord
 from intel_nb.scenes import SAMPLE_CLASSES, sample_archive, sample_scene
-from intel_nb.storage import InputError, fetch, put, read_json
+from intel_nb.storage import InputError, fetch, put, read_json, write_bytes
 
 
 def scene(label: int, number: int) -> bytes:
@@ -169,10 +170,10 @@ def test_the_same_labels_in_another_form_add_nothing(build, tmp_path):
 
 def test_an_image_of_the_dataset_is_not_added_again(build, small, unlabelled, tmp_path):
     with zipfile.ZipFile(small) as z:
-        known = {"train.jpg": z.read("seg_train/seg_train/sea/00000.jpg"),
+        known = {"tsea.jpg": z.read("seg_train/seg_train/sea/00000.jpg"),
                  "test.jpg": z.read("seg_test/seg_test/sea/00000.jpg"),
                  "wrong.jpg": z.read("seg_train/seg_train/forest/00000.jpg")}
-    labels = {"train.jpg": "sea", "test.jpg": "sea", "wrong.jpg": "sea", "sea0.jpg": "sea"}
+    labels = {"tsea.jpg": "sea", "test.jpg": "sea", "wrong.jpg": "sea", "sea0.jpg": "sea"}
     _, without = unlabelled
     out, report = build(batch(tmp_path / "b", {"labels.csv": table(labels)}, SCENES | known))
     assert report["annotations"] == {"added": 1, "duplicate": 2, "quarantined": 1}
@@ -247,7 +248,7 @@ UNUSABLE = {  # the line of a CSV, and the reason
     "labels.csv,sea": "unsupported_format",
     '"data:image/jpeg;base64,%%%",sea': "malformed",
     '"data:image/jpeg;base64,AAAA",sea': "unsupported_format",
-    "s3://bucket/not/there.jpg,sea": "missing",
+    "s3://bucket/not/there.jpg,sea": "bucket_not_allowed",
 }
 USABLE = {
     "images/sea2.jpg,sea", "file:///home/ann/batch/images/sea3.jpg,sea", "s3://bucket/x/batch/images/sea4.jpg,sea",
@@ -277,7 +278,7 @@ def test_every_unusable_line_is_listed_and_the_others_are_added(build, tmp_path)
 def test_paths_to_two_places_do_not_match_one_file(build, tmp_path):
     labels = "image,label\ns3://bucket/monday/sea0.jpg,sea\ns3://bucket/tuesday/sea0.jpg,forest\nimages/sea1.jpg,sea\n"
     out, report = build(batch(tmp_path / "b", {"labels.csv": labels}))
-    assert (report["annotations"]["added"], report["annotation_reasons"]) == (1, {"missing": 2})
+    assert (report["annotations"]["added"], report["annotation_reasons"]) == (1, {"ambiguous": 2})
     flat = batch(tmp_path / "c", {"labels.csv": labels, "sea0.jpg": SCENES["sea0.jpg"]})
     _, report = build(flat)
     assert (report["annotations"]["added"], report["annotation_reasons"]) == (1, {"ambiguous": 2})
@@ -336,7 +337,7 @@ def test_each_line_of_any_file_gives_a_record_or_a_reason(suffix, data):
             assert all(vote.confidence is None or 0 <= vote.confidence <= 1 for vote in record.votes)
             assert record.source == "annotations" or record.source.startswith("capture:")
         else:
-            assert record.reason in ("malformed", "no_label") and "\n" not in str(record)
+            assert record.reason in ("malformed", "no_label", "contradictory") and "\n" not in str(record)
 
 
 # In a bucket
@@ -353,11 +354,28 @@ def test_labels_and_images_in_a_bucket(cloud, build, tmp_path):  # noqa: F811
     assert same["annotations"] == {"added": 6, "duplicate": 0, "quarantined": 0}
     assert same["fingerprint"] == report["fingerprint"]
     (tmp_path / "out.manifest").write_text(manifest(some | {"none.jpg": "sea"}, f"{bucket}/new/batch/images/"))
-    out, same = build(tmp_path / "out.manifest")
-    assert same["annotations"] == {"added": 6, "duplicate": 0, "quarantined": 1}
-    assert same["fingerprint"] == report["fingerprint"]
-    reason, detail = quarantine(out)["out.manifest:7"]
-    assert reason == "missing" and "none.jpg does not exist" in detail
+    found, outcomes = read_annotations([tmp_path / "out.manifest"], tmp_path / "scratch", buckets=["labels"])
+    assert [line.member.read() for line in found[:-1]] == [SCENES[name] for name in some] and not outcomes
+    with pytest.raises(InputError, match=r"none.jpg does not exist"):
+        found[-1].member.read()
+
+
+def test_only_allowed_buckets_are_read_and_no_large_object(cloud, tmp_path):  # noqa: F811
+    "A label file from outside names whatever it likes, also a prefix with many objects."
+    bucket = cloud.bucket("labels")
+    put(write_bytes(tmp_path / "large.jpg", bytes(MAX_BYTES + 1)), f"{bucket}/new/large.jpg")
+    (tmp_path / "l.csv").write_text(f"image,label\n{bucket}/new/large.jpg,sea\n{bucket}/new,sea\ns3://other/a.jpg,sea\n")
+    _, outcomes = read_annotations([tmp_path / "l.csv"], tmp_path / "scratch")
+    assert [outcome.reason for outcome in outcomes] == ["bucket_not_allowed"] * 3
+    assert "name its bucket labels in buckets" in outcomes[0].detail
+    before = cloud.calls["s3", "get_object"]
+    found, outcomes = read_annotations([tmp_path / "l.csv"], tmp_path / "scratch", buckets=["labels"])
+    assert [outcome.reason for outcome in outcomes] == ["bucket_not_allowed"]
+    with pytest.raises(OSError, match="16,777,217 bytes; at most 16,777,216 are accepted"):
+        found[0].member.read()
+    with pytest.raises(InputError, match="does not exist"):
+        found[1].member.read()
+    assert cloud.calls["s3", "get_object"] == before and not (tmp_path / "scratch").exists()
 
 
 # Images that an endpoint captured
@@ -388,6 +406,23 @@ def test_the_command_prints_the_outcomes(empty, tmp_path):
     result = empty.newest()["steps"][0]["result"]
     assert [result[f"annotations_{kind}"] for kind in ("added", "duplicate", "quarantined")] == [48, 48, 2]
     assert empty("run", "--annotations", "c.zip").status == 2
+
+
+def test_images_of_a_capture_are_found(empty, tmp_path):
+    "A person gives an export of Label Studio without images. A later run has them although the capture has gone."
+    names = {f"{hashlib.sha256(SCENES[name]).hexdigest()}.jpg": name for name in ("sea0.jpg", "forest1.jpg")}
+    capture = empty.home / "captures" / "staging" / "2026-01-31T120000Z-00000042"
+    for digest, name in names.items():
+        write_bytes(capture / "images" / digest, SCENES[name])
+    labels = {digest: LABELS[name] for digest, name in names.items()}
+    (tmp_path / "export.json").write_text(tasks(labels, "/data/local-files/?d=captures/images/"))
+    write_bytes(tmp_path / "more" / "labels.csv", table(labels | {"0" * 64 + ".jpg": "sea"}).encode())
+    answer = empty.run("--annotations", "export.json", "--to", "data")
+    assert answer.status == 0 and "annotated 2 added, 0 duplicate, 0 quarantined" in answer.out
+    shutil.rmtree(capture)
+    answer = empty.run("--annotations", "export.json", "--annotations", "more", "--to", "data")
+    assert answer.status == 0 and "annotated 2 added, 2 duplicate, 1 quarantined" in answer.out
+    assert [path.name for path in (tmp_path / "more").iterdir()] == ["labels.csv"]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from ..storage import InputError, files_of, remove, write_text, written_aside
 
 # %% auto #0
 __all__ = ['S3Location', 'parse_s3_uri', 'check_relative', 'ObjectNotFound', 'list_objects', 'S3Object', 'find_objects', 'upload',
-           'download']
+           'download', 'read_object']
 
 # %% ../../nbs/aws/02_objects.ipynb #897b09f8
 class S3Location(NamedTuple):
@@ -113,3 +113,17 @@ def download(uri: str, folder: str | Path) -> Path:
         for name in set(files_of(target)) - {one.name for one in found}:
             remove(target / name)
     return target
+
+# %% ../../nbs/aws/02_objects.ipynb #ecb77155
+@translate_errors()
+def read_object(uri: str, most: int) -> bytes:
+    "Return the content of the object at `uri`; raise `ObjectNotFound`, or `OSError` if it has more than `most` bytes."
+    bucket, key = parse_s3_uri(uri)
+    missing = ObjectNotFound(f"{uri} does not exist; check the bucket, the key and the region")
+    if not key or key.endswith("/"):
+        raise missing
+    with not_found_as(missing):
+        head = client("s3").head_object(Bucket=bucket, Key=key)
+        if head["ContentLength"] > most:
+            raise OSError(f"{head['ContentLength']:,} bytes; at most {most:,} are accepted")
+        return client("s3").get_object(Bucket=bucket, Key=key, IfMatch=head["ETag"])["Body"].read()

@@ -9,7 +9,7 @@ import re
 
 from .executions import Execution, latest_execution, start_execution, watch_execution
 from .hosting import SageMakerEndpoints, endpoint_drift_status, endpoint_in_service, invoke_endpoint
-from .objects import download, upload
+from .objects import download, read_object, upload
 from .package_group import PackageGroup
 from ..registry import Registry
 from ..serving.endpoints import Endpoints
@@ -17,11 +17,12 @@ from ..storage import InputError
 
 # %% auto #0
 __all__ = ['group_name', 'open_package_group', 'open_hosting', 'Execution', 'latest_execution', 'start_execution',
-           'watch_execution', 'endpoint_in_service', 'endpoint_drift_status', 'invoke_endpoint', 'download', 'upload']
+           'watch_execution', 'endpoint_in_service', 'endpoint_drift_status', 'invoke_endpoint', 'download',
+           'read_object', 'upload']
 
 # %% ../../nbs/aws/23_platform.ipynb #153aa9b1
 _all_ = ["Execution", "latest_execution", "start_execution", "watch_execution", "endpoint_in_service",
-         "endpoint_drift_status", "invoke_endpoint", "download", "upload"]
+         "endpoint_drift_status", "invoke_endpoint", "download", "read_object", "upload"]
 
 # %% ../../nbs/aws/23_platform.ipynb #28182609
 def group_name(uri: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import re
 import shutil
 import signal
 import stat
@@ -20,13 +19,11 @@ from io import BufferedReader
 from pathlib import Path
 from typing import NamedTuple
 
-from ..labels.files import FORMS
-from ..labels.tables import LABEL_BYTES
-from ..storage import files_of, link, sha256_file
+from ..storage import link, sha256_file
 
 # %% auto #0
 __all__ = ['TEMPORARY', 'is_temporary', 'FileStamp', 'list_uploads', 'open_file', 'is_being_written', 'RestTimer',
-           'complete_digest', 'Inbox', 'copy_upload', 'take_snapshot', 'captured_paths', 'add_captured_images']
+           'complete_digest', 'Inbox', 'copy_upload', 'take_snapshot']
 
 # %% ../../nbs/chain/09_inbox.ipynb #08ae3529
 TEMPORARY = (".part", ".partial", ".filepart", ".crdownload", ".download", ".tmp", ".temp", ".swp", "~")
@@ -161,25 +158,3 @@ def take_snapshot(inbox: Path, wanted: Mapping[str, str], into: Path,
     "Copy the `wanted` files (SHA-256 by key) to `into`, or link those `earlier` has by SHA-256. Return those it got."
     return {key: digest for key, digest in wanted.items()
             if copy_upload(inbox / key, into / key, digest, earlier.get(digest))}
-
-# %% ../../nbs/chain/09_inbox.ipynb #dfc6d0e6
-_CAPTURED = re.compile(rb"(images(?:/|%2[Ff]))?([0-9a-f]{64}\.(?:jpg|png|webp|bmp))")
-
-def captured_paths(data: bytes) -> set[str]:
-    "Return the paths of captured images, relative to a label file, that its content `data` names."
-    return {("images/" if folder else "") + name.decode() for folder, name in _CAPTURED.findall(data)}
-
-# %% ../../nbs/chain/09_inbox.ipynb #1093d87c
-def add_captured_images(folder: Path, sources: Iterable[Path]) -> int:
-    "Put captured images below `sources` beside the label files below `folder` that name them. Return how many."
-    labels = [folder / name for name in files_of(folder) if Path(name).suffix.lower() in FORMS]
-    wanted = [path.parent / name for path in labels if path.stat().st_size <= LABEL_BYTES
-              for name in captured_paths(path.read_bytes())]
-    missing = {path for path in wanted if not path.exists()}
-    names = {path.name for path in missing}
-    images = (p for source in sources if names for p in source.rglob("*.*") if p.name in names and p.is_file())
-    known = {image.name: image for image in images}
-    found = [path for path in missing if path.name in known]
-    for path in found:
-        link(known[path.name], path)
-    return len(found)

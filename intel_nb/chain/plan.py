@@ -144,6 +144,7 @@ class Step:
     name: str
     notebook: str
     sources: tuple[str, ...] = ()  # parameters that name files from outside: the key has their content
+    labels: tuple[str, ...] = ()  # those of them with label files: captured images that these name are put beside them
     files: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # parameter: (step, an output in its result)
     values: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # parameter: (step, a value in its result)
     digests: Mapping[str, str] = field(default_factory=dict)  # output: the value in its result that is its digest
@@ -165,7 +166,8 @@ DATASET = {"dataset": ("data", "dataset")}
 MODEL = {"model": ("train", "model")}
 
 PLAN = (
-    Step("data", "00_data.ipynb", sources=("archive", "annotations"), digests={"dataset": "fingerprint"}),
+    Step("data", "00_data.ipynb", sources=("archive", "annotations"), labels=("annotations",),
+         digests={"dataset": "fingerprint"}),
     Step("train", "01_train.ipynb", files=DATASET),
     Step("evaluate", "02_evaluate.ipynb", files=DATASET | MODEL, places=("registry",), effect=Registration()),
     Step("deploy", "03_deploy.ipynb", values={"version": ("evaluate", "version")}, places=("registry", "endpoints"),

@@ -19,14 +19,15 @@ from .history import named_cause, run_summary_html
 from .plan import FOLDERS, PLAN, Declared, RunRequest, Step, Workspace, check_request, declared_parameters
 from .runs import Run, StepRecord, lock_run, new_run_id, read_run, with_step, write_report, write_run
 from .store import CHECKPOINTS, OUTPUTS, Entry, empty_outputs, git_revision, key_of, publish, recipe_of
+from ..labels.captured import with_captured_images
 from ..locks import locked
 from ..storage import InputError, each_source, fetch, read_json, remove, tree_digest, utc_now, write_json
 
 # %% auto #0
-__all__ = ['Tell', 'DONE', 'RunEvent', 'RunContext', 'resolved_parameters', 'supplied_parameters', 'notebook_parameters',
-           'input_contents', 'step_recipe', 'is_current', 'find_reusable', 'take_entry', 'publish_outputs',
-           'record_failure', 'execute_step', 'run_step', 'note_effect', 'check_approval', 'follow_plan', 'request_of',
-           'open_run', 'close_run', 'has_lasting_effects', 'run_chain']
+__all__ = ['Tell', 'DONE', 'RunEvent', 'RunContext', 'local_source', 'resolved_parameters', 'supplied_parameters',
+           'notebook_parameters', 'input_contents', 'step_recipe', 'is_current', 'find_reusable', 'take_entry',
+           'publish_outputs', 'record_failure', 'execute_step', 'run_step', 'note_effect', 'check_approval',
+           'follow_plan', 'request_of', 'open_run', 'close_run', 'has_lasting_effects', 'run_chain']
 
 # %% ../../nbs/chain/07_run.ipynb #175f2326
 @dataclass(frozen=True)
@@ -75,13 +76,22 @@ class RunContext:
         return record.status if record and record.key == key else ""
 
 # %% ../../nbs/chain/07_run.ipynb #9502a3e4
+def local_source(context: RunContext, source: str, has_labels: bool) -> str:
+    "Return the local path of an input from outside. One that `has_labels` comes with the captured images they name."
+    fetched = context.workspace.store.root / ".fetched"
+    path = fetch(source, fetched)
+    if has_labels:
+        path = with_captured_images(path, context.workspace.home / "captures", fetched / ".captured")
+    return str(path)
+
 def resolved_parameters(context: RunContext, step: Step) -> dict[str, Any]:
     "Return all parameters of `step`, as requested or at their defaults. Inputs from outside are local paths."
     if step.name not in context.resolved:
         defaults = {name: p.default for name, p in context.declared[step.name].items()}
         parameters = defaults | context.request.parameters.get(step.name, {})
-        local = lambda source: str(fetch(source, context.workspace.store.root / ".fetched"))
-        parameters |= {name: each_source(parameters[name], local) for name in step.sources if name in parameters}
+        for name in (name for name in step.sources if name in parameters):
+            local = partial(local_source, context, has_labels=name in step.labels)
+            parameters[name] = each_source(parameters[name], local)
         context.resolved[step.name] = parameters
     return context.resolved[step.name]
 

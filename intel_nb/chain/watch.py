@@ -24,10 +24,11 @@ from typing import Any, NamedTuple
 
 from .execution import end_process
 from .history import run_options
-from .inbox import Inbox, add_captured_images, take_snapshot
+from .inbox import Inbox, take_snapshot
 from .plan import RunRequest, Workspace
 from .run import request_of
 from .runs import list_runs, new_run_id, queue_run, read_run, write_run
+from ..labels.captured import add_captured_images
 from ..locks import is_locked, locked
 from ..storage import InputError, last_line, python_path, read_json, remove, utc_now, write_json
 

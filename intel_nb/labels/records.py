@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 # %% auto #0
-__all__ = ['Vote', 'LabelRecord', 'UnusableLabel', 'as_one_line', 'check_class_name', 'check_confidence', 'make_record']
+__all__ = ['Vote', 'LabelRecord', 'UnusableLabel', 'as_one_line', 'compose', 'check_class_name', 'check_confidence',
+           'make_record']
 
 # %% ../../nbs/labels/02_records.ipynb #2d2ca114
 class Vote(NamedTuple):
@@ -39,12 +41,17 @@ def as_one_line(value: Any, limit: int = 120) -> str:
     text = " ".join(str(value).encode(errors="backslashreplace").decode().split())
     return text if len(text) <= limit else f"{text[:limit]}…"
 
+# %% ../../nbs/labels/02_records.ipynb #c0d7dc42
+def compose(text: str) -> str:
+    "Return `text` in Unicode's composed form (NFC), without the spaces around it."
+    return unicodedata.normalize("NFC", text.strip())
+
 # %% ../../nbs/labels/02_records.ipynb #547ef318
 def check_class_name(value: Any) -> str:
-    "Return the name of a class without the spaces around it; raise `UnusableLabel` if it is not a name."
+    "Return the name of a class as `compose` does; raise `UnusableLabel` if it is not a name."
     if not (isinstance(value, str) and value.strip()):
         raise UnusableLabel("malformed", f"the class is {as_one_line(repr(value))}; it should be a name")
-    return value.strip()
+    return compose(value)
 
 # %% ../../nbs/labels/02_records.ipynb #eb94d4d0
 def check_confidence(value: Any) -> float | None:
@@ -67,4 +74,4 @@ def make_record(image: Any, votes: Iterable[Vote], source: str = "annotations") 
         raise UnusableLabel("malformed", "it names no image")
     if not (votes := tuple(votes)):
         raise UnusableLabel("no_label", "nobody has labelled it")
-    return LabelRecord(image.strip(), votes, source)
+    return LabelRecord(compose(image), votes, source)
