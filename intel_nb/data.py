@@ -253,8 +253,7 @@ def assign_splits(images: np.ndarray, groups: np.ndarray, named: Named, settings
 def check_sizes(split: np.ndarray, label: np.ndarray, classes: list[str]) -> None:
     "Raise `InputError` for a class that is too small to be learned or measured."
     if len(classes) < 2:
-        raise InputError(f"only one class was found ({', '.join(classes)}); put the images of each class into their own "
-                         "folder")
+        raise InputError(f"only one class was found ({', '.join(classes)}); put the images of each class into a folder")
     counts = np.zeros((len(SPLITS), len(classes)), int)
     np.add.at(counts, (split, label), 1)
     for least, name, row in zip((2, 1, 1), SPLITS, counts.tolist()):
@@ -438,8 +437,8 @@ def build_dataset(source: str | Path, out: str | Path, annotations: Iterable[str
                   **settings: Any) -> dict[str, Any]:
     """Write the dataset of the archive `source` and of `annotations` to the folder `out`, and return the report.
 
-    The folder gets `dataset/`, `report.json`, `quarantine.csv` and `index.csv`. `settings` are those of `Settings`. What
-    was checked is kept in `scratch` until the dataset is written, so that a killed call goes on from there. Raise
+    The folder gets `dataset/`, `report.json`, `quarantine.csv` and `index.csv`. `settings` are those of `Settings`.
+    What was checked is kept in `scratch` until the dataset is written, so that a killed call goes on from there. Raise
     `InputError` for an archive, annotations or settings that cannot be used."""
     out, chosen = Path(out), Settings(**settings)
     folder = Path(scratch or out / ".scratch") / "checked"

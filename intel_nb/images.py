@@ -232,7 +232,7 @@ def encode_jpeg(pixels: np.ndarray, quality: int = 95) -> bytes:
 
 # %% ../nbs/12_images.ipynb #85ea2fc1
 class CheckedImage(NamedTuple):
-    "An image that decodes: its bytes (PNG where it had to be changed), its size in pixels, what was changed, and itself."
+    "An image that decodes: its bytes (PNG where it had to be changed), its size, what was changed, and itself."
     data: bytes
     width: int
     height: int

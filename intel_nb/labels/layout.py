@@ -205,7 +205,8 @@ def read_layout(counts: Mapping[Folder, int], parts: Mapping[str, str] | None = 
     given = check_parts(parts or {})
     names = {name for folder in counts for name in folder}
     if wrong := sorted(given.keys() - names - {written(f[:k]) for f in counts for k in range(len(f) + 1)}):
-        raise InputError(f"parts names {wrong[0]!r}, and there is no such folder; there are {', '.join(sorted(names)[:9])}")
+        some = ", ".join(sorted(names)[:9])
+        raise InputError(f"parts names {wrong[0]!r}, and there is no such folder; there are {some}")
     depth = class_depth(counts)
     folders = sorted(folder for folder in counts if len(folder) == depth and depth)
     if not folders or all(part_of(f[-1]) and given.get(f[-1]) != CLASS for f in folders):

@@ -27,8 +27,8 @@ from ..storage import InputError, sha256_file, tree_digest, written_aside
 
 # %% auto #0
 __all__ = ['READ_ERRORS', 'Member', 'Rejected', 'Listing', 'follow_links', 'sort_listing', 'zip_listing', 'tar_listing', 'walk',
-           'folder_listing', 'source_digest', 'open_listing', 'list_members', 'archive_stem', 'Files', 'open_archives',
-           'without']
+           'folder_listing', 'source_digest', 'open_listing', 'members_of', 'check_filled', 'list_members',
+           'archive_stem', 'file_of', 'Files', 'open_archives', 'without']
 
 # %% ../../nbs/labels/03_members.ipynb #834349d1
 @dataclass(frozen=True)
@@ -237,9 +237,10 @@ def source_digest(source: str | Path) -> str:
     return digest.hexdigest()
 
 # %% ../../nbs/labels/03_members.ipynb #5d0c59f7
-_OTHERS = {b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive", b"Rar!": "a RAR archive", b"\xfd7zXZ": "packed by xz", b"BZh": "packed by bzip2",
-           b"\x28\xb5\x2f\xfd": "packed by Zstandard", b"PAR1": "a Parquet file", b"%PDF": "a PDF", b"\x89HDF": "an HDF5 file",
-           b"\xff\xd8\xff": "a single image", b"\x89PNG": "a single image"}
+_OTHERS = {b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive", b"Rar!": "a RAR archive", b"\xfd7zXZ": "packed by xz",
+           b"BZh": "packed by bzip2", b"\x28\xb5\x2f\xfd": "packed by Zstandard", b"PAR1": "a Parquet file",
+           b"%PDF": "a PDF", b"\x89HDF": "an HDF5 file", b"\xff\xd8\xff": "a single image",
+           b"\x89PNG": "a single image"}
 
 def open_listing(source: Path, scratch: Path, encoding: str = "") -> Listing:
     "Return the files of a zip, tar or folder, sorted by path. Raise `InputError` for anything else."
@@ -254,16 +255,23 @@ def open_listing(source: Path, scratch: Path, encoding: str = "") -> Listing:
     return zip_listing(source, encoding)
 
 # %% ../../nbs/labels/03_members.ipynb #4241ca89
+def members_of(listing: Listing) -> list[Member]:
+    "Return the files of a listing, each to be read later."
+    return [listing.member(k) for k in range(len(listing.paths))]
+
+def check_filled(listing: Listing, expected: str) -> Listing:
+    "Return `listing`. Raise `InputError` if it has no files; `expected` says what it should hold."
+    if not listing.paths:
+        raise InputError(f"{listing.root} is empty; it should hold {expected}")
+    return listing
+
 def list_members(source: str | Path, scratch: str | Path, expected: str = "a folder of images for each class"
                  ) -> list[Member]:
     """Return the files of the zip, tar or folder `source`, sorted by path; `scratch` is a folder for unpacking a tar.
 
     Raise `InputError` if it is none of these, is empty, is too large or cannot be trusted. `expected` says in the
     message what it should hold."""
-    listing = open_listing(Path(source), Path(scratch))
-    if not listing.paths:
-        raise InputError(f"{source} is empty; it should hold {expected}")
-    return [listing.member(k) for k in range(len(listing.paths))]
+    return members_of(check_filled(open_listing(Path(source), Path(scratch)), expected))
 
 # %% ../../nbs/labels/03_members.ipynb #fc62d456
 _SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
@@ -272,7 +280,7 @@ def archive_stem(path: str) -> str:
     "Return the path of an archive without its suffix; empty for any other file."
     return next((path[:-len(suffix)] for suffix in _SUFFIXES if path.lower().endswith(suffix)), "")
 
-def _file_of(listing: Listing, k: int, scratch: Path) -> Path:
+def file_of(listing: Listing, k: int, scratch: Path) -> Path:
     "Return file `k` as a file of its own: where it is, or a copy in `scratch`."
     place = listing.place(k)
     if not listing.in_archive:
@@ -324,7 +332,7 @@ class Files:
 def _open_inner(outer: Listing, k: int, source: Path, scratch: Path, encoding: str) -> tuple[str, Listing]:
     "Return the folder that the files of an archive in an archive stand in, and the files."
     try:
-        found = open_listing(_file_of(outer, k, scratch), scratch, encoding)
+        found = open_listing(file_of(outer, k, scratch), scratch, encoding)
     except READ_ERRORS as e:
         raise InputError(f"{outer.paths[k]} in {source} cannot be read ({e}); take it out") from None
     deeper = sorted(path for path in found.paths if archive_stem(path))
