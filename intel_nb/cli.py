@@ -24,9 +24,9 @@ if TYPE_CHECKING:  # each command imports what it needs, so that --help does not
 __all__ = ['app', 'aws_app', 'INTERRUPTED', 'JsonOption', 'VersionArgument', 'StageArgument', 'EXIT_STATUS', 'Setting', 'Profile',
            'Engine', 'Approve', 'ImagesArgument', 'ModelArgument', 'NameOption', 'PipelineOption', 'StackOption',
            'YesOption', 'Reason', 'print_line', 'print_error', 'call', 'main', 'format_table', 'print_json',
-           'print_rows', 'PlainProgress', 'BarProgress', 'show_progress', 'annotation_lines', 'describe_run',
-           'exit_with_outcome', 'request_from', 'run_command', 'runs_command', 'report_command', 'print_versions',
-           'models_command', 'trace_command', 'describe_shadow', 'describe_drift', 'drift_and_shadow',
+           'print_rows', 'PlainProgress', 'BarProgress', 'show_progress', 'data_lines', 'annotation_lines',
+           'describe_run', 'exit_with_outcome', 'request_from', 'run_command', 'runs_command', 'report_command',
+           'print_versions', 'models_command', 'trace_command', 'describe_shadow', 'describe_drift', 'drift_and_shadow',
            'endpoints_command', 'captures_command', 'carry_out_decision', 'approve_command', 'reject_command',
            'promote_command', 'rollback_command', 'shadow_command', 'start_command', 'stop_command',
            'print_predictions', 'predict_file', 'predict_command', 'serve_command', 'sign_command', 'watch_command',
@@ -184,6 +184,18 @@ def show_progress(work: Callable[[Callable[[RunEvent], None]], Any]) -> Any:
         progress.close()
 
 # %% ../nbs/20_cli.ipynb #d0dee8e9
+def data_lines(run: Run) -> list[str]:
+    "Return lines that say how the archive of `run` was understood. The list is empty if it read none."
+    from pathlib import Path
+
+    from intel_nb.labels.summary import summary_lines
+    step = run.step("data")
+    if not (step and step.result and "understood" in step.result):
+        return []
+    first, *others = summary_lines(step.result)
+    details = [f"listed in {Path(step.out_dir or '') / step.result['quarantine']}"] if step.result["left_out"] else []
+    return [f"data      {first}", *(f"          {line}" for line in others + details)]
+
 def annotation_lines(run: Run) -> list[str]:
     "Return a line that counts the annotations of `run`, in a list. The list is empty if it was given none."
     from pathlib import Path
@@ -198,7 +210,7 @@ def annotation_lines(run: Run) -> list[str]:
 # %% ../nbs/20_cli.ipynb #76abee36
 def describe_run(workspace: Workspace, run: Run) -> str:
     "Return the lines that end a command about `run`."
-    lines = [f"run {run.run_id} {run.status}", *annotation_lines(run)]
+    lines = [f"run {run.run_id} {run.status}", *data_lines(run), *annotation_lines(run)]
     if run.model_version:
         version = workspace.registry().get(run.model_version)
         lines.append(f"version   {version.version}, accuracy {version.accuracy:.4f}, {version.status}")

@@ -21,7 +21,6 @@ import numpy as np
 from .dataset import SPLITS, Row, write_split
 from .labels.catalogue import name_by_table
 from intel_nb.labels.checking import (
-    CHECKED,
     CheckJob,
     ChunkWriter,
     Unusable,
@@ -406,8 +405,8 @@ def gather(images: np.ndarray, annotations: Annotations, named: Named, settings:
            path: Callable[[int], str]) -> tuple[Contents, list[LabelOutcome], list[str]]:
     "Return what goes into the dataset, the outcome of each line of the annotations, and notes. Raise `InputError`."
     pool = join_images(images, annotations.images)
-    new_part = np.zeros(len(annotations.images), np.int8)  # annotated images count as training images
-    part = np.append(named.part, new_part)[pool.images["number"]]
+    part = np.zeros(len(pool.images), np.int8)  # annotated images count as training images
+    part[~pool.is_new] = named.part[pool.images["number"][~pool.is_new]]
     kept = drop_twins(pool.images, pool.groups, part, ledger)
     twins = {pool.images["sha256"][k].item() for k in np.flatnonzero(pool.is_new & ~kept)}
     added, outcomes = resolve_annotated(_refuse_twins(annotations, twins), pool, named, path)
@@ -428,6 +427,8 @@ def _report(contents: Contents, named: Named, notes: list[str], left: Counter[st
     quarantined = {reason: n for reason, n in sorted(left.items()) if reason not in ("hidden", "unlabelled")}
     used = contents.images["changed"][contents.split >= 0]
     changed = {name.decode(): n for name, n in sorted(Counter(used.tolist()).items()) if name}
+    drawn = [name for k, name in enumerate(SPLITS) if k and not (named.part == k).any()]
+    notes = [f"{' and '.join(drawn)} drawn from the training images"] * bool(drawn) + notes
     return {"classes": contents.classes, "counts": contents.counts(), "files": files, "understood": named.understood,
             "notes": [*named.notes, *notes], "left_out": dict(sorted(left.items())), "quarantined": quarantined,
             "hidden": left["hidden"], "unlabelled": left["unlabelled"], "changed": changed}

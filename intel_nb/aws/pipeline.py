@@ -15,6 +15,7 @@ import intel_nb
 from .definition import STEP_ERRORS, Problem, definition_problems
 from .package_group import SUPPORTED_TYPES
 from ..chain.plan import notebooks_folder
+from ..labels.lookup import own_buckets
 from ..storage import InputError, files_of
 
 # %% auto #0
@@ -23,7 +24,8 @@ __all__ = ['NOTEBOOKS', 'PACKAGE_SUFFIXES', 'CHOICES', 'ENTRY', 'RETRIES', 'PROC
            'code_environment', 'pipeline_parameters', 'declare_parameter', 'parameter_reference', 'join_values',
            'run_uri', 'registry_uri', 'output_uri', 'file_entry', 'evaluation_entry', 'job_step', 's3_input',
            'property_file', 'processing_arguments', 'processing_step', 'training_step', 'keep_step', 'register_step',
-           'passing_conditions', 'gate_step', 'once_step', 'pipeline_definition', 'pipeline_problems', 'check_pipeline']
+           'passing_conditions', 'gate_step', 'once_step', 'label_buckets', 'pipeline_definition', 'pipeline_problems',
+           'check_pipeline']
 
 # %% ../../nbs/aws/09_pipeline.ipynb #22801980
 def image_uri(target: str, account: str, region: str, repository: str = "intel-nb") -> str:
@@ -282,6 +284,10 @@ def once_step(config: PipelineConfig) -> dict:
         "Conditions": [*passing_conditions(), is_new], "IfSteps": [register_step(config)], "ElseSteps": []}}
 
 # %% ../../nbs/aws/09_pipeline.ipynb #9fda11ff
+def label_buckets(config: PipelineConfig) -> list[str]:
+    "Return the buckets that label files may name images in: those of the data and of the annotations."
+    return own_buckets(filter(None, (config.data, config.annotations, f"s3://{config.bucket}/")))
+
 def pipeline_definition(config: PipelineConfig = PipelineConfig()) -> dict:
     "Return the definition of the pipeline, which `create_pipeline` takes as JSON."
     dataset = {"dataset": output_uri("data", "dataset")}
@@ -293,7 +299,8 @@ def pipeline_definition(config: PipelineConfig = PipelineConfig()) -> dict:
     evaluation = property_file("Evaluation", "evaluate", "evaluation.json")
     return {"Version": "2020-12-01", "Metadata": {},
             "Parameters": [declare_parameter(*one) for one in pipeline_parameters(config).items()], "Steps": [
-        processing_step(config, "data", sources, [], {"INTEL_NB_DATA_VERSION": parameter_reference("DataVersion")}),
+        processing_step(config, "data", sources, ["--param", f"buckets={','.join(label_buckets(config))}"],
+                        {"INTEL_NB_DATA_VERSION": parameter_reference("DataVersion")}),
         training_step(config, dataset, train),
         processing_step(config, "evaluate", {**dataset, "model": MODEL}, evaluate,
                         {"INTEL_NB_CHAMPION": parameter_reference("ChampionVersion")}, PropertyFiles=[evaluation]),

@@ -17,6 +17,7 @@ from typing import Any
 from .plan import PLAN, Workspace
 from .runs import Run, list_runs
 from .store import Entry, key_of
+from ..labels.summary import summary_lines
 from ..registry import ModelVersion
 from ..serving.shadow import shadow_in_words
 from ..storage import InputError, files_of, read_json, remove
@@ -108,8 +109,11 @@ def run_summary_html(workspace: Workspace, run: Run) -> str:
     facts = {"data": row["data"], "what became of it": row["became"]}
     facts |= {f"as a shadow of {stage}": shadow_in_words(tally)
               for stage, tally in shadow_tallies(workspace, run.model_version).items()}
+    step = run.step("data")
+    understood = summary_lines(step.result) if step and step.result and "understood" in step.result else []
+    lines = "".join(f"<li>{html.escape(line)}</li>" for line in understood)
     rows = "".join(f"<tr><th>{name}</th><td>{html.escape(value)}</td></tr>" for name, value in facts.items())
-    return f"<h2>History</h2><table>{rows}</table>"
+    return f"<h2>History</h2><table>{rows}</table>" + (f"<h2>Data</h2><ul>{lines}</ul>" if lines else "")
 
 # %% ../../nbs/chain/06_history.ipynb #4b7963c4
 def version_entries(workspace: Workspace, version: ModelVersion) -> dict[str, Entry]:

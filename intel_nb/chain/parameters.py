@@ -56,7 +56,7 @@ class Parameter:
     "One parameter of a step, as its notebook declares it."
     name: str
     default: Any
-    type: str  # int, float, str, bool, list, or any
+    type: str  # int, float, str, bool, list, dict, or any
     profiles: tuple[str, ...] = ()  # the profiles that give it a value if it is None
 
 # %% ../../nbs/chain/01_parameters.ipynb #bd0d9be5
@@ -103,7 +103,8 @@ def _parameter(name: str, default: Any, row: dict[str, Any]) -> Parameter:
 
 # %% ../../nbs/chain/01_parameters.ipynb #15d71bcc
 TYPES: dict[str, tuple[type, ...]] = {
-    "int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "list": (list,)}
+    "int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "list": (list,),
+    "dict": (dict,)}
 
 def is_allowed(value: Any, parameter: Parameter) -> bool:
     "Tell whether `parameter` may have this `value`."
@@ -152,4 +153,7 @@ def read_value(text: str, parameter: Parameter) -> Any:
     for read in (json.loads, ast.literal_eval):
         with suppress(ValueError, SyntaxError):
             return read(text)
-    return [part.strip() for part in text.split(",") if part.strip()] if parameter.type == "list" else text
+    items = [part.strip() for part in text.split(",") if part.strip()]
+    if parameter.type == "dict" and all("=" in item for item in items):
+        return dict(item.split("=", 1) for item in items)
+    return items if parameter.type == "list" else text

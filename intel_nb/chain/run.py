@@ -20,8 +20,10 @@ from .plan import FOLDERS, PLAN, Declared, RunRequest, Step, Workspace, check_re
 from .runs import Run, StepRecord, lock_run, new_run_id, read_run, with_step, write_report, write_run
 from .store import CHECKPOINTS, OUTPUTS, Entry, empty_outputs, git_revision, key_of, publish, recipe_of
 from ..labels.captured import with_captured_images
+from ..labels.lookup import own_buckets
+from ..labels.members import source_digest
 from ..locks import locked
-from ..storage import InputError, each_source, fetch, read_json, remove, tree_digest, utc_now, write_json
+from ..storage import InputError, each_source, fetch, read_json, remove, utc_now, write_json
 
 # %% auto #0
 __all__ = ['Tell', 'DONE', 'RunEvent', 'RunContext', 'local_source', 'resolved_parameters', 'supplied_parameters',
@@ -92,6 +94,10 @@ def resolved_parameters(context: RunContext, step: Step) -> dict[str, Any]:
         for name in (name for name in step.sources if name in parameters):
             local = partial(local_source, context, has_labels=name in step.labels)
             parameters[name] = each_source(parameters[name], local)
+        if "buckets" in parameters:  # whoever gives labels as an s3:// URI allows its bucket
+            requested = context.request.parameters.get(step.name, {})
+            own = own_buckets(source for name in step.labels for source in requested.get(name, []))
+            parameters["buckets"] = sorted({*parameters["buckets"], *own})
         context.resolved[step.name] = parameters
     return context.resolved[step.name]
 
@@ -105,16 +111,18 @@ def supplied_parameters(context: RunContext, step: Step) -> dict[str, Any]:
 # %% ../../nbs/chain/07_run.ipynb #c85e3a06
 def notebook_parameters(context: RunContext, step: Step, work: Path) -> dict[str, Any]:
     "Return the parameters that papermill gives to the notebook. Those that nobody sets stay at their defaults."
-    resolved, requested = resolved_parameters(context, step), context.request.parameters.get(step.name, {})
+    declared, requested = context.declared[step.name], context.request.parameters.get(step.name, {})
+    values = {name: value for name, value in resolved_parameters(context, step).items()
+              if name in requested or value != declared[name].default}
     folders = {name: str(work / folder) for name, folder in FOLDERS.items()
-               if folder and name in context.declared[step.name]}
-    return {name: resolved[name] for name in requested} | supplied_parameters(context, step) | folders
+               if folder and name in declared}
+    return values | supplied_parameters(context, step) | folders
 
 # %% ../../nbs/chain/07_run.ipynb #80b6877e
 def input_contents(context: RunContext, step: Step) -> dict[str, Any]:
     "Return the digest of each input file of `step`, and each value from an earlier step, by parameter."
     parameters = resolved_parameters(context, step)
-    contents = {name: each_source(parameters.get(name), tree_digest) for name in step.sources}
+    contents = {name: each_source(parameters.get(name), source_digest) for name in step.sources}
     contents |= {name: context.entries[earlier].digests[output] for name, (earlier, output) in step.files.items()}
     contents |= {name: context.entries[earlier].result[output] for name, (earlier, output) in step.values.items()}
     return contents | step.effect.key_inputs(context.workspace, parameters | contents)

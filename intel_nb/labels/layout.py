@@ -231,7 +231,7 @@ def _understood(counts: Mapping[Folder, int], meanings: Mapping[Folder, Meaning]
     "Return what the folders were taken for, one row for each split or, where there is none, one for all classes."
     rows: dict[tuple[str, str], list[Folder]] = defaultdict(list)
     for folder, meaning in meanings.items():
-        shown = written(folder[:part_and_saying(folder)[1] or (0 if meaning.label else len(folder))])
+        shown = written(folder[:part_and_saying(folder)[1] or (0 if meaning.label else 1)])
         rows[shown if folder else written(()), meaning.reason or meaning.part].append(folder)
     result: list[dict[str, str | int]] = []
     for (shown, kind), folders in sorted(rows.items()):

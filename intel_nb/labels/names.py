@@ -28,7 +28,8 @@ def inner_path(written: str, where: str) -> str:
     Raise `InputError` for a path that leads out of the archive."""
     path = unicodedata.normalize("NFC", written.replace("\\", "/"))
     if "\0" in path or path.startswith("/") or re.match("[A-Za-z]:", path) or ".." in path.split("/"):
-        raise InputError(f"{where} holds {written!r}, a path that leads out of it; do not trust this archive")
+        kind = "zip" if where.lower().endswith(".zip") else "archive"
+        raise InputError(f"{where} holds {written!r}, a path that leads out of the {kind}; do not trust this {kind}")
     return posixpath.normpath(path)
 
 # %% ../../nbs/labels/01_names.ipynb #bcd18c2d
