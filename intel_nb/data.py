@@ -275,8 +275,8 @@ def check_annotated(lines: list[LocatedLabel], folder: Path, chunk: int, first: 
             for (number, member), result in zip(batch, pool.map(lambda m: check_file(m[1].size, m[1].read), batch)):
                 found[member] = result if isinstance(result, Unusable) else number
                 if not isinstance(result, Unusable):
-                    result[0]["number"], result[0]["chunk"] = number, chunk
-                    writer.add(*result)
+                    result.row["number"], result.row["chunk"] = number, chunk
+                    writer.add(result)
     return writer.close(), found
 
 # %% ../nbs/00_data.ipynb #5722c95e

@@ -24,14 +24,14 @@ import numpy as np
 
 from ..images import MAX_BYTES, ImageError, check_image
 from .members import READ_ERRORS, Files
-from .near_duplicates import image_hash
+from .near_duplicates import hash_thumbnails, thumbnail
 from .zips import Place, read_place
 from ..storage import InputError, python_path, read_json, write_bytes, write_json
 
 # %% auto #0
-__all__ = ['CHECKED', 'RUN_BYTES', 'CHUNK_FILES', 'CHUNK_BYTES', 'ALONE', 'BATCH_BYTES', 'Unusable', 'check_bytes', 'check_file',
-           'ChunkWriter', 'check_chunk', 'work', 'chunk_bounds', 'CheckJob', 'check_all', 'read_table', 'read_unusable',
-           'iter_images']
+__all__ = ['CHECKED', 'RUN_BYTES', 'HASHED_AT_ONCE', 'CHUNK_FILES', 'CHUNK_BYTES', 'ALONE', 'BATCH_BYTES', 'Unusable', 'Good',
+           'check_bytes', 'check_file', 'ChunkWriter', 'check_chunk', 'work', 'chunk_bounds', 'CheckJob', 'check_all',
+           'read_table', 'read_unusable', 'iter_images']
 
 # %% ../../nbs/labels/06_checking.ipynb #c30fc727
 CHECKED = np.dtype([("number", "<i4"), ("sha256", "S32"), ("hash", "<u8", (4,)), ("width", "<i4"), ("height", "<i4"),
@@ -42,16 +42,22 @@ class Unusable(NamedTuple):
     reason: str
     detail: str
 
-def check_bytes(data: bytes) -> tuple[np.ndarray, bytes]:
-    "Return what is known of an image, of type CHECKED (), and the bytes to keep. Raise `ImageError`."
+class Good(NamedTuple):
+    "An image that can be used."
+    row: np.ndarray  # what is known of it, of type CHECKED ()
+    data: bytes  # the bytes to keep
+    thumbnail: np.ndarray  # for its hash, which costs less for many at once
+
+def check_bytes(data: bytes) -> Good:
+    "Decode an image and return what is known of it. Raise `ImageError`."
     checked = check_image(data)
     row = np.zeros((), CHECKED)
-    row["sha256"], row["hash"] = hashlib.sha256(data).digest(), image_hash(checked.image)
+    row["sha256"] = hashlib.sha256(data).digest()
     row["width"], row["height"], row["changed"] = checked.width, checked.height, checked.changed.encode()
-    return row, checked.data
+    return Good(row, checked.data, thumbnail(checked.image))
 
-def check_file(size: int, read: Callable[[], bytes]) -> tuple[np.ndarray, bytes] | Unusable:
-    "Return the same for a file of `size` bytes that `read` returns, or why it cannot be used."
+def check_file(size: int, read: Callable[[], bytes]) -> Good | Unusable:
+    "Check a file of `size` bytes that `read` returns; return why if it cannot be used."
     if size > MAX_BYTES:
         return Unusable("too_large", f"{size:,} bytes; at most {MAX_BYTES:,} are accepted")
     try:
@@ -65,37 +71,41 @@ def check_file(size: int, read: Callable[[], bytes]) -> tuple[np.ndarray, bytes]
         return Unusable("unreadable", str(e))
 
 # %% ../../nbs/labels/06_checking.ipynb #88a13e2f
-RUN_BYTES = 2**25
+RUN_BYTES, HASHED_AT_ONCE = 2**25, 128
 
 class ChunkWriter:
     "Writes images to `<path>.bytes`, in runs sorted by digest, and keeps the table of what was written."
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self._run_bytes, self._end = path, 0, 0
-        self.rows: list[np.ndarray] = []
-        self._run: list[tuple[np.ndarray, bytes]] = []
+        self.tables: list[np.ndarray] = []
+        self._run: list[Good] = []
         self._out: IO[bytes] = open(path.with_suffix(".bytes"), "wb")  # noqa: SIM115 (`close` ends it)
 
-    def add(self, row: np.ndarray, data: bytes) -> None:
-        "Add an image of type CHECKED ()."
-        self._run.append((row, data))
-        self._run_bytes += len(data)
+    def add(self, image: Good) -> None:
+        "Add an image."
+        self._run.append(image)
+        self._run_bytes += len(image.data)
         if self._run_bytes >= RUN_BYTES:
             self._write_run()
 
     def _write_run(self) -> None:
-        for row, data in sorted(self._run, key=lambda image: image[0]["sha256"].item()):
-            row["start"], row["size"] = self._end, len(data)
-            self._out.write(data)
-            self._end += len(data)
-            self.rows.append(row)
+        run = sorted(self._run, key=lambda image: image.row["sha256"].item())
+        for image in run:
+            image.row["start"], image.row["size"] = self._end, len(image.data)
+            self._out.write(image.data)
+            self._end += len(image.data)
+        for start in range(0, len(run), HASHED_AT_ONCE):
+            some = run[start:start + HASHED_AT_ONCE]
+            self.tables.append(np.array([image.row for image in some], CHECKED))
+            self.tables[-1]["hash"] = hash_thumbnails(np.stack([image.thumbnail for image in some]))
         self._run, self._run_bytes = [], 0
 
     def close(self) -> np.ndarray:
         "Write what is left, and return the table, CHECKED (N,)."
         self._write_run()
         self._out.close()
-        return np.array(self.rows, CHECKED)
+        return np.concatenate([np.zeros(0, CHECKED), *self.tables])
 
 # %% ../../nbs/labels/06_checking.ipynb #f18933f4
 def check_chunk(chunk: dict[str, Any]) -> int:
@@ -111,8 +121,8 @@ def check_chunk(chunk: dict[str, Any]) -> int:
         if isinstance(found, Unusable):
             unusable[number] = found
         else:
-            found[0]["number"], found[0]["chunk"] = number, chunk["number"]
-            writer.add(*found)
+            found.row["number"], found.row["chunk"] = number, chunk["number"]
+            writer.add(found)
     table = writer.close()
     aside.with_suffix(".bytes").replace(out.with_suffix(".bytes"))
     write_json(out.with_suffix(".json"), unusable)
