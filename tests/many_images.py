@@ -5,6 +5,7 @@
 The images come from the archive (a folder for each class, at most 3,000 images are used) or else from drawn scenes."""
 import io
 import multiprocessing
+import random
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -15,36 +16,37 @@ from PIL import Image
 
 from intel_nb.scenes import SAMPLE_CLASSES, sample_scene
 
-BATCH, CROP = 500, 112  # images; pixels
-POOL: list[tuple[str, np.ndarray]] = []  # class and pixels, (150, 150, 3)
+BATCH, SIDE, CROP = 500, 150, 96  # images; pixels
+POOL: list[tuple[str, Image.Image]] = []  # class and image
 
 
-def read_pool(archive: str = "", most: int = 3000) -> list[tuple[str, np.ndarray]]:
+def read_pool(archive: str = "", most: int = 3000) -> list[tuple[str, Image.Image]]:
     "Return some images with their classes."
     if not archive:
-        return [(SAMPLE_CLASSES[k % 6], np.asarray(Image.fromarray(sample_scene(k % 6, np.random.default_rng([8, k]))).resize((150, 150))))
-                for k in range(600)]
+        scenes = ((k % 6, sample_scene(k % 6, np.random.default_rng([8, k]))) for k in range(600))
+        return [(SAMPLE_CLASSES[label], Image.fromarray(scene).resize((SIDE, SIDE))) for label, scene in scenes]
     with zipfile.ZipFile(archive) as source:
         names = [name for name in source.namelist() if "train" in name and name.endswith(".jpg")]
-        chosen = [names[k] for k in np.random.default_rng(0).permutation(len(names))[:most]]
-        return [(name.split("/")[-2], np.asarray(Image.open(io.BytesIO(source.read(name))).convert("RGB").resize((150, 150))))
-                for name in chosen]
+        chosen = random.Random(0).sample(names, min(most, len(names)))
+        images = (Image.open(io.BytesIO(source.read(name))).convert("RGB").resize((SIDE, SIDE)) for name in chosen)
+        return [(name.split("/")[-2], image) for name, image in zip(chosen, images)]
+
+
+def crop(rng: random.Random, photo: Image.Image) -> Image.Image:
+    "Return a part of a photograph, half of the times mirrored."
+    x, y = rng.randrange(SIDE - CROP), rng.randrange(SIDE - CROP)
+    part = photo.crop((x, y, x + CROP, y + CROP))
+    return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < .5 else part
 
 
 def draw(number: int) -> tuple[str, bytes]:
     "Return path and JPEG of one image."
-    rng = np.random.default_rng([9, number])
-    (label, first), (_, second) = (POOL[k] for k in rng.integers(0, len(POOL), 2))
-    crops = []
-    for photo in (first, second):
-        y, x = rng.integers(0, 150 - CROP, 2)
-        crop = photo[y:y + CROP, x:x + CROP]
-        crops.append(crop[:, ::-1] if rng.random() < .5 else crop)
-    share = rng.uniform(.55, .95)
-    gain = rng.uniform(.7, 1.3, 3).astype(np.float32)
-    mixed = (crops[0] * np.float32(share) + crops[1] * np.float32(1 - share)) * gain
+    rng = random.Random(number)
+    (label, first), (_, second) = rng.choice(POOL), rng.choice(POOL)
+    mixed = Image.blend(crop(rng, first), crop(rng, second), rng.uniform(.1, .5))
+    gains = [rng.uniform(.7, 1.3) for _ in range(3)]
     out = io.BytesIO()
-    Image.fromarray(mixed.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=85)
+    mixed.point([min(255, int(k * gain)) for gain in gains for k in range(256)]).save(out, "JPEG", quality=85)
     return f"{'test' if number % 10 == 0 else 'train'}/{label}/{number:07}.jpg", out.getvalue()
 
 

@@ -1,13 +1,10 @@
 """Archives as people have them: what each folder is taken for, what is left out, and what is refused."""
 import csv
 import io
-import json
-import os
 import stat
 import struct
 import tarfile
 import zipfile
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +58,8 @@ def totals(report: dict) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("train, test", [
-    ("Training/", "Testing/"), ("TRAIN/", "TEST/"), ("training_set/", "test_set/"), ("seg_train/seg_train/", "seg_test/seg_test/"),
+    ("Training/", "Testing/"), ("TRAIN/", "TEST/"), ("training_set/", "test_set/"),
+    ("seg_train/seg_train/", "seg_test/seg_test/"),
     ("trn/", "tst/"), ("set/Train/", "set/Test/"), ("Training Set/", "Test Set/"), ("photos/2024/train/", "photos/2024/test/")])
 def test_a_test_split_of_any_name(build, train, test):
     files = images(train) | images(test, n=6)
@@ -109,7 +107,8 @@ def test_super_classes_are_no_splits(build):
 @pytest.mark.parametrize("classes", [("bus", "car", "train"), ("test", "control"), ("val", "dev", "hill")])
 @pytest.mark.parametrize("split", [True, False])
 def test_a_class_may_have_the_name_of_a_split(build, classes, split):
-    files = images("train/", classes=classes) | images("test/", classes=classes, n=4) if split else images("", classes=classes)
+    parts = ("train/", "test/") if split else ("",)
+    files = images(*parts, classes=classes)
     report, left = build(files)
     assert report["classes"] == sorted(classes) and not left
 
@@ -124,7 +123,8 @@ def test_only_names_of_splits(build):
 
 
 @pytest.mark.parametrize("stray, reason", [
-    ("cat/@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg", "hidden"), ("cat/.thumbnails/1.jpg", "hidden"), ("#recycle/cat/1.jpg", "hidden"),
+    ("cat/@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg", "hidden"), ("cat/.thumbnails/1.jpg", "hidden"),
+    ("#recycle/cat/1.jpg", "hidden"),
     ("$RECYCLE.BIN/1.jpg", "hidden"), ("cat/thumbs/1.jpg", "off_depth"), ("backup/cat/1.jpg", "off_depth"),
     ("cover.jpg", "no_class_folder"), ("notes/readme.txt", "other_file"), ("cat/notes.txt", "unsupported_format")])
 def test_what_lies_beside_the_classes(build, stray, reason):
@@ -172,7 +172,8 @@ def unmarked(path: Path, names: dict[str, str]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("names, encoding", [(("été", "hiver"), "cp437"), (("森林", "海辺"), "cp932"), (("лес", "море"), "cp866")])
+@pytest.mark.parametrize("names, encoding", [(("été", "hiver"), "cp437"), (("森林", "海辺"), "cp932"),
+                                             (("лес", "море"), "cp866")])
 def test_names_without_an_encoding(build, tmp_path, names, encoding):
     source = unmarked(tmp_path / "old.zip", dict.fromkeys(names, encoding))
     with pytest.raises(InputError, match=f"encoding={encoding} reads '{names[0]}"):
@@ -222,7 +223,7 @@ def test_links_in_a_zip(build, target, reason):
     link = zipfile.ZipInfo("cat/link.jpg")
     link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
     _, left = build(images("") | {link: target})
-    assert left.get("cat/link.jpg", "") in {reason, "contradictory" if not reason else reason}
+    assert left.get("cat/link.jpg") == (reason or "contradictory")
 
 
 def test_a_password(build, tmp_path):
@@ -250,7 +251,8 @@ def test_an_archive_in_an_archive(build, kind):
                     made.addfile(entry, io.BytesIO(data))
         return out.getvalue()
 
-    report, left = build({f"train.{kind}": inner(images("")), f"test.{kind}": inner(images("", n=5) | {"deep.zip": b"PK"})})
+    tested = inner(images("", n=5) | {"deep.zip": b"PK"})
+    report, left = build({f"train.{kind}": inner(images("")), f"test.{kind}": tested})
     assert totals(report)["test"] == 10 and left == {"test/deep.zip": "archive"}
 
 
@@ -283,9 +285,12 @@ def test_what_was_found_instead_of_images(build):
 
 
 FLAT = {
-    "image and label": ("images/", "labels.csv", "image,label"), "image_name": ("", "train.csv", "image_name,label"),
-    "Hugging Face": ("train/", "train/metadata.csv", "file_name,label"), "semicolons": ("", "l.csv", "image;label"),
-    "other columns": ("images/", "data.csv", "photographer,file,label"), "no suffix": ("train/", "labels.csv", "id,breed")}
+    "image and label": ("images/", "labels.csv", "image,label"),
+    "image_name": ("", "train.csv", "image_name,label"),
+    "Hugging Face": ("train/", "train/metadata.csv", "file_name,label"),
+    "semicolons": ("", "l.csv", "image;label"),
+    "other columns": ("images/", "data.csv", "photographer,file,label"),
+    "no suffix": ("train/", "labels.csv", "id,breed")}
 
 
 @pytest.mark.parametrize("kind", FLAT)
@@ -337,16 +342,16 @@ def test_no_seed_refuses_what_another_accepts(build, classes, count):
         assert all(n > 0 for counts in report["counts"].values() for n in counts.values())
 
 
-def test_near_duplicates_stay_on_one_side(build):
+def test_near_duplicates_stay_on_one_side(build, tmp_path):
     photo = np.kron(rng.integers(0, 255, (12, 12, 3), np.uint8), np.ones((12, 12, 1), np.uint8))
     again = [encode_jpeg(photo, quality) for quality in (95, 90, 85, 80)]
-    report, left = build(images("train/") | images("test/") | {"test/cat/x.jpg": again[0], "train/cat/y.jpg": again[1]})
+    both = {"test/cat/x.jpg": again[0], "train/cat/y.jpg": again[1]}
+    report, left = build(images("train/") | images("test/") | both)
     assert left == {"train/cat/y.jpg": "near_duplicate"} and totals(report)["test"] == 25
     report, left = build(images("", n=20) | {f"cat/again{k}.jpg": data for k, data in enumerate(again)})
     assert not left
-    splits = Counter(row["split"] for row in csv.DictReader(open(build.__closure__[0].cell_contents / "out" / "index.csv"))
-                     if "again" in row["path"])
-    assert len(splits) == 1
+    index = (tmp_path / "out" / "index.csv").read_text().splitlines()
+    assert len({row["split"] for row in csv.DictReader(index) if "again" in row["path"]}) == 1
 
 
 def lie(path: Path, files: dict[str, bytes], size: int, method: int = zipfile.ZIP_DEFLATED) -> Path:
