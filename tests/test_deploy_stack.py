@@ -11,7 +11,8 @@ from cloud_stack import stacks
 
 from intel_nb.aws.client import client, request_problems
 from intel_nb.aws.deploy import StackError, deploy_stack, destroy_stack, find_stack, list_buckets
-from intel_nb.aws.stack import ACCOUNT, STAGES, Options, base_template, template
+from intel_nb.aws.stack import ACCOUNT, Options, base_template, template
+from intel_nb.aws.state import STAGES
 from intel_nb.storage import InputError
 
 ROOT = Path(__file__).parent.parent

@@ -58,8 +58,8 @@ def test_a_roll_back_that_is_refused_deletes_no_endpoint(served, cloud):
 
 
 def test_a_rejection_during_the_change_to_that_version_says_so(served):
-    from intel_nb.aws.hosting import serving_now
     from intel_nb.aws.package_group import describe_group
+    from intel_nb.aws.state import serving_now
     third = served.state("production").config.replace("-v2-", "-v3-")
     registry = open_registry("sagemaker://intel-nb")
     register(registry, registry.package("1"))

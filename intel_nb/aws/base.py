@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from .permissions import BASE_ROLES, ROLES, Grant, local_arn, policy, policy_document
+from .state import STAGES
 from ..storage import InputError
 
 # %% auto #0
-__all__ = ['DEFAULTS', 'STAGES', 'CHOICES', 'RANGES', 'FORMS', 'Resources', 'IN_ACCOUNT', 'TEMPLATE_BYTES', 'BUCKET_KINDS',
-           'WATCHED', 'ALL_PRIVATE', 'UNFINISHED', 'ENCRYPTION', 'KEPT', 'TO_CHEAPER', 'UNTAGGED', 'BUILD', 'IS_THERE',
-           'FORM', 'IMAGE_SPEC', 'Options', 'bucket_name', 'checked_options', 'option_texts', 'ref', 'attribute', 'sub',
+__all__ = ['DEFAULTS', 'CHOICES', 'RANGES', 'FORMS', 'Resources', 'IN_ACCOUNT', 'TEMPLATE_BYTES', 'BUCKET_KINDS', 'WATCHED',
+           'ALL_PRIVATE', 'UNFINISHED', 'ENCRYPTION', 'KEPT', 'TO_CHEAPER', 'UNTAGGED', 'BUILD', 'IS_THERE', 'FORM',
+           'IMAGE_SPEC', 'Options', 'bucket_name', 'checked_options', 'option_texts', 'ref', 'attribute', 'sub',
            'resource', 'linter_exceptions', 'allow_service', 'deny_without_tls', 'template_yaml', 'template_json',
            'expire_versions', 'expire_objects', 'bucket_resource', 'artifact_prefix', 'lifecycles', 'buckets',
            'log_statements', 'bucket_policies', 'role_resource', 'repository', 'image_project', 'image_builds',
@@ -55,7 +56,6 @@ def bucket_name(options: Options, kind: str, account: str = "${AWS::AccountId}")
     return f"{options.name}-{kind}-{account}-{options.region}"
 
 # %% ../../nbs/aws/15_base.ipynb #b5d81aab
-STAGES = ("staging", "production")
 CHOICES = {"source": ("s3", "connection"), "events": ("direct", "cloudtrail"), "watch": STAGES,
            "log_days": (1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731)}
 RANGES = {"capture_days": (1, 3650), "staging_hours": (0, 720), "confirm_minutes": (0, 60)}

@@ -17,11 +17,11 @@ from . import cost, deploy, operations, pipeline, stack, stages
 from .client import check_credentials, client, paginate, region_name, translate_errors
 from .definition import parse_pairs
 from .executions import latest_execution, start_execution, start_upload, start_values, watch_execution
-from .hosting import STAGES, SageMakerEndpoints, scaling_problem
+from .hosting import SageMakerEndpoints, scaling_problem
 from .messages import command_line
 from .operations import codepipeline_progress, held_version, modeldeploy_name, unconfirmed, waiting_decision
 from .package_group import NoDeployment, PackageGroup, describe_group
-from .state import UNREADABLE, read_state
+from .state import STAGES, UNREADABLE, read_state
 from ..chain.parameters import closest
 from ..storage import InputError, write_text
 

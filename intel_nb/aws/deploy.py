@@ -25,14 +25,15 @@ from intel_nb.aws.changes import (
 )
 from .client import client, ignore_existing, ignore_not_found, paginate, request_token, translate_errors
 from .executions import stop_execution_request
-from .hosting import JOB, SageMakerEndpoints, describe_endpoint, endpoint_name, is_named
+from .hosting import JOB, SageMakerEndpoints, is_named
 from .image import checkout_folder, ensure_image, put_archive, running_builds, tracked_files
 from .messages import command
 from .objects import parse_s3_uri
 from .package_group import list_packages, settings_parameter
 from .pipeline import PipelineConfig
 from .preflight import check_region, preflight
-from .stack import BUILD_SPECS, STAGES, Options, base_template, bucket_name, pipeline_config, template
+from .stack import BUILD_SPECS, Options, base_template, bucket_name, pipeline_config, template
+from .state import STAGES, describe_endpoint, endpoint_name
 
 # %% auto #0
 __all__ = ['CODE_ARCHIVES', 'JOB_LOGS', 'BUCKETS', 'PROJECTS', 'base_name', 'put_label_placeholder', 'upload_sources',

@@ -26,21 +26,13 @@ from intel_nb.aws.client import (
 )
 from .deploy import PROJECTS
 from .executions import latest_execution
-from intel_nb.aws.hosting import (
-    JOB,
-    STAGES,
-    NothingEarlier,
-    SageMakerEndpoints,
-    endpoint_name,
-    is_named,
-    version_from_name,
-)
+from .hosting import JOB, NothingEarlier, SageMakerEndpoints, is_named
 from .messages import command_line
 from .package_group import PackageGroup
 from .stages import rollback_stage
+from .state import STAGES, endpoint_name, version_from_name
 from ..serving.endpoints import EndpointError
 from ..storage import InputError
-
 
 # %% auto #0
 __all__ = ['STEPS', 'SOURCES', 'Waiting', 'modeldeploy_name', 'codepipeline_stages', 'codepipeline_progress', 'chosen_version',

@@ -19,7 +19,7 @@ from typing import Any
 
 from .client import ClientError, client, error_code, ignore_not_found, paginate, translate_errors
 from .objects import ObjectNotFound, download, upload
-from .state import read_aliases, read_state, write_alias
+from .state import read_alias, read_aliases, write_alias
 from ..registry import ModelVersion, check_status, data_fingerprint, find_version, metrics_of
 from ..storage import InputError, read_json, utc_now, write_json
 
@@ -205,7 +205,7 @@ class PackageGroup:
 
     @translate_errors()
     def champion(self) -> ModelVersion | None:
-        version = read_state(self._artifacts(), "production").state.alias if list_packages(self.group) else ""
+        version = read_alias(self._artifacts(), self.group, "production") if list_packages(self.group) else ""
         return self.get(version) if version else None
 
     @translate_errors()
@@ -256,7 +256,7 @@ class PackageGroup:
         return describe_group(self.group).settings.require("artifacts")
 
     def _aliases(self) -> dict[str, str]:
-        return read_aliases(self._artifacts())
+        return read_aliases(self._artifacts(), self.group)
 
     def _read_evaluation(self, found: dict[str, Any]) -> dict:
         if not evaluation_uri(found):

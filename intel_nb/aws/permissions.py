@@ -113,8 +113,9 @@ JOB_METRICS = (Grant(("cloudwatch:PutMetricData",), ("any",), "SageMaker sends a
 READ_GROUP = (
     Grant(("ssm:GetParameter",), ("settings",)),
     Grant(("sagemaker:DescribeModelPackage", "sagemaker:ListModelPackages"), ("versions",)))
-READ_REGISTRY = (  # which version is the champion stands in the state of production
-    Grant(("s3:ListBucket",), ("artifacts",)), Grant(("s3:GetObject",), ("registry files", "state files")))
+READ_REGISTRY = (  # the champion stands in the state of production, corrected by what its endpoint serves
+    Grant(("s3:ListBucket",), ("artifacts",)), Grant(("s3:GetObject",), ("registry files", "state files")),
+    Grant(("sagemaker:DescribeEndpoint",), ("endpoints",)))
 READ_RUNS = Grant(("s3:GetObject",), ("pipeline files",))
 
 # %% ../../nbs/aws/13_permissions.ipynb #ad1134fd
@@ -154,7 +155,6 @@ WATCH = Role("sagemaker", "looks for drift in the endpoints' captured requests",
     *READ_GROUP, *READ_REGISTRY, *PULL_IMAGE, *JOB_METRICS,
     Grant(("s3:GetObject",), ("captures", "drift files")),
     Grant(UPLOAD, ("drift files",)),
-    Grant(("sagemaker:DescribeEndpoint",), ("endpoints",)),
     Grant(("cloudwatch:PutMetricData",), ("any",), condition=METRICS),
     Grant(WRITE_SAGEMAKER_LOGS, ("job logs",), "SageMaker keeps a job's output")))
 
@@ -188,8 +188,8 @@ DEPLOY = Role("codebuild", "deploys a version to a stage and tests it there", (
     Grant(("sagemaker:UpdateModelPackage",), ("versions",)),
     Grant(("sagemaker:CreateModel",), ("models",)),
     Grant(("sagemaker:CreateEndpointConfig",), ("endpoint configs",)),
-    Grant(("sagemaker:CreateEndpoint", "sagemaker:DeleteEndpoint", "sagemaker:DescribeEndpoint",
-           "sagemaker:InvokeEndpoint", "sagemaker:UpdateEndpoint"), ("endpoints",)),
+    Grant(("sagemaker:CreateEndpoint", "sagemaker:DeleteEndpoint", "sagemaker:InvokeEndpoint",
+           "sagemaker:UpdateEndpoint"), ("endpoints",)),
     Grant(("cloudwatch:DescribeAlarms", "cloudwatch:PutMetricAlarm"), ("alarms",)),
     Grant(("application-autoscaling:DeregisterScalableTarget", "application-autoscaling:PutScalingPolicy",
            "application-autoscaling:RegisterScalableTarget"), ("scaling",)),
@@ -235,8 +235,8 @@ OPERATOR = Role("", "starts the pipeline, decides about versions, and takes them
     Grant(("sagemaker:UpdateModelPackage",), ("versions",)),
     Grant(("codepipeline:GetPipelineState", "codepipeline:ListActionExecutions", "codepipeline:PutApprovalResult",
            "codepipeline:StartPipelineExecution"), ("codepipelines",)),
-    Grant(("sagemaker:CreateEndpoint", "sagemaker:DeleteEndpoint", "sagemaker:DescribeEndpoint",
-           "sagemaker:InvokeEndpoint", "sagemaker:UpdateEndpoint"), ("endpoints",)),
+    Grant(("sagemaker:CreateEndpoint", "sagemaker:DeleteEndpoint", "sagemaker:InvokeEndpoint",
+           "sagemaker:UpdateEndpoint"), ("endpoints",)),
     Grant(("application-autoscaling:DeregisterScalableTarget", "application-autoscaling:PutScalingPolicy",
            "application-autoscaling:RegisterScalableTarget"), ("scaling",)),
     Grant(("application-autoscaling:DescribeScalableTargets", "application-autoscaling:DescribeScalingPolicies"),

@@ -13,7 +13,6 @@ from typing import Any
 from intel_nb.aws.base import (
     BUCKET_KINDS,
     DEFAULTS,
-    STAGES,
     WATCHED,
     Options,
     Resources,
@@ -33,7 +32,6 @@ from intel_nb.aws.base import (
     template_yaml,
 )
 from .capture import DRIFT_COMMAND
-from .hosting import endpoint_name
 from .messages import RETRY, alarms, command, dashboard, message_id, message_rules, messages, topic
 from .package_group import settings_parameter
 from .permissions import BASE_ROLES, FROM_CONNECTION, FROM_S3, ROLES, local_arn, policy_document
@@ -45,6 +43,7 @@ from intel_nb.aws.pipeline import (
     pipeline_definition,
 )
 from .rules import PUSH_PATHS, QUEUES, EventRule, ResourceNames, StartQueue, event_rules
+from .state import STAGES, endpoint_name
 
 # %% auto #0
 __all__ = ['ACCOUNT', 'ROLE', 'REGISTRAR_ROLE', 'INSTALL', 'EXPORT', 'BUILD_SPECS', 'GIVEN', 'CHOSEN', 'NONE', 'STAGING_STEPS',

@@ -18,12 +18,13 @@ from typing import Any
 
 from .client import client, ignore_not_found, request_token, translate_errors
 from .executions import deployed_definition, find_execution, start_execution, start_values
-from .hosting import SageMakerEndpoints, alarm_requests, endpoint_name
+from .hosting import SageMakerEndpoints, alarm_requests
 from .image import TARGETS, checkout_folder, find_images, image_files, image_tag
 from .objects import ObjectNotFound
 from .package_group import PackageGroup
 from .pipeline import PipelineConfig, check_pipeline, pipeline_definition
 from .stack import NONE, Options, checked_options, pipeline_config, staging_end_request
+from .state import endpoint_name
 from ..chain.execution import NotebookFailed, execute
 from ..chain.plan import notebooks_folder
 from ..registry import ModelVersion, note_stage, note_test, open_registry
