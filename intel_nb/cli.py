@@ -615,9 +615,14 @@ def aws_cost_command(option: Annotated[list[str] | None, typer.Option(
 
 # %% ../nbs/20_cli.ipynb #39dae1db
 @aws_app.command("deploy")
-def aws_deploy_command(option: StackOption = None, name: NameOption = "intel-nb", yes: YesOption = False) -> None:
+def aws_deploy_command(
+    option: StackOption = None,
+    name: NameOption = "intel-nb",
+    yes: YesOption = False,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Build the images anew if their base changed.")] = False,
+) -> None:
     "Make the stack in the account, or change it."
-    raise typer.Exit(cloud_module("commands").run_deployment(option or [], name, confirm_unless(yes)))
+    raise typer.Exit(cloud_module("commands").run_deployment(option or [], name, confirm_unless(yes), rebuild))
 
 # %% ../nbs/20_cli.ipynb #f00ffab3
 @aws_app.command("start")

@@ -103,14 +103,14 @@ def last_options(name: str) -> list[str]:
     return []
 
 def run_deployment(settings: Iterable[str] = (), name: str = "intel-nb",
-                   ask: Callable[[str], bool] = lambda question: False) -> int:
+                   ask: Callable[[str], bool] = lambda question: False, rebuild: bool = False) -> int:
     "Create or change the stack after `ask` agreed to what was printed; return 1 when it did not agree."
     check_credentials()
     given = list(settings)
     kept = [text for text in last_options(name) if text and text.partition("=")[0] not in parse_pairs(given)]
     if kept:
         print(f"options   {', '.join(kept)}, as in the last deployment")
-    return 0 if deploy.deploy_stack(stack_options([*kept, *given], name), ask) else 1
+    return 0 if deploy.deploy_stack(stack_options([*kept, *given], name), ask, rebuild=rebuild) else 1
 
 # %% ../../nbs/aws/25_commands.ipynb #008a6693
 def run_removal(settings: Iterable[str] = (), name: str = "intel-nb", keep: Iterable[str] = (),

@@ -85,21 +85,23 @@ def limit_job_logs(days: int) -> list[str]:
     return changed
 
 # %% ../../nbs/aws/21_deploy.ipynb #33606a55
-def with_images(options: Options, account: str, say: Say = print, pause: Pause = time.sleep) -> Options:
+def with_images(options: Options, account: str, say: Say = print, pause: Pause = time.sleep,
+                rebuild: bool = False) -> Options:
     "Return `options` with the images for jobs and endpoints, which are built first unless both are given."
     if options.image_steps and options.image_serve:
         say("image     as given; none is built")
         return options
-    steps, serve = ensure_image(options, account, say, pause)
+    steps, serve = ensure_image(options, account, say, pause, rebuild)
     return replace(options, image_steps=options.image_steps or steps, image_serve=options.image_serve or serve)
 
 # %% ../../nbs/aws/21_deploy.ipynb #3faedf61
 @translate_errors()
 def deploy_stack(options: Options, ask: Callable[[str], bool] = lambda question: True, say: Say = print,
-                 pause: Pause = time.sleep, definition: dict | None = None) -> bool:
+                 pause: Pause = time.sleep, definition: dict | None = None, rebuild: bool = False) -> bool:
     """Create or change both stacks after `ask` agreed to the changes that `say` was given; return whether it was done.
 
-    Raise `InputError` when the account lacks something, and `StackError` when CloudFormation or the build fails."""
+    With `rebuild`, build the images anew if their base image has changed. Raise `InputError` when the account lacks
+    something, and `StackError` when CloudFormation or the build fails."""
     check_region(options)
     account, base = account_id(), base_name(options.name)
     stacks = (base, base_template(options, account)), (options.name, template(options, definition))
@@ -111,7 +113,7 @@ def deploy_stack(options: Options, ask: Callable[[str], bool] = lambda question:
     config = pipeline_config(options, account)
     put_label_placeholder(config)
     upload_sources(options, account, say)
-    complete = with_images(options, account, say, pause)
+    complete = with_images(options, account, say, pause, rebuild)
     say(f"stack     {options.name}: roles, pipelines, events and alarms; about 5 minutes")
     if not apply_template(complete, options.name, template(complete, definition), ask, say, pause):
         return False

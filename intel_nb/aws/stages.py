@@ -19,7 +19,7 @@ from typing import Any
 from .client import client, ignore_not_found, request_token, translate_errors
 from .executions import deployed_definition, find_execution, start_execution, start_values
 from .hosting import SageMakerEndpoints, alarm_requests
-from .image import TARGETS, checkout_folder, find_images, image_files, image_tag
+from .image import checkout_folder, find_images, image_files, image_tag
 from .objects import ObjectNotFound
 from .package_group import PackageGroup
 from .pipeline import PipelineConfig, check_pipeline, pipeline_definition
@@ -56,8 +56,8 @@ def config_from(environ: Mapping[str, str]) -> PipelineConfig:
     config = pipeline_config(options_from(environ), environ["INTEL_NB_ACCOUNT"], environ["INTEL_NB_JOB_ROLE"],
                              environ["INTEL_NB_REGISTRAR_ROLE"])
     images = find_images(config.group, environ["TAG"], config.account, config.region)
-    if missing := set(TARGETS) - set(images):
-        raise InputError(f"the repository {config.group} has no image {min(missing)}-{environ['TAG']}; build it first")
+    if not images:
+        raise InputError(f"the repository {config.group} has no images {environ['TAG']}; build them first")
     return replace(config, image_steps=images["steps"], image_serve=images["serve"])
 
 # %% ../../nbs/aws/22_stages.ipynb #135f5375
