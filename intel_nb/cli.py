@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # each command imports what it needs, so that --help does not
     from intel_nb.chain.plan import RunRequest, Workspace
     from intel_nb.chain.run import RunEvent
     from intel_nb.chain.runs import Run
-    from intel_nb.registry import Registry
+    from intel_nb.registry import ModelVersion, Registry
 
 # %% auto #0
 __all__ = ['app', 'aws_app', 'INTERRUPTED', 'JsonOption', 'VersionArgument', 'StageArgument', 'EXIT_STATUS', 'Setting', 'Profile',
@@ -300,7 +300,15 @@ def report_command(run: Annotated[str, typer.Argument(metavar="RUN", help="A run
 def print_versions(registry: Registry, as_json: bool, empty: str) -> None:
     "Print the versions in `registry`, newest first (the text `empty` if there are none)."
     fields = ("version", "status", "accuracy", "aliases", "run_id", *([] if as_json else ["reason"]))
-    print_rows([{name: getattr(v, name) for name in fields} for v in registry.versions()], as_json, empty)
+    rows = [{name: getattr(v, name) for name in fields} | _unreadable(v, as_json) for v in registry.versions()]
+    print_rows(rows, as_json, empty)
+
+def _unreadable(version: ModelVersion, as_json: bool) -> dict[str, Any]:
+    "Return what is shown of a version whose evaluation cannot be read; nothing for others."
+    if version.accuracy == version.accuracy:
+        return {}
+    reason = "; ".join(filter(None, (version.reason, version.tags.get("unreadable", ""))))
+    return {"accuracy": None} if as_json else {"accuracy": "unreadable", "reason": reason}
 
 # %% ../nbs/20_cli.ipynb #68256542
 @app.command("models")
