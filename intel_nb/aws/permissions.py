@@ -16,7 +16,7 @@ __all__ = ['RESOURCES', 'UNSCOPED', 'WRITE_LOGS', 'WRITE_SAGEMAKER_LOGS', 'UPLOA
            'MODEL', 'WATCH', 'BUILDING', 'BUILD', 'IMAGE', 'DEPLOY', 'CODEPIPELINE', 'FROM_S3', 'FROM_CONNECTION',
            'EVENTS', 'PIPES', 'SCHEDULER', 'OPERATOR', 'SCALING', 'PASSING', 'SCHEDULING', 'AUTOSCALING_ROLE',
            'IMPLIED', 'ROLES', 'BASE_ROLES', 'Grant', 'Role', 'local_arn', 'bucket_arn', 'Implied', 'pass_to',
-           'with_implied', 'image_arn', 'fill_names', 'resource_arns', 'policy_document', 'policy']
+           'with_implied', 'image_arn', 'fill_names', 'resource_arns', 'policy_document', 'merged', 'policy']
 
 # %% ../../nbs/aws/13_permissions.ipynb #5a28ce16
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ RESOURCES = {
     "image build": local_arn("codebuild", "project/{name}-image"),
     "codepipelines": local_arn("codepipeline", "{name}-model*"),
     "data queue": "${DataQueue.Arn}", "label queue": "${LabelQueue.Arn}", "undelivered": "${Undelivered.Arn}",
+    "data letters": "${DataDead.Arn}", "label letters": "${LabelDead.Arn}",
     "staging schedule": local_arn("scheduler", "schedule/default/{name}-staging-end"),
     "settings": local_arn("ssm", "parameter/{name}/settings"), "repository": local_arn("ecr", "repository/{name}"),
     "topic": "${Topic}", "connection": "{connection}", "images": "{images}", "any": "*",
@@ -244,6 +245,9 @@ OPERATOR = Role("", "starts the pipeline, decides about versions, and takes them
     Grant(("cloudwatch:PutMetricAlarm",), ("alarms",)),
     Grant(("cloudwatch:DescribeAlarms",), ("any",)),
     Grant(("logs:DescribeLogStreams", "logs:GetLogEvents"), ("job logs", "endpoint logs", "build logs", "image logs")),
+    Grant(("scheduler:CreateSchedule", "scheduler:DeleteSchedule"), ("staging schedule",)),
+    Grant(("sqs:GetQueueAttributes", "sqs:GetQueueUrl", "sqs:ReceiveMessage"),
+          ("undelivered", "data letters", "label letters")),
     Grant(("sns:ListSubscriptionsByTopic",), ("topic",))))
 
 # %% ../../nbs/aws/13_permissions.ipynb #e317d903
@@ -345,11 +349,19 @@ def policy_document(statements: Iterable[dict]) -> dict:
     return {"Version": "2012-10-17", "Statement": list(statements)}
 
 # %% ../../nbs/aws/13_permissions.ipynb #0c5dc120
+def merged(grants: Iterable[Grant]) -> list[Grant]:
+    "Return `grants` with those on the same resources as one, because the length of a policy is limited."
+    found: dict[tuple, Grant] = {}
+    for grant in grants:
+        known = found.setdefault((grant.resources, str(grant.condition)), replace(grant, actions=()))
+        found[grant.resources, str(grant.condition)] = replace(known, actions=(*known.actions, *grant.actions))
+    return list(found.values())
+
 def policy(grants: Iterable[Grant], **names: Any) -> dict:
     "Return the policy document of `grants`; `names` are `name`, `short`, `connection` and `images` (a list of URIs)."
-    return policy_document(_statement(grant, names) for grant in grants)
+    return policy_document(_statement(grant, names) for grant in merged(grants))
 
 def _statement(grant: Grant, names: Mapping[str, Any]) -> dict:
     arns = [arn for resource in grant.resources for arn in resource_arns(resource, names)]
-    made = {"Effect": "Allow", "Action": sorted(grant.actions), "Resource": arns}
+    made = {"Effect": "Allow", "Action": sorted(set(grant.actions)), "Resource": arns}
     return made | ({"Condition": fill_names(grant.condition, names)} if grant.condition else {})

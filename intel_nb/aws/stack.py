@@ -121,9 +121,10 @@ def settings(options: Options) -> dict:
     "Return what the stack tells our code, as JSON in CloudFormation's syntax."
     config = pipeline_config(options)
     values = {"artifacts": f"s3://{config.bucket}", "role": "MODEL", "image": config.image("serve"),
-              "instance": config.instance_serve, "options": "OPTIONS"}
+              "instance": config.instance_serve, "scheduler": "SCHEDULER", "options": "OPTIONS"}
     given = json.dumps("\n".join(option_texts(options))).replace("${", "${!")
     text = fill_stand_ins(json.dumps(values))["Fn::Sub"].replace("MODEL", "${ModelRole.Arn}")
+    text = text.replace("SCHEDULER", "${SchedulerRole.Arn}")
     return sub(text.replace('"OPTIONS"', given))
 
 # %% ../../nbs/aws/17_stack.ipynb #6468dffe

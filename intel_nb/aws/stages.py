@@ -35,7 +35,7 @@ from ..storage import InputError, fetch, read_json, write_json, write_text
 __all__ = ['NOTEBOOKS', 'NEWEST', 'options_from', 'note_tag', 'config_from', 'upsert_pipeline', 'run_modelbuild', 'Platform',
            'choose_version', 'check_approved', 'check_deploy_step', 'step_parameters', 'record_result',
            'run_modeldeploy', 'raised_alarms', 'rollback_stage', 'confirm_production', 'cancel_staging_end',
-           'schedule_staging_end', 'run_deploy_step', 'run_build_command']
+           'schedule_staging_end', 'start_stage', 'run_deploy_step', 'run_build_command']
 
 # %% ../../nbs/aws/22_stages.ipynb #4bebd32f
 def options_from(environ: Mapping[str, str]) -> Options:
@@ -216,6 +216,19 @@ def schedule_staging_end(options: Options, role: str) -> None:
     cancel_staging_end(options.name)
     if options.staging_hours:
         client("scheduler").create_schedule(**staging_end_request(options, datetime.now(UTC), role))
+
+# %% ../../nbs/aws/22_stages.ipynb #6a87343b
+@translate_errors()
+def start_stage(options: Options, stage: str, role: str) -> Endpoint:
+    "Make the endpoint of `stage` again, and have that of staging deleted after `options.staging_hours`, by `role`."
+    hosting = SageMakerEndpoints(options.name)
+    if stage != "staging":
+        return hosting.start(stage)
+    cancel_staging_end(options.name)
+    try:
+        return hosting.start(stage)
+    finally:
+        schedule_staging_end(options, role)
 
 # %% ../../nbs/aws/22_stages.ipynb #27bd5931
 def run_deploy_step(step: str, version: str, options: Options, role: str) -> dict[str, Any]:
