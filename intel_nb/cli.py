@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # each command imports what it needs, so that --help does not
     from intel_nb.chain.plan import RunRequest, Workspace
     from intel_nb.chain.run import RunEvent
     from intel_nb.chain.runs import Run
-    from intel_nb.registry import Registry
+    from intel_nb.registry import ModelVersion, Registry
 
 # %% auto #0
 __all__ = ['app', 'aws_app', 'INTERRUPTED', 'JsonOption', 'VersionArgument', 'StageArgument', 'EXIT_STATUS', 'Setting', 'Profile',
@@ -312,7 +312,15 @@ def report_command(run: Annotated[str, typer.Argument(metavar="RUN", help="A run
 def print_versions(registry: Registry, as_json: bool, empty: str) -> None:
     "Print the versions in `registry`, newest first (the text `empty` if there are none)."
     fields = ("version", "status", "accuracy", "aliases", "run_id", *([] if as_json else ["reason"]))
-    print_rows([{name: getattr(v, name) for name in fields} for v in registry.versions()], as_json, empty)
+    rows = [{name: getattr(v, name) for name in fields} | _unreadable(v, as_json) for v in registry.versions()]
+    print_rows(rows, as_json, empty)
+
+def _unreadable(version: ModelVersion, as_json: bool) -> dict[str, Any]:
+    "Return what is shown of a version whose evaluation cannot be read; nothing for others."
+    if version.accuracy == version.accuracy:
+        return {}
+    reason = "; ".join(filter(None, (version.reason, version.tags.get("unreadable", ""))))
+    return {"accuracy": None} if as_json else {"accuracy": "unreadable", "reason": reason}
 
 # %% ../nbs/20_cli.ipynb #68256542
 @app.command("models")
@@ -627,9 +635,14 @@ def aws_cost_command(option: Annotated[list[str] | None, typer.Option(
 
 # %% ../nbs/20_cli.ipynb #39dae1db
 @aws_app.command("deploy")
-def aws_deploy_command(option: StackOption = None, name: NameOption = "intel-nb", yes: YesOption = False) -> None:
+def aws_deploy_command(
+    option: StackOption = None,
+    name: NameOption = "intel-nb",
+    yes: YesOption = False,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Build the images anew if their base changed.")] = False,
+) -> None:
     "Make the stack in the account, or change it."
-    raise typer.Exit(cloud_module("commands").run_deployment(option or [], name, confirm_unless(yes)))
+    raise typer.Exit(cloud_module("commands").run_deployment(option or [], name, confirm_unless(yes), rebuild))
 
 # %% ../nbs/20_cli.ipynb #f00ffab3
 @aws_app.command("start")

@@ -11,7 +11,8 @@ from cloud_stack import stacks
 
 from intel_nb.aws.client import client, request_problems
 from intel_nb.aws.deploy import StackError, deploy_stack, destroy_stack, find_stack, list_buckets
-from intel_nb.aws.stack import ACCOUNT, STAGES, Options, base_template, template
+from intel_nb.aws.stack import ACCOUNT, Options, base_template, template
+from intel_nb.aws.state import STAGES
 from intel_nb.storage import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -42,8 +43,9 @@ def no_pause(seconds: float) -> None:
     "Wait for nothing: the emulator's time does not pass."
 
 
-def deploy(options: Options = DEFAULTS, ask=lambda question: True, say=None) -> bool:
-    return deploy_stack(options, ask=ask, say=say or (lambda line: None), pause=no_pause, definition=SMALL)
+def deploy(options: Options = DEFAULTS, ask=lambda question: True, say=None, rebuild: bool = False) -> bool:
+    return deploy_stack(options, ask=ask, say=say or (lambda line: None), pause=no_pause, definition=SMALL,
+                        rebuild=rebuild)
 
 
 def destroy(options: Options = DEFAULTS, say=None, **more) -> bool:
@@ -65,7 +67,7 @@ def test_a_deployment_goes_through_its_parts_in_order(aws):
     assert {key for key in keys(CODE) if "/" not in key} == {"modelbuild.zip", "modeldeploy.zip"}
     assert [line for line in said if "about 20 minutes" in line], "each wait says how long it is"
     tag = next(iter(aws.builds.values()))["environment"]["environmentVariables"][0]["value"]
-    assert aws.images() == {f"steps-{tag}", f"serve-{tag}"}
+    assert aws.images() == {f"steps-{tag}-{aws.base}", f"serve-{tag}-{aws.base}"}
 
 
 def test_the_stack_names_the_images_by_digest(aws):
@@ -174,12 +176,37 @@ def test_a_build_that_fails_is_shown_with_the_end_of_its_log(aws):
 
 def test_a_build_that_ends_well_without_an_image_is_an_error(aws):
     aws.build_pushes = ("serve",)
-    with pytest.raises(StackError, match="has no image steps-[0-9a-f]{16}"):
+    with pytest.raises(StackError, match="has no images [0-9a-f]{16} for jobs and for endpoints"):
         deploy()
     aws.build_pushes = ("steps", "serve")
     assert deploy()
-    variables = list(aws.builds.values())[-1]["environment"]["environmentVariables"]
-    assert {"name": "TARGETS", "value": "steps", "type": "PLAINTEXT"} in variables, "tags are immutable"
+
+
+def digests(aws) -> dict[str, str]:
+    "The digests of the images that the stack names, by target, as it has them."
+    body = client("cloudformation").get_template(StackName="intel-nb")["TemplateBody"]
+    text = body if isinstance(body, str) else json.dumps(body)
+    found = {tag: client("ecr").describe_images(repositoryName="intel-nb", imageIds=[{"imageTag": tag}])
+             for tag in aws.images()}
+    return {tag: one["imageDetails"][0]["imageDigest"] for tag, one in found.items()
+            if one["imageDetails"][0]["imageDigest"] in text}
+
+
+def test_a_new_base_is_taken_when_somebody_asks_for_it(aws):
+    assert deploy()
+    first, aws.base = digests(aws), "fedcba987654"
+    assert deploy() and len(aws.builds) == 1 and digests(aws) == first, "a deployment alone changes nothing"
+    assert deploy(rebuild=True) and len(aws.builds) == 2
+    assert len(first) == 2 and set(digests(aws)) == {tag.replace("0123456789ab", aws.base) for tag in first}
+    assert set(first) < aws.images(), "the old ones stay, and may be gone back to"
+
+
+def test_a_rebuild_on_the_same_base_changes_nothing(aws):
+    assert deploy()
+    before, said = aws.images(), []
+    assert deploy(ask=lambda question: pytest.fail(f"there is nothing to ask, but: {question}"), say=said.append,
+                  rebuild=True)
+    assert aws.images() == before and any("the base image is the same" in line for line in said)
 
 
 def test_a_build_that_runs_already_is_watched_and_not_started_again(aws):

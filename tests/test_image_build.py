@@ -11,6 +11,9 @@ from intel_nb.aws.base import IMAGE_SPEC, Options, base_template
 
 ROOT = Path(__file__).parent.parent
 REPOSITORY = "123456789012.dkr.ecr.us-east-1.amazonaws.com/intel-nb"
+BASE = next(line for line in (ROOT / "Dockerfile").read_text().splitlines() if line.startswith("ARG BASE="))[9:]
+PINNED = f"{BASE.partition(':')[0]}@sha256:{'0123456789abcdef' * 4}"
+STEPS, SERVE = "steps-abc-0123456789ab", "serve-abc-0123456789ab"  # the code's tag, and the beginning of the base's
 BASH = "/bin/bash"
 
 
@@ -50,13 +53,14 @@ case "{name} $1 $2" in
     for tag in $THERE; do case "$*" in *"imageTag=$tag") exit 0;; esac; done; exit 254;;
   "aws ecr batch-get-image") echo "${{FORM:-application/vnd.docker.distribution.manifest.v2+json}}";;
   "docker login "*) cat >> {folder}/password;;
+  "docker image inspect") echo "$PINNED";;
 esac
 """)
         (tools / name).chmod(0o755)
     shell = subprocess.run([BASH, "-c", " || exit 1\n".join(c.rstrip() for c in commands()) + " || exit 1"],
-                           capture_output=True, text=True,
+                           capture_output=True, text=True, cwd=ROOT,
                            env={"PATH": f"{tools}:/usr/bin:/bin", "REPOSITORY": REPOSITORY, "THERE": there,
-                                "FAILS": fails, "TAG": "abc", **variables})
+                                "FAILS": fails, "TAG": "abc", "PINNED": PINNED, **variables})
     calls = (folder / "calls").read_text().splitlines() if (folder / "calls").exists() else []
     return shell.returncode, calls, shell.stdout + shell.stderr
 
@@ -67,43 +71,58 @@ def pushed(calls: list[str]) -> list[str]:
 
 def test_both_targets_are_built_and_pushed(tmp_path):
     status, calls, _ = build(tmp_path)
-    assert status == 0 and pushed(calls) == [f"{REPOSITORY}:steps-abc", f"{REPOSITORY}:serve-abc"]
+    assert status == 0 and pushed(calls) == [f"{REPOSITORY}:{STEPS}", f"{REPOSITORY}:{SERVE}"]
     assert (tmp_path / "password").read_text() == "secret\n"
     assert f"docker login --username AWS --password-stdin {REPOSITORY.partition('/')[0]}" in calls
     first = next(call for call in calls if call.startswith("docker build"))
-    assert first == f"docker build --target steps --provenance=false --sbom=false --tag {REPOSITORY}:steps-abc ."
+    assert first == (f"docker build --build-arg BASE={PINNED} --target steps --provenance=false --sbom=false "
+                     f"--tag {REPOSITORY}:{STEPS} .")
+
+
+def test_the_base_is_the_one_of_the_dockerfile_with_its_present_digest(tmp_path):
+    status, calls, _ = build(tmp_path)
+    assert status == 0 and calls.index(f"docker pull --quiet {BASE}") + 1 == calls.index(
+        f"docker image inspect --format {{{{index .RepoDigests 0}}}} {BASE}")
+    assert BASE.startswith("public.ecr.aws/") and "@" not in BASE
+
+
+def test_a_new_base_is_a_new_image_beside_the_old_one(tmp_path):
+    status, calls, _ = build(tmp_path, there=f"{STEPS} {SERVE}", PINNED=PINNED.replace("0123", "fedc"))
+    assert status == 0 and pushed(calls) == [f"{REPOSITORY}:{one.replace('-0123', '-fedc')}" for one in (STEPS, SERVE)]
+
+
+@pytest.mark.parametrize("digest", ["", "<no value>"])
+def test_a_base_without_a_digest_is_red(tmp_path, digest):
+    status, calls, output = build(tmp_path, PINNED=digest)
+    assert status != 0 and pushed(calls) == [] and "has no digest" in output
 
 
 def test_another_form_than_docker_schema_2_is_red(tmp_path):
     status, calls, output = build(tmp_path, FORM="application/vnd.oci.image.index.v1+json")
-    assert status != 0 and "steps-abc is no docker schema 2" in output
+    assert status != 0 and f"{STEPS} is no docker schema 2" in output
 
 
 def test_a_tag_that_another_build_pushed_meanwhile_is_no_failure(tmp_path):
     "The second look finds it: the first one and the push came before."
-    status, calls, _ = build(tmp_path, fails="docker push", LATER="steps-abc serve-abc")
-    assert status == 0 and pushed(calls) == [f"{REPOSITORY}:steps-abc"]
+    status, calls, _ = build(tmp_path, fails="docker push", LATER=f"{STEPS} {SERVE}")
+    assert status == 0 and pushed(calls) == [f"{REPOSITORY}:{STEPS}"]
 
 
 def test_what_is_there_is_not_built_again(tmp_path):
-    status, calls, output = build(tmp_path, there="steps-abc")
-    assert status == 0 and pushed(calls) == [f"{REPOSITORY}:serve-abc"] and "steps-abc is there already" in output
+    status, calls, output = build(tmp_path, there=STEPS)
+    assert status == 0 and pushed(calls) == [f"{REPOSITORY}:{SERVE}"] and f"{STEPS} is there already" in output
     asked = [call for call in calls if "describe-images" in call]
-    assert asked[0] == "aws ecr describe-images --repository-name intel-nb --image-ids imageTag=steps-abc"
+    assert asked[0] == "aws ecr describe-images --repository-name intel-nb --image-ids imageTag=" + STEPS
 
 
 def test_a_second_build_does_nothing(tmp_path):
-    status, calls, _ = build(tmp_path, there="steps-abc serve-abc")
+    status, calls, _ = build(tmp_path, there=f"{STEPS} {SERVE}")
     assert status == 0 and pushed(calls) == []
 
 
-def test_one_target_alone(tmp_path):
-    status, calls, _ = build(tmp_path, TARGETS="serve")
-    assert status == 0 and pushed(calls) == [f"{REPOSITORY}:serve-abc"]
-
-
 @pytest.mark.parametrize("fails, built", [
-    ("docker build --target steps", 0), ("docker build --target serve", 1), ("docker login", 0),
+    (f"docker build --build-arg BASE={PINNED} --target steps", 0), ("docker login", 0), ("docker pull", 0),
+    (f"docker build --build-arg BASE={PINNED} --target serve", 1), ("docker image inspect", 0),
     ("aws ecr get-login-password", 0), ("docker push", 1)])
 def test_a_build_that_fails_is_red(tmp_path, fails, built):
     status, calls, _ = build(tmp_path, fails=fails)
@@ -117,7 +136,7 @@ def test_without_a_tag_nothing_is_built(tmp_path):
 
 def test_the_targets_are_those_of_the_dockerfile():
     text = (ROOT / "Dockerfile").read_text()
-    assert "AS steps\n" in text and "AS serve\n" in text and "${TARGETS:-steps serve}" in commands()[-1]
+    assert "AS steps\n" in text and "AS serve\n" in text and "in steps serve;" in commands()[-1]
 
 
 def test_the_project_is_started_from_an_archive_and_pushes_to_the_repository_of_the_stack():

@@ -348,7 +348,7 @@ def test_the_settings_are_json_that_our_code_reads(made, name):
     (one,) = of_kind(made[name], "SSM::Parameter").values()
     assert one["Name"] == f"/{ALL[name].name}/settings" and one["Type"] == "String"
     values = json.loads(one["Value"]["Fn::Sub"].replace("${AWS::AccountId}", ACCOUNT))
-    assert list(values) == ["artifacts", "role", "image", "instance", "options"]
+    assert list(values) == ["artifacts", "role", "image", "instance", "scheduler", "options"]
     assert values["role"] == "${ModelRole.Arn}"
     assert values["artifacts"] == f"s3://{ALL[name].name}-artifacts-{ACCOUNT}-{ALL[name].region}"
     assert values["image"] == ALL[name].image_serve or values["image"].endswith(f"/{ALL[name].name}:serve")

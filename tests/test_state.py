@@ -18,6 +18,7 @@ from cloud import cloud, cloud_once  # noqa: F401
 from test_registry import package, register  # noqa: F401
 
 from intel_nb.aws.client import client
+from intel_nb.aws.executions import champion_version
 from intel_nb.aws.hosting import SageMakerEndpoints, alarm_requests, scaling_problem
 from intel_nb.aws.package_group import describe_group
 from intel_nb.aws.state import (
@@ -195,17 +196,18 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 from intel_nb.aws.client import client
+from intel_nb.aws.executions import champion_version
 from intel_nb.aws.hosting import SageMakerEndpoints
 def die(*args, **more):
     os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[1] == "before the act":
     client("sagemaker").meta.events.register("before-call.sagemaker.UpdateEndpoint", die)
-SageMakerEndpoints("intel-nb", pause=die).deploy("staging", Path(sys.argv[2]), "2")
+SageMakerEndpoints("intel-nb", pause=die).deploy(sys.argv[3], Path(sys.argv[2]), "2")
 """
 
 
-def kill_a_deployment(when: str, package: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", CHILD, when, str(package)], timeout=120)
+def kill_a_deployment(when: str, package: Path, stage: str = "staging") -> None:
+    done = subprocess.run([sys.executable, "-c", CHILD, when, str(package), stage], timeout=120)
     assert done.returncode == -9
 
 
@@ -240,6 +242,29 @@ def test_a_deployment_that_was_killed_before_its_result(cloud, hosting, registry
     assert read_state(BUCKET, "staging").state.history != hosting.state("staging").history  # corrected, not yet written
     assert hosting.rollback("staging").version == "1"
     assert hosting.history("staging") == ["1"] and registry.get("1").aliases == ["staging"]
+
+
+def test_the_registry_names_what_serves_after_a_deployment_was_killed(cloud, hosting, registry, package):
+    "Nobody changes the stage afterwards, and reading writes nothing."
+    hosting.deploy("production", package, "1")
+    kill_a_deployment("before the result", package, "production")
+    before = read_state(BUCKET, "production")
+    assert registry.champion().version == champion_version("intel-nb") == "1"  # the update goes on
+    cloud.settle()
+    assert registry.champion().version == champion_version("intel-nb") == "2"
+    assert {one.version: one.aliases for one in registry.versions()} == {
+        "1": [], "2": ["production"], "3": [], "4": []}
+    assert registry.get("2").aliases == ["production"] and registry.get("1").aliases == []
+    assert read_state(BUCKET, "production") == before
+
+
+def test_an_update_that_failed_leaves_the_champion(cloud, hosting, registry, package):
+    "Its process was killed, so nobody has noted that SageMaker rolled it back."
+    hosting.deploy("production", package, "1")
+    cloud.alarmed["intel-nb-production"] = "an alarm went off"
+    kill_a_deployment("before the result", package, "production")
+    cloud.settle()
+    assert registry.champion().version == "1" and registry.get("2").aliases == []
 
 
 def test_an_update_that_was_interrupted_is_left_to_the_service(cloud, hosting, package):

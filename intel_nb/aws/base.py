@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from .permissions import BASE_ROLES, ROLES, Grant, local_arn, policy, policy_document
+from .state import STAGES
 from ..storage import InputError
 
 # %% auto #0
-__all__ = ['DEFAULTS', 'STAGES', 'CHOICES', 'RANGES', 'FORMS', 'Resources', 'IN_ACCOUNT', 'TEMPLATE_BYTES', 'BUCKET_KINDS',
-           'WATCHED', 'ALL_PRIVATE', 'UNFINISHED', 'ENCRYPTION', 'KEPT', 'TO_CHEAPER', 'UNTAGGED', 'BUILD', 'IS_THERE',
-           'FORM', 'IMAGE_SPEC', 'Options', 'bucket_name', 'checked_options', 'option_texts', 'ref', 'attribute', 'sub',
-           'resource', 'linter_exceptions', 'allow_service', 'deny_without_tls', 'template_yaml', 'template_json',
-           'expire_versions', 'expire_objects', 'bucket_resource', 'artifact_prefix', 'lifecycles', 'buckets',
-           'log_statements', 'bucket_policies', 'role_resource', 'repository', 'image_project', 'image_builds',
-           'base_template']
+__all__ = ['DEFAULTS', 'CHOICES', 'RANGES', 'FORMS', 'Resources', 'IN_ACCOUNT', 'TEMPLATE_BYTES', 'BUCKET_KINDS', 'WATCHED',
+           'ALL_PRIVATE', 'UNFINISHED', 'ENCRYPTION', 'KEPT', 'TO_CHEAPER', 'UNTAGGED', 'BUILD', 'IS_THERE', 'FORM',
+           'RESOLVE_BASE', 'IMAGE_SPEC', 'Options', 'bucket_name', 'checked_options', 'option_texts', 'ref',
+           'attribute', 'sub', 'resource', 'linter_exceptions', 'allow_service', 'deny_without_tls', 'template_yaml',
+           'template_json', 'expire_versions', 'expire_objects', 'bucket_resource', 'artifact_prefix', 'lifecycles',
+           'buckets', 'log_statements', 'bucket_policies', 'role_resource', 'repository', 'image_project',
+           'image_builds', 'base_template']
 
 # %% ../../nbs/aws/15_base.ipynb #92890435
 @dataclass(frozen=True)
@@ -55,7 +56,6 @@ def bucket_name(options: Options, kind: str, account: str = "${AWS::AccountId}")
     return f"{options.name}-{kind}-{account}-{options.region}"
 
 # %% ../../nbs/aws/15_base.ipynb #b5d81aab
-STAGES = ("staging", "production")
 CHOICES = {"source": ("s3", "connection"), "events": ("direct", "cloudtrail"), "watch": STAGES,
            "log_days": (1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731)}
 RANGES = {"capture_days": (1, 3650), "staging_hours": (0, 720), "confirm_minutes": (0, 60)}
@@ -292,19 +292,25 @@ def repository(options: Options) -> Resources:
         Metadata=linter_exceptions(CKV_AWS_136=reason))}
 
 # %% ../../nbs/aws/15_base.ipynb #89cb644b
-BUILD = "docker build --target $target --provenance=false --sbom=false --tag $REPOSITORY:$tag ."
+BUILD = ("docker build --build-arg BASE=$BASE --target $target --provenance=false --sbom=false "
+         "--tag $REPOSITORY:$tag .")
 IS_THERE = "aws ecr describe-images --repository-name ${REPOSITORY#*/} --image-ids imageTag=$tag >/dev/null"
 FORM = ("aws ecr batch-get-image --repository-name ${REPOSITORY#*/} --image-ids imageTag=$tag "
         "--query 'images[0].imageManifestMediaType' --output text")
+RESOLVE_BASE = [
+    "BASE=$(sed -n 's/^ARG BASE=//p' Dockerfile)", 'docker pull --quiet "$BASE"',
+    "BASE=$(docker image inspect --format '{{index .RepoDigests 0}}' \"$BASE\")",
+    'case "$BASE" in *@sha256:*) ;; *) echo "the base image $BASE has no digest" >&2; false;; esac',
+    "DIGEST=${BASE##*@sha256:}"]
 IMAGE_SPEC = {"version": 0.2, "env": {"shell": "bash"}, "phases": {
     "pre_build": {"commands": [
         'test -n "$TAG" || { echo "TAG is not set" >&2; false; }',
         "(set -o pipefail; aws ecr get-login-password | "
-        "docker login --username AWS --password-stdin ${REPOSITORY%%/*})"]},
+        "docker login --username AWS --password-stdin ${REPOSITORY%%/*})", *RESOLVE_BASE]},
     "build": {"commands": [
         "(\n"
-        "for target in ${TARGETS:-steps serve}; do\n"
-        "  tag=$target-$TAG\n"
+        "for target in steps serve; do\n"
+        "  tag=$target-$TAG-${DIGEST:0:12}\n"
         f"  if {IS_THERE}; then\n"
         '    echo "$tag is there already"\n'
         "    continue\n"

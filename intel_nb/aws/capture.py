@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .client import client, translate_errors
-from .hosting import VARIANT, SageMakerEndpoints, capture_uri, endpoint_name
+from .hosting import VARIANT, SageMakerEndpoints, capture_uri
 from .objects import ObjectNotFound, download, list_objects, parse_s3_uri, upload
 from .package_group import PackageGroup, describe_group
+from .state import endpoint_name
 from ..storage import read_json, write_json
 
 if TYPE_CHECKING:  # only the job needs numpy; a command that schedules the job does not

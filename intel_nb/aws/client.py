@@ -94,7 +94,7 @@ def translate_errors() -> Iterator[None]:
         raise as_cloud_error(error) from error
 
 # %% ../../nbs/aws/01_client.ipynb #30f861b3
-NOT_FOUND_CODES = {"404", "NoSuchBucket", "NoSuchKey"}
+NOT_FOUND_CODES = {"404", "NoSuchBucket", "NoSuchKey", "AWS.SimpleQueueService.NonExistentQueue"}
 
 def is_not_found(error: ClientError) -> bool:
     "Return whether `error` says that the requested thing does not exist."

@@ -17,12 +17,20 @@ from . import cost, deploy, operations, pipeline, stack, stages
 from .client import check_credentials, client, paginate, region_name, translate_errors
 from .definition import parse_pairs
 from .executions import latest_execution, start_execution, start_upload, start_values, watch_execution
-from .hosting import STAGES, SageMakerEndpoints, scaling_problem
+from .hosting import SageMakerEndpoints, scaling_problem
 from .messages import command_line
-from .operations import codepipeline_progress, held_version, modeldeploy_name, unconfirmed, waiting_decision
+from intel_nb.aws.operations import (
+    codepipeline_progress,
+    dead_letters,
+    held_version,
+    modeldeploy_name,
+    unconfirmed,
+    waiting_decision,
+)
 from .package_group import NoDeployment, PackageGroup, describe_group
-from .state import UNREADABLE, read_state
+from .state import STAGES, UNREADABLE, read_state
 from ..chain.parameters import closest
+from ..serving.endpoints import Endpoint
 from ..storage import InputError, write_text
 
 # %% auto #0
@@ -99,18 +107,18 @@ def show_costs(settings: Iterable[str] = (), as_json: bool = False) -> int:
 def last_options(name: str) -> list[str]:
     "Return the options that the deployment `name` was made with, as `NAME=VALUE`; none where there is no deployment."
     with suppress(NoDeployment):
-        return describe_group(name).settings.options.split("\n")
+        return [text for text in describe_group(name).settings.options.split("\n") if text]
     return []
 
 def run_deployment(settings: Iterable[str] = (), name: str = "intel-nb",
-                   ask: Callable[[str], bool] = lambda question: False) -> int:
+                   ask: Callable[[str], bool] = lambda question: False, rebuild: bool = False) -> int:
     "Create or change the stack after `ask` agreed to what was printed; return 1 when it did not agree."
     check_credentials()
     given = list(settings)
-    kept = [text for text in last_options(name) if text and text.partition("=")[0] not in parse_pairs(given)]
+    kept = [text for text in last_options(name) if text.partition("=")[0] not in parse_pairs(given)]
     if kept:
         print(f"options   {', '.join(kept)}, as in the last deployment")
-    return 0 if deploy.deploy_stack(stack_options([*kept, *given], name), ask) else 1
+    return 0 if deploy.deploy_stack(stack_options([*kept, *given], name), ask, rebuild=rebuild) else 1
 
 # %% ../../nbs/aws/25_commands.ipynb #008a6693
 def run_removal(settings: Iterable[str] = (), name: str = "intel-nb", keep: Iterable[str] = (),
@@ -167,6 +175,7 @@ def deployment_status(name: str) -> dict[str, Any]:
             "waiting": waiting_lines(name),
             "endpoints": _or_reason(lambda: [asdict(endpoint) for endpoint in SageMakerEndpoints(name).list()]),
             "problems": _or_reason(lambda: stage_problems(name)),
+            "letters": _or_reason(lambda: dead_letters(name)),
             "unconfirmed": unconfirmed(name), "alarms": _or_reason(lambda: latest_alarms(name))}
 
 def stage_problems(name: str) -> list[str]:
@@ -204,8 +213,8 @@ def status_lines(found: dict[str, Any]) -> list[str]:
     endpoint, alarm = "{stage}  {status}, version {version} at {url}", "{alarm}  {state} since {since}"
     return [*_execution_lines(found["execution"]), *_codepipeline_lines(found),
             *_lines("waiting", found["waiting"]), *_part(found["endpoints"], "endpoint", "none yet", endpoint),
-            *_lines("problem", found["problems"] if isinstance(found["problems"], list) else [found["problems"]]),
-            *_part(found["alarms"], "alarm", "none", alarm),
+            *_lines("problem", _texts(found["problems"])), *_part(found["alarms"], "alarm", "none", alarm),
+            *_lines("undelivered", _texts(found["letters"])),
             *_lines("mail", [f"{one} gets no messages until the link in Amazon's mail was followed"
                              for one in found["unconfirmed"]])]
 
@@ -223,6 +232,9 @@ def _codepipeline_lines(found: dict[str, Any]) -> list[str]:
         text = state if isinstance(state, str) else ", ".join(f"{stage} {status}" for stage, status in state.items())
         lines += _lines(name, [text or "has not run yet"])
     return lines
+
+def _texts(found: list[str] | str) -> list[str]:
+    return [found] if isinstance(found, str) else found
 
 def _lines(title: str, texts: Iterable[str]) -> list[str]:
     return [f"{title:<11}  {text}" for text in texts]
@@ -289,10 +301,16 @@ def stage_url(stage: str, name: str = "intel-nb") -> str:
     if found.status == "stopped":
         if PackageGroup(name).get(found.version).status != "Approved":
             raise InputError(f"{stage} is stopped, and served version {found.version} last, which is not approved")
-        print(f"the endpoint of {stage} was deleted; it is made again, which takes some five minutes, and stays …",
-              file=sys.stderr, flush=True)
-        found = SageMakerEndpoints(name).start(stage)
+        found = _start_again(stage, name)
     return found.url
+
+def _start_again(stage: str, name: str) -> Endpoint:
+    options, settings = stack_options(last_options(name), name), describe_group(name).settings
+    hours = options.staging_hours if stage == "staging" else 0
+    role, end = (settings.require("scheduler"), f"is deleted after {hours} hours") if hours else ("", "stays")
+    print(f"the endpoint of {stage} was deleted; it is made again, which takes some five minutes, and {end} …",
+          file=sys.stderr, flush=True)
+    return stages.start_stage(options, stage, role)
 
 def show_log(what: str, name: str = "intel-nb", lines: int = 100) -> int:
     "Print the last lines of a log."

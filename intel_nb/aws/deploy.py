@@ -25,14 +25,15 @@ from intel_nb.aws.changes import (
 )
 from .client import client, ignore_existing, ignore_not_found, paginate, request_token, translate_errors
 from .executions import stop_execution_request
-from .hosting import JOB, SageMakerEndpoints, describe_endpoint, endpoint_name, is_named
+from .hosting import JOB, SageMakerEndpoints, is_named
 from .image import checkout_folder, ensure_image, put_archive, running_builds, tracked_files
 from .messages import command
 from .objects import parse_s3_uri
 from .package_group import list_packages, settings_parameter
 from .pipeline import PipelineConfig
 from .preflight import check_region, preflight
-from .stack import BUILD_SPECS, STAGES, Options, base_template, bucket_name, pipeline_config, template
+from .stack import BUILD_SPECS, Options, base_template, bucket_name, pipeline_config, template
+from .state import STAGES, describe_endpoint, endpoint_name
 
 # %% auto #0
 __all__ = ['CODE_ARCHIVES', 'JOB_LOGS', 'BUCKETS', 'PROJECTS', 'base_name', 'put_label_placeholder', 'upload_sources',
@@ -84,21 +85,23 @@ def limit_job_logs(days: int) -> list[str]:
     return changed
 
 # %% ../../nbs/aws/21_deploy.ipynb #33606a55
-def with_images(options: Options, account: str, say: Say = print, pause: Pause = time.sleep) -> Options:
+def with_images(options: Options, account: str, say: Say = print, pause: Pause = time.sleep,
+                rebuild: bool = False) -> Options:
     "Return `options` with the images for jobs and endpoints, which are built first unless both are given."
     if options.image_steps and options.image_serve:
         say("image     as given; none is built")
         return options
-    steps, serve = ensure_image(options, account, say, pause)
+    steps, serve = ensure_image(options, account, say, pause, rebuild)
     return replace(options, image_steps=options.image_steps or steps, image_serve=options.image_serve or serve)
 
 # %% ../../nbs/aws/21_deploy.ipynb #3faedf61
 @translate_errors()
 def deploy_stack(options: Options, ask: Callable[[str], bool] = lambda question: True, say: Say = print,
-                 pause: Pause = time.sleep, definition: dict | None = None) -> bool:
+                 pause: Pause = time.sleep, definition: dict | None = None, rebuild: bool = False) -> bool:
     """Create or change both stacks after `ask` agreed to the changes that `say` was given; return whether it was done.
 
-    Raise `InputError` when the account lacks something, and `StackError` when CloudFormation or the build fails."""
+    With `rebuild`, build the images anew if their base image has changed. Raise `InputError` when the account lacks
+    something, and `StackError` when CloudFormation or the build fails."""
     check_region(options)
     account, base = account_id(), base_name(options.name)
     stacks = (base, base_template(options, account)), (options.name, template(options, definition))
@@ -110,7 +113,7 @@ def deploy_stack(options: Options, ask: Callable[[str], bool] = lambda question:
     config = pipeline_config(options, account)
     put_label_placeholder(config)
     upload_sources(options, account, say)
-    complete = with_images(options, account, say, pause)
+    complete = with_images(options, account, say, pause, rebuild)
     say(f"stack     {options.name}: roles, pipelines, events and alarms; about 5 minutes")
     if not apply_template(complete, options.name, template(complete, definition), ask, say, pause):
         return False

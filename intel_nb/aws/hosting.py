@@ -23,7 +23,6 @@ from intel_nb.aws.client import (
     client,
     error_code,
     ignore_existing,
-    ignore_not_found,
     ignoring,
     is_not_found,
     paginate,
@@ -31,41 +30,36 @@ from intel_nb.aws.client import (
 )
 from .package_group import Group, GroupSettings, NoDeployment, PackageGroup, describe_group
 from intel_nb.aws.state import (
+    STAGES,
     HeldStage,
     Serving,
     StageState,
     TakenOver,
     begin_change,
     delete_state,
+    describe_endpoint,
     end_change,
+    endpoint_name,
     list_stages,
-    read_state,
+    look_at_stage,
     repair_state,
+    serving_now,
     version_from_name,
 )
-from ..serving.endpoints import Endpoint, EndpointError, Endpoints, Refused, as_refusal, check_stage
+from ..serving.endpoints import Endpoint, EndpointError, Endpoints, Refused, as_refusal
 from ..storage import InputError, sha256_file
 
 # %% auto #0
-__all__ = ['VARIANT', 'STAGES', 'ENDPOINT_STATUS', 'CHANGING', 'DIGEST', 'JOB', 'MAX_PAYLOAD', 'DRIFT_TYPE', 'endpoint_name',
-           'versioned_name', 'instance_limits', 'model_request', 'capture_uri', 'config_request', 'alarm_requests',
-           'ensure_alarms', 'deployment_config', 'scaling_target', 'enable_scaling', 'why_not_scaling',
-           'describe_endpoint', 'update_outcome', 'wait_for_update', 'ensure_config', 'delete_endpoint', 'serve_config',
-           'scale_stage', 'is_named', 'stop_drift_jobs', 'delete_configs', 'delete_models', 'delete_alarms',
-           'serving_now', 'NothingEarlier', 'earlier_config', 'SageMakerEndpoints', 'give_up', 'scaling_problem',
-           'invoke_endpoint', 'endpoint_drift_status', 'endpoint_in_service']
+__all__ = ['VARIANT', 'ENDPOINT_STATUS', 'CHANGING', 'DIGEST', 'JOB', 'MAX_PAYLOAD', 'DRIFT_TYPE', 'versioned_name',
+           'instance_limits', 'model_request', 'capture_uri', 'config_request', 'alarm_requests', 'ensure_alarms',
+           'deployment_config', 'scaling_target', 'enable_scaling', 'why_not_scaling', 'update_outcome',
+           'wait_for_update', 'ensure_config', 'delete_endpoint', 'serve_config', 'scale_stage', 'is_named',
+           'stop_drift_jobs', 'delete_configs', 'delete_models', 'delete_alarms', 'NothingEarlier', 'earlier_config',
+           'SageMakerEndpoints', 'give_up', 'scaling_problem', 'invoke_endpoint', 'endpoint_drift_status',
+           'endpoint_in_service']
 
 # %% ../../nbs/aws/05_hosting.ipynb #fc5a63cd
-VARIANT, STAGES = "AllTraffic", ("staging", "production")
-
-def endpoint_name(prefix: str, stage: str) -> str:
-    "Return the name of the endpoint of `stage`; raise `InputError` when SageMaker would not accept it."
-    name = f"{prefix}-{check_stage(stage)}"
-    if stage not in STAGES:  # another one could be an endpoint of the deployment PREFIX-something
-        raise InputError(f"there is no stage {stage} on AWS; choose one of {', '.join(STAGES)}")
-    if len(name) > 44 or not re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9])*", name):  # 63, less a version and a digest
-        raise InputError(f"{name!r} is no name for an endpoint; use letters, digits and single -, 44 at most")
-    return name
+VARIANT = "AllTraffic"  # the name of an endpoint's one variant
 
 # %% ../../nbs/aws/05_hosting.ipynb #096a8112
 def versioned_name(start: str, version: str, request: dict) -> str:
@@ -180,12 +174,6 @@ ENDPOINT_STATUS = {
     "InService": "running", "Updating": "running", "SystemUpdating": "running", "RollingBack": "running",
     "Creating": "starting", "Deleting": "stopped",
     "OutOfService": "dead", "Failed": "dead", "UpdateRollbackFailed": "dead"}
-
-def describe_endpoint(endpoint: str) -> dict[str, Any] | None:
-    "Return SageMaker's description of an endpoint, or None when it does not exist."
-    with ignore_not_found():
-        return client("sagemaker").describe_endpoint(EndpointName=endpoint)
-    return None
 
 # %% ../../nbs/aws/05_hosting.ipynb #e93202e6
 def update_outcome(found: dict[str, Any] | None, config: str) -> str | None:
@@ -311,16 +299,6 @@ def delete_alarms(endpoint: str) -> None:
     names = [*(request["AlarmName"] for request in alarm_requests(endpoint)), *(one["AlarmName"] for one in scaling)]
     client("cloudwatch").delete_alarms(AlarmNames=names)
 
-# %% ../../nbs/aws/05_hosting.ipynb #2b12d4d0
-def serving_now(found: dict[str, Any] | None) -> Serving:
-    "Return what serves a described endpoint, and whether SageMaker is changing that."
-    if found is None:
-        return Serving()
-    status = found["EndpointStatus"]
-    if status in ("InService", "Failed", "OutOfService", "UpdateRollbackFailed"):
-        return Serving(found["EndpointConfigName"] if status == "InService" else "")
-    return Serving(changing=True)
-
 # %% ../../nbs/aws/05_hosting.ipynb #96340aff
 class NothingEarlier(InputError):
     "A stage has served nothing before that it could go back to."
@@ -430,9 +408,7 @@ class SageMakerEndpoints(Endpoints):
 
     def _look(self, stage: str) -> tuple[StageState, dict[str, Any]]:
         "Return the state of `stage`, corrected by what serves, and SageMaker's description of the endpoint."
-        found, artifacts = describe_endpoint(endpoint_name(self.name, stage)), self._artifacts()
-        noted, now = read_state(artifacts, stage).state if artifacts else StageState(), serving_now(found)
-        return noted if now.changing else repair_state(noted, now), found or {}
+        return look_at_stage(self._artifacts(), self.name, stage)
 
     def _known(self, stage: str) -> tuple[StageState, dict[str, Any]]:
         "Return what `_look` does; raise `InputError` when nothing was ever deployed to `stage`."

@@ -11,20 +11,21 @@ import subprocess
 import time
 import zipfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import intel_nb
 from .changes import Pause, Say, StackError, wait_for
-from .client import client, ignore_not_found, request_token
+from .client import client, ignore_not_found, paginate, request_token
 from .pipeline import digest_code, image_uri
 from .stack import Options, bucket_name
 from ..storage import InputError, files_of
 
 # %% auto #0
 __all__ = ['EXECUTABLE', 'TARGETS', 'BUILD_MINUTES', 'checkout_folder', 'ignore_pattern', 'is_ignored', 'image_files',
-           'image_tag', 'archive_bytes', 'put_archive', 'tracked_files', 'find_images', 'build_request',
-           'running_builds', 'watch_build', 'build_failure', 'log_end', 'ensure_image', 'build_images']
+           'image_tag', 'archive_bytes', 'put_archive', 'tracked_files', 'tagged_images', 'newest_pair', 'find_images',
+           'build_request', 'running_builds', 'watch_build', 'build_failure', 'log_end', 'ensure_image', 'build_images']
 
 # %% ../../nbs/aws/20_image.ipynb #0067897b
 def checkout_folder() -> Path:
@@ -63,7 +64,7 @@ def image_files(folder: Path) -> dict[str, bytes]:
 
 # %% ../../nbs/aws/20_image.ipynb #9c082ff8
 def image_tag(files: Mapping[str, bytes]) -> str:
-    "Return the tag of the images that are made of these files: the images are `steps-TAG` and `serve-TAG`."
+    "Return the tag for these files, code and locks; the build adds the base image that it meets."
     return digest_code(files)
 
 # %% ../../nbs/aws/20_image.ipynb #d09eb9ae
@@ -104,24 +105,35 @@ def tracked_files(folder: Path) -> dict[str, bytes]:
 # %% ../../nbs/aws/20_image.ipynb #3d9d3acf
 TARGETS = ("steps", "serve")
 
-def find_images(name: str, tag: str, account: str, region: str) -> dict[str, str]:
-    "Return the URIs, by digest, of the images with `tag` in the repository `name`, by target."
-    found: dict[str, str] = {}
-    for target in TARGETS:
-        with ignore_not_found():
-            images = client("ecr").describe_images(repositoryName=name, imageIds=[{"imageTag": f"{target}-{tag}"}])
-            repository = image_uri(target, account, region, name).rpartition(":")[0]
-            found[target] = f"{repository}@{images['imageDetails'][0]['imageDigest']}"
+def tagged_images(name: str, tag: str) -> dict[str, dict[str, Any]]:
+    "Return the images for `tag` in the repository `name` as ECR describes them, by base image and target."
+    found: dict[str, dict[str, Any]] = {}
+    with ignore_not_found():
+        for image in paginate(client("ecr").describe_images, "imageDetails", repositoryName=name,
+                              filter={"tagStatus": "TAGGED"}):
+            for one in image["imageTags"]:
+                if match := re.fullmatch(rf"({'|'.join(TARGETS)})-{re.escape(tag)}-([0-9a-f]+)", one):
+                    found.setdefault(match[2], {})[match[1]] = image
     return found
 
+# %% ../../nbs/aws/20_image.ipynb #717c4d4e
+def newest_pair(found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    "Return of `tagged_images` the pair that was pushed last, by target; nothing where one of two is missing."
+    whole = [images for images in found.values() if len(images) == len(TARGETS)]
+    return max(whole, key=lambda images: max(one["imagePushedAt"] for one in images.values()), default={})
+
+def find_images(name: str, tag: str, account: str, region: str) -> dict[str, str]:
+    "Return the URIs, by digest, of the images for `tag` that were built on the newest base, by target; or nothing."
+    repository = image_uri("steps", account, region, name).rpartition(":")[0]
+    pair = newest_pair(tagged_images(name, tag))
+    return {target: f"{repository}@{image['imageDigest']}" for target, image in pair.items()}
+
 # %% ../../nbs/aws/20_image.ipynb #c3a7fff8
-def build_request(options: Options, account: str, tag: str, targets: list[str]) -> dict[str, Any]:
-    "Return the request of StartBuild that builds the images `targets` from the archive of `tag`."
-    variables = {"TAG": tag, "TARGETS": " ".join(targets)}
+def build_request(options: Options, account: str, tag: str) -> dict[str, Any]:
+    "Return the request of StartBuild that builds the images from the archive of `tag`."
     return {"projectName": f"{options.name}-image", "sourceTypeOverride": "S3",
             "sourceLocationOverride": f"{bucket_name(options, 'code', account)}/image/{tag}.zip",
-            "environmentVariablesOverride": [{"name": key, "value": value, "type": "PLAINTEXT"}
-                                             for key, value in variables.items()]}
+            "environmentVariablesOverride": [{"name": "TAG", "value": tag, "type": "PLAINTEXT"}]}
 
 # %% ../../nbs/aws/20_image.ipynb #dd077482
 def running_builds(project: str, tag: str = "") -> list[str]:
@@ -172,36 +184,40 @@ def log_end(logs: Mapping[str, Any], lines: int) -> list[str]:
     return []
 
 # %% ../../nbs/aws/20_image.ipynb #8e73d3fa
-def ensure_image(options: Options, account: str, say: Say = print, pause: Pause = time.sleep) -> tuple[str, str]:
+def ensure_image(options: Options, account: str, say: Say = print, pause: Pause = time.sleep,
+                 rebuild: bool = False) -> tuple[str, str]:
     """Return the URIs, by digest, of the images for jobs and for endpoints, and build first what is not there.
 
-    Raise `InputError` where there is no checkout, and `StackError` with the end of the log when the build fails."""
+    With `rebuild`, build them anew if their base image has changed. Raise `InputError` where there is no checkout, and
+    `StackError` with the end of the log when the build fails."""
     files = image_files(checkout_folder())
-    tag, where = image_tag(files), (account, options.region)
-    found = find_images(options.name, tag, *where)
-    if len(found) < len(TARGETS):
-        build_images(options, account, files, [one for one in TARGETS if one not in found], say, pause)
-        found = find_images(options.name, tag, *where)
+    tag = image_tag(files)
+    find = partial(find_images, options.name, tag, account, options.region)
+    before = found = find()
+    if before and not rebuild:
+        say(f"image     {tag} is built already; --rebuild builds it anew if its base image has changed")
     else:
-        say(f"image     {tag} is built already")
-    missing = [f"{one}-{tag}" for one in TARGETS if one not in found]
-    if missing:
-        raise StackError(f"the build ended well, but the repository {options.name} has no image {', '.join(missing)}; "
-                         f"look at the log of {options.name}-image")
+        build_images(options, account, files, say, pause)
+        found = find()
+    if not found:
+        raise StackError(f"the build ended well, but the repository {options.name} has no images {tag} for jobs and "
+                         f"for endpoints; look at the log of {options.name}-image")
+    if rebuild and found == before:
+        say("image     the base image is the same, and nothing was pushed")
     return found["steps"], found["serve"]
 
 # %% ../../nbs/aws/20_image.ipynb #0909bd93
-def build_images(options: Options, account: str, files: Mapping[str, bytes], targets: list[str], say: Say = print,
+def build_images(options: Options, account: str, files: Mapping[str, bytes], say: Say = print,
                  pause: Pause = time.sleep) -> None:
-    "Build the images `targets` from `files` in CodeBuild and wait for the end; raise `StackError` when that fails."
+    "Build the images from `files` in CodeBuild and wait for the end; raise `StackError` when that fails."
     tag, project = image_tag(files), f"{options.name}-image"
     put_archive(bucket_name(options, "code", account), f"image/{tag}.zip", files)
     build = next(iter(running_builds(project, tag)), "")
     if build:
         say(f"image     {build} builds {tag} already; waiting for its end")
     else:
-        say(f"image     building {' and '.join(targets)} with the tag {tag} from {len(files)} files: about 20 minutes")
-        request = build_request(options, account, tag, targets)
+        say(f"image     building {' and '.join(TARGETS)} with the tag {tag} from {len(files)} files: about 20 minutes")
+        request = build_request(options, account, tag)
         build = client("codebuild").start_build(**request, idempotencyToken=request_token())["build"]["id"]
     ended = watch_build(build, say, pause)
     if ended["buildStatus"] != "SUCCEEDED":

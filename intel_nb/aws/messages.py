@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from intel_nb.aws.base import (
-    STAGES,
     Options,
     Resources,
     allow_service,
@@ -23,8 +22,9 @@ from intel_nb.aws.base import (
     sub,
 )
 from .capture import DRIFT_ALARMS, DRIFT_STATISTIC, METRIC_NAMESPACE
-from .hosting import VARIANT, alarm_requests, endpoint_name
+from .hosting import VARIANT, alarm_requests
 from .permissions import local_arn, policy_document
+from .state import STAGES, endpoint_name
 
 # %% auto #0
 __all__ = ['BROKEN', 'RETRY', 'REFUSED_PERCENT', 'LEAST_REQUESTS', 'DEAD_LETTERS', 'PIPELINE_METRICS', 'command_line', 'command',

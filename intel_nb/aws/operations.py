@@ -5,8 +5,9 @@
 # %% ../../nbs/aws/24_operations.ipynb #37268cf7
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,26 +27,19 @@ from intel_nb.aws.client import (
 )
 from .deploy import PROJECTS
 from .executions import latest_execution
-from intel_nb.aws.hosting import (
-    JOB,
-    STAGES,
-    NothingEarlier,
-    SageMakerEndpoints,
-    endpoint_name,
-    is_named,
-    version_from_name,
-)
-from .messages import command_line
-from .package_group import PackageGroup
+from .hosting import JOB, NothingEarlier, SageMakerEndpoints, is_named
+from .messages import DEAD_LETTERS, command_line
+from .package_group import PackageGroup, one_line
 from .stages import rollback_stage
+from .state import STAGES, endpoint_name, version_from_name
 from ..serving.endpoints import EndpointError
 from ..storage import InputError
-
 
 # %% auto #0
 __all__ = ['STEPS', 'SOURCES', 'Waiting', 'modeldeploy_name', 'codepipeline_stages', 'codepipeline_progress', 'chosen_version',
            'waiting_decision', 'answer', 'held_version', 'make_way', 'promote', 'reject', 'withdraw', 'LogSource',
-           'log_source', 'job_of_step', 'newest_streams', 'merged_lines', 'read_log', 'topic_arn', 'unconfirmed']
+           'log_source', 'job_of_step', 'newest_streams', 'merged_lines', 'read_log', 'topic_arn', 'unconfirmed',
+           'letter_text', 'dead_letters']
 
 # %% ../../nbs/aws/24_operations.ipynb #350572c1
 @dataclass(frozen=True)
@@ -252,3 +246,27 @@ def unconfirmed(name: str) -> list[str]:
     with ignore_not_found():
         found += paginate(client("sns").list_subscriptions_by_topic, "Subscriptions", TopicArn=topic_arn(name))
     return [one["Endpoint"] for one in found if not one["SubscriptionArn"].startswith("arn:")]
+
+# %% ../../nbs/aws/24_operations.ipynb #038b0d5f
+def letter_text(message: Mapping[str, Any]) -> str:
+    "Return a waiting message in a line: when it was sent, the key of the upload that it is about or its text, and why."
+    body, why = message["Body"], message.get("MessageAttributes", {}).get("ERROR_MESSAGE", {}).get("StringValue", "")
+    with suppress(ValueError, TypeError, KeyError):  # only an event about an upload has a key
+        body = json.loads(body)["detail"]["object"]["key"]
+    sent = datetime.fromtimestamp(int(message["Attributes"]["SentTimestamp"]) / 1000, UTC)
+    return printable(f"{sent:%Y-%m-%dT%H:%M:%SZ} {one_line(str(body))[:200]}{why and f' ({why})'}")
+
+@translate_errors()
+def dead_letters(name: str, count: int = 3) -> list[str]:
+    "Return a line for each queue of the deployment `name` in which something waits, and one for its first messages."
+    found: list[str] = []
+    for queue in DEAD_LETTERS.values():
+        with ignore_not_found():
+            url = client("sqs").get_queue_url(QueueName=f"{name}-{queue}")["QueueUrl"]
+            number = client("sqs").get_queue_attributes(QueueUrl=url, AttributeNames=["ApproximateNumberOfMessages"])
+            if waiting := int(number["Attributes"]["ApproximateNumberOfMessages"]):
+                got = client("sqs").receive_message(
+                    QueueUrl=url, MaxNumberOfMessages=count, VisibilityTimeout=0,
+                    MessageSystemAttributeNames=["SentTimestamp"], MessageAttributeNames=["ERROR_MESSAGE"])
+                found += [f"{waiting} in {name}-{queue}", *map(letter_text, got.get("Messages", []))]
+    return found

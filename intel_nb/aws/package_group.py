@@ -17,9 +17,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .client import ClientError, client, error_code, ignore_not_found, paginate, translate_errors
+from intel_nb.aws.client import (
+    ClientError,
+    client,
+    error_code,
+    ignore_not_found,
+    paginate,
+    printable,
+    translate_errors,
+)
 from .objects import ObjectNotFound, download, upload
-from .state import read_aliases, read_state, write_alias
+from .state import read_alias, read_aliases, write_alias
 from ..registry import ModelVersion, check_status, data_fingerprint, find_version, metrics_of
 from ..storage import InputError, read_json, utc_now, write_json
 
@@ -36,6 +44,7 @@ class GroupSettings:
     role: str = ""  # ARN of the role of the endpoints' containers
     image: str = ""  # URI of the container image that serves
     instance: str = "ml.m5.large"  # type of an endpoint's instances
+    scheduler: str = ""  # ARN of the role of schedules
     options: str = ""  # of the deployment, as NAME=VALUE, one a line
 
     def require(self, name: str) -> str:
@@ -147,17 +156,21 @@ def evaluation_uri(found: dict[str, Any]) -> str:
 
 # %% ../../nbs/aws/04_package_group.ipynb #e5cd4967
 def _metadata_from_evaluation(found: dict[str, Any], read_evaluation: Callable[[dict], dict]) -> dict[str, str]:
-    "Return the metadata that the evaluation of a described package holds, if it has one."
-    with suppress(InputError, ValueError, TypeError, KeyError, AttributeError):  # a job may have written anything
+    "Return the metadata that the evaluation of a described package holds, or as its reason why it cannot be read."
+    try:
         evaluation = read_evaluation(found)
         fingerprint = str(evaluation.get("fingerprints", {}).get("package", ""))
         return version_metadata(fingerprint, evaluation) | {"reason": str(evaluation.get("gate", {}).get("reason", ""))}
-    return {}
+    except (InputError, ValueError, TypeError, KeyError, AttributeError) as error:  # a job may have written anything
+        why = printable(one_line(f"{type(error).__name__}: {error}"))
+        return {"unreadable": f"the evaluation cannot be read: {why}"}
 
 # %% ../../nbs/aws/04_package_group.ipynb #8ede7764
 def to_model_version(found: dict[str, Any], aliases: dict[str, str],
                      read_evaluation: Callable[[dict], dict]) -> ModelVersion:
-    "Return a described package as a `ModelVersion`; call `read_evaluation` only when its metadata are incomplete."
+    """Return a described package as a `ModelVersion`; call `read_evaluation` only when its metadata are incomplete.
+
+    Where its evaluation cannot be read, the accuracy is no number, and the tag `unreadable` says why."""
     tags, number = found.get("CustomerMetadataProperties", {}), str(found["ModelPackageVersion"])
     complete = {"fingerprint", "accuracy"} <= set(tags)
     known = tags if complete else _metadata_from_evaluation(found, read_evaluation) | tags
@@ -168,7 +181,7 @@ def to_model_version(found: dict[str, Any], aliases: dict[str, str],
         accuracy=float(known.get("accuracy", "nan")),
         fingerprint=known.get("fingerprint", ""), data=known.get("data", ""),
         created=found["CreationTime"].strftime("%Y-%m-%dT%H:%M:%SZ"), staging_test=tags.get("staging_test", ""),
-        tracking_run=evaluation_uri(found), tags=dict(tags))
+        tracking_run=evaluation_uri(found), tags={key: known[key] for key in known if key in (*tags, "unreadable")})
 
 # %% ../../nbs/aws/04_package_group.ipynb #30531cef
 @lru_cache(maxsize=1)
@@ -205,7 +218,7 @@ class PackageGroup:
 
     @translate_errors()
     def champion(self) -> ModelVersion | None:
-        version = read_state(self._artifacts(), "production").state.alias if list_packages(self.group) else ""
+        version = read_alias(self._artifacts(), self.group, "production") if list_packages(self.group) else ""
         return self.get(version) if version else None
 
     @translate_errors()
@@ -256,7 +269,7 @@ class PackageGroup:
         return describe_group(self.group).settings.require("artifacts")
 
     def _aliases(self) -> dict[str, str]:
-        return read_aliases(self._artifacts())
+        return read_aliases(self._artifacts(), self.group)
 
     def _read_evaluation(self, found: dict[str, Any]) -> dict:
         if not evaluation_uri(found):

@@ -16,7 +16,7 @@ __all__ = ['RESOURCES', 'UNSCOPED', 'WRITE_LOGS', 'WRITE_SAGEMAKER_LOGS', 'UPLOA
            'MODEL', 'WATCH', 'BUILDING', 'BUILD', 'IMAGE', 'DEPLOY', 'CODEPIPELINE', 'FROM_S3', 'FROM_CONNECTION',
            'EVENTS', 'PIPES', 'SCHEDULER', 'OPERATOR', 'SCALING', 'PASSING', 'SCHEDULING', 'AUTOSCALING_ROLE',
            'IMPLIED', 'ROLES', 'BASE_ROLES', 'Grant', 'Role', 'local_arn', 'bucket_arn', 'Implied', 'pass_to',
-           'with_implied', 'image_arn', 'fill_names', 'resource_arns', 'policy_document', 'policy']
+           'with_implied', 'image_arn', 'fill_names', 'resource_arns', 'policy_document', 'merged', 'policy']
 
 # %% ../../nbs/aws/13_permissions.ipynb #5a28ce16
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ RESOURCES = {
     "image build": local_arn("codebuild", "project/{name}-image"),
     "codepipelines": local_arn("codepipeline", "{name}-model*"),
     "data queue": "${DataQueue.Arn}", "label queue": "${LabelQueue.Arn}", "undelivered": "${Undelivered.Arn}",
+    "data letters": "${DataDead.Arn}", "label letters": "${LabelDead.Arn}",
     "staging schedule": local_arn("scheduler", "schedule/default/{name}-staging-end"),
     "settings": local_arn("ssm", "parameter/{name}/settings"), "repository": local_arn("ecr", "repository/{name}"),
     "topic": "${Topic}", "connection": "{connection}", "images": "{images}", "any": "*",
@@ -113,8 +114,9 @@ JOB_METRICS = (Grant(("cloudwatch:PutMetricData",), ("any",), "SageMaker sends a
 READ_GROUP = (
     Grant(("ssm:GetParameter",), ("settings",)),
     Grant(("sagemaker:DescribeModelPackage", "sagemaker:ListModelPackages"), ("versions",)))
-READ_REGISTRY = (  # which version is the champion stands in the state of production
-    Grant(("s3:ListBucket",), ("artifacts",)), Grant(("s3:GetObject",), ("registry files", "state files")))
+READ_REGISTRY = (  # the champion stands in the state of production, corrected by what its endpoint serves
+    Grant(("s3:ListBucket",), ("artifacts",)), Grant(("s3:GetObject",), ("registry files", "state files")),
+    Grant(("sagemaker:DescribeEndpoint",), ("endpoints",)))
 READ_RUNS = Grant(("s3:GetObject",), ("pipeline files",))
 
 # %% ../../nbs/aws/13_permissions.ipynb #ad1134fd
@@ -154,7 +156,6 @@ WATCH = Role("sagemaker", "looks for drift in the endpoints' captured requests",
     *READ_GROUP, *READ_REGISTRY, *PULL_IMAGE, *JOB_METRICS,
     Grant(("s3:GetObject",), ("captures", "drift files")),
     Grant(UPLOAD, ("drift files",)),
-    Grant(("sagemaker:DescribeEndpoint",), ("endpoints",)),
     Grant(("cloudwatch:PutMetricData",), ("any",), condition=METRICS),
     Grant(WRITE_SAGEMAKER_LOGS, ("job logs",), "SageMaker keeps a job's output")))
 
@@ -188,8 +189,8 @@ DEPLOY = Role("codebuild", "deploys a version to a stage and tests it there", (
     Grant(("sagemaker:UpdateModelPackage",), ("versions",)),
     Grant(("sagemaker:CreateModel",), ("models",)),
     Grant(("sagemaker:CreateEndpointConfig",), ("endpoint configs",)),
-    Grant(("sagemaker:CreateEndpoint", "sagemaker:DeleteEndpoint", "sagemaker:DescribeEndpoint",
-           "sagemaker:InvokeEndpoint", "sagemaker:UpdateEndpoint"), ("endpoints",)),
+    Grant(("sagemaker:CreateEndpoint", "sagemaker:DeleteEndpoint", "sagemaker:InvokeEndpoint",
+           "sagemaker:UpdateEndpoint"), ("endpoints",)),
     Grant(("cloudwatch:DescribeAlarms", "cloudwatch:PutMetricAlarm"), ("alarms",)),
     Grant(("application-autoscaling:DeregisterScalableTarget", "application-autoscaling:PutScalingPolicy",
            "application-autoscaling:RegisterScalableTarget"), ("scaling",)),
@@ -235,8 +236,8 @@ OPERATOR = Role("", "starts the pipeline, decides about versions, and takes them
     Grant(("sagemaker:UpdateModelPackage",), ("versions",)),
     Grant(("codepipeline:GetPipelineState", "codepipeline:ListActionExecutions", "codepipeline:PutApprovalResult",
            "codepipeline:StartPipelineExecution"), ("codepipelines",)),
-    Grant(("sagemaker:CreateEndpoint", "sagemaker:DeleteEndpoint", "sagemaker:DescribeEndpoint",
-           "sagemaker:InvokeEndpoint", "sagemaker:UpdateEndpoint"), ("endpoints",)),
+    Grant(("sagemaker:CreateEndpoint", "sagemaker:DeleteEndpoint", "sagemaker:InvokeEndpoint",
+           "sagemaker:UpdateEndpoint"), ("endpoints",)),
     Grant(("application-autoscaling:DeregisterScalableTarget", "application-autoscaling:PutScalingPolicy",
            "application-autoscaling:RegisterScalableTarget"), ("scaling",)),
     Grant(("application-autoscaling:DescribeScalableTargets", "application-autoscaling:DescribeScalingPolicies"),
@@ -244,6 +245,9 @@ OPERATOR = Role("", "starts the pipeline, decides about versions, and takes them
     Grant(("cloudwatch:PutMetricAlarm",), ("alarms",)),
     Grant(("cloudwatch:DescribeAlarms",), ("any",)),
     Grant(("logs:DescribeLogStreams", "logs:GetLogEvents"), ("job logs", "endpoint logs", "build logs", "image logs")),
+    Grant(("scheduler:CreateSchedule", "scheduler:DeleteSchedule"), ("staging schedule",)),
+    Grant(("sqs:GetQueueAttributes", "sqs:GetQueueUrl", "sqs:ReceiveMessage"),
+          ("undelivered", "data letters", "label letters")),
     Grant(("sns:ListSubscriptionsByTopic",), ("topic",))))
 
 # %% ../../nbs/aws/13_permissions.ipynb #e317d903
@@ -345,11 +349,19 @@ def policy_document(statements: Iterable[dict]) -> dict:
     return {"Version": "2012-10-17", "Statement": list(statements)}
 
 # %% ../../nbs/aws/13_permissions.ipynb #0c5dc120
+def merged(grants: Iterable[Grant]) -> list[Grant]:
+    "Return `grants` with those on the same resources as one, because the length of a policy is limited."
+    found: dict[tuple, Grant] = {}
+    for grant in grants:
+        known = found.setdefault((grant.resources, str(grant.condition)), replace(grant, actions=()))
+        found[grant.resources, str(grant.condition)] = replace(known, actions=(*known.actions, *grant.actions))
+    return list(found.values())
+
 def policy(grants: Iterable[Grant], **names: Any) -> dict:
     "Return the policy document of `grants`; `names` are `name`, `short`, `connection` and `images` (a list of URIs)."
-    return policy_document(_statement(grant, names) for grant in grants)
+    return policy_document(_statement(grant, names) for grant in merged(grants))
 
 def _statement(grant: Grant, names: Mapping[str, Any]) -> dict:
     arns = [arn for resource in grant.resources for arn in resource_arns(resource, names)]
-    made = {"Effect": "Allow", "Action": sorted(grant.actions), "Resource": arns}
+    made = {"Effect": "Allow", "Action": sorted(set(grant.actions)), "Resource": arns}
     return made | ({"Condition": fill_names(grant.condition, names)} if grant.condition else {})

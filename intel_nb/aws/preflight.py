@@ -22,7 +22,8 @@ from intel_nb.aws.client import (
     paginate,
 )
 from .hosting import instance_limits
-from .stack import STAGES, Options, checked_options, drift_job_request, pipeline_config
+from .stack import Options, checked_options, drift_job_request, pipeline_config
+from .state import STAGES
 from ..storage import InputError
 
 # %% auto #0

@@ -13,7 +13,6 @@ from typing import Any
 from intel_nb.aws.base import (
     BUCKET_KINDS,
     DEFAULTS,
-    STAGES,
     WATCHED,
     Options,
     Resources,
@@ -33,7 +32,6 @@ from intel_nb.aws.base import (
     template_yaml,
 )
 from .capture import DRIFT_COMMAND
-from .hosting import endpoint_name
 from .messages import RETRY, alarms, command, dashboard, message_id, message_rules, messages, topic
 from .package_group import settings_parameter
 from .permissions import BASE_ROLES, FROM_CONNECTION, FROM_S3, ROLES, local_arn, policy_document
@@ -45,6 +43,7 @@ from intel_nb.aws.pipeline import (
     pipeline_definition,
 )
 from .rules import PUSH_PATHS, QUEUES, EventRule, ResourceNames, StartQueue, event_rules
+from .state import STAGES, endpoint_name
 
 # %% auto #0
 __all__ = ['ACCOUNT', 'ROLE', 'REGISTRAR_ROLE', 'INSTALL', 'EXPORT', 'BUILD_SPECS', 'GIVEN', 'CHOSEN', 'NONE', 'STAGING_STEPS',
@@ -122,9 +121,10 @@ def settings(options: Options) -> dict:
     "Return what the stack tells our code, as JSON in CloudFormation's syntax."
     config = pipeline_config(options)
     values = {"artifacts": f"s3://{config.bucket}", "role": "MODEL", "image": config.image("serve"),
-              "instance": config.instance_serve, "options": "OPTIONS"}
+              "instance": config.instance_serve, "scheduler": "SCHEDULER", "options": "OPTIONS"}
     given = json.dumps("\n".join(option_texts(options))).replace("${", "${!")
     text = fill_stand_ins(json.dumps(values))["Fn::Sub"].replace("MODEL", "${ModelRole.Arn}")
+    text = text.replace("SCHEDULER", "${SchedulerRole.Arn}")
     return sub(text.replace('"OPTIONS"', given))
 
 # %% ../../nbs/aws/17_stack.ipynb #6468dffe

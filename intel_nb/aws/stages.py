@@ -18,12 +18,13 @@ from typing import Any
 
 from .client import client, ignore_not_found, request_token, translate_errors
 from .executions import deployed_definition, find_execution, start_execution, start_values
-from .hosting import SageMakerEndpoints, alarm_requests, endpoint_name
-from .image import TARGETS, checkout_folder, find_images, image_files, image_tag
+from .hosting import SageMakerEndpoints, alarm_requests
+from .image import checkout_folder, find_images, image_files, image_tag
 from .objects import ObjectNotFound
 from .package_group import PackageGroup
 from .pipeline import PipelineConfig, check_pipeline, pipeline_definition
 from .stack import NONE, Options, checked_options, pipeline_config, staging_end_request
+from .state import endpoint_name
 from ..chain.execution import NotebookFailed, execute
 from ..chain.plan import notebooks_folder
 from ..registry import ModelVersion, note_stage, note_test, open_registry
@@ -34,7 +35,7 @@ from ..storage import InputError, fetch, read_json, write_json, write_text
 __all__ = ['NOTEBOOKS', 'NEWEST', 'options_from', 'note_tag', 'config_from', 'upsert_pipeline', 'run_modelbuild', 'Platform',
            'choose_version', 'check_approved', 'check_deploy_step', 'step_parameters', 'record_result',
            'run_modeldeploy', 'raised_alarms', 'rollback_stage', 'confirm_production', 'cancel_staging_end',
-           'schedule_staging_end', 'run_deploy_step', 'run_build_command']
+           'schedule_staging_end', 'start_stage', 'run_deploy_step', 'run_build_command']
 
 # %% ../../nbs/aws/22_stages.ipynb #4bebd32f
 def options_from(environ: Mapping[str, str]) -> Options:
@@ -55,8 +56,8 @@ def config_from(environ: Mapping[str, str]) -> PipelineConfig:
     config = pipeline_config(options_from(environ), environ["INTEL_NB_ACCOUNT"], environ["INTEL_NB_JOB_ROLE"],
                              environ["INTEL_NB_REGISTRAR_ROLE"])
     images = find_images(config.group, environ["TAG"], config.account, config.region)
-    if missing := set(TARGETS) - set(images):
-        raise InputError(f"the repository {config.group} has no image {min(missing)}-{environ['TAG']}; build it first")
+    if not images:
+        raise InputError(f"the repository {config.group} has no images {environ['TAG']}; build them first")
     return replace(config, image_steps=images["steps"], image_serve=images["serve"])
 
 # %% ../../nbs/aws/22_stages.ipynb #135f5375
@@ -215,6 +216,19 @@ def schedule_staging_end(options: Options, role: str) -> None:
     cancel_staging_end(options.name)
     if options.staging_hours:
         client("scheduler").create_schedule(**staging_end_request(options, datetime.now(UTC), role))
+
+# %% ../../nbs/aws/22_stages.ipynb #6a87343b
+@translate_errors()
+def start_stage(options: Options, stage: str, role: str) -> Endpoint:
+    "Make the endpoint of `stage` again, and have that of staging deleted after `options.staging_hours`, by `role`."
+    hosting = SageMakerEndpoints(options.name)
+    if stage != "staging":
+        return hosting.start(stage)
+    cancel_staging_end(options.name)
+    try:
+        return hosting.start(stage)
+    finally:
+        schedule_staging_end(options, role)
 
 # %% ../../nbs/aws/22_stages.ipynb #27bd5931
 def run_deploy_step(step: str, version: str, options: Options, role: str) -> dict[str, Any]:

@@ -14,19 +14,20 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .client import ClientError, client, error_code, ignore_not_found
 from .objects import list_objects, parse_s3_uri
 from ..serving.endpoints import EndpointError, check_stage
 from ..serving.supervisor import extend_history
-from ..storage import utc_now
+from ..storage import InputError, utc_now
 
 # %% auto #0
-__all__ = ['UNREADABLE', 'CONFLICT_CODES', 'ATTEMPTS', 'PATIENCE', 'version_from_name', 'Intent', 'StageState', 'state_text',
-           'parse_state', 'StateChanged', 'StoredState', 'state_uri', 'read_state', 'write_state', 'list_stages',
-           'delete_state', 'write_alias', 'read_aliases', 'Serving', 'repair_state', 'StageBusy', 'TakenOver',
-           'is_fresh', 'check_free', 'this_process', 'HeldStage', 'begin_change', 'end_change']
+__all__ = ['UNREADABLE', 'CONFLICT_CODES', 'ATTEMPTS', 'STAGES', 'PATIENCE', 'version_from_name', 'Intent', 'StageState',
+           'state_text', 'parse_state', 'StateChanged', 'StoredState', 'state_uri', 'read_state', 'write_state',
+           'list_stages', 'delete_state', 'write_alias', 'endpoint_name', 'Serving', 'serving_now', 'describe_endpoint',
+           'repair_state', 'look_at_stage', 'read_alias', 'read_aliases', 'StageBusy', 'TakenOver', 'is_fresh',
+           'check_free', 'this_process', 'HeldStage', 'begin_change', 'end_change']
 
 # %% ../../nbs/aws/03_state.ipynb #7571e5c8
 def version_from_name(name: str) -> str:
@@ -145,17 +146,40 @@ def write_alias(artifacts: str, stage: str, version: str) -> None:
             return
     raise EndpointError(f"the alias {stage} cannot be written, because others write it all the time; try again")
 
-def read_aliases(artifacts: str) -> dict[str, str]:
-    "Return the aliases, and the version that each names."
-    aliases = {stage: read_state(artifacts, stage).state.alias for stage in list_stages(artifacts)}
-    return {alias: version for alias, version in aliases.items() if version}
+# %% ../../nbs/aws/03_state.ipynb #267420b8
+STAGES = ("staging", "production")
 
-# %% ../../nbs/aws/03_state.ipynb #6a133e91
+def endpoint_name(prefix: str, stage: str) -> str:
+    "Return the name of the endpoint of `stage`; raise `InputError` when SageMaker would not accept it."
+    name = f"{prefix}-{check_stage(stage)}"
+    if stage not in STAGES:  # another one could be an endpoint of the deployment PREFIX-something
+        raise InputError(f"there is no stage {stage} on AWS; choose one of {', '.join(STAGES)}")
+    if len(name) > 44 or not re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9])*", name):  # 63, less a version and a digest
+        raise InputError(f"{name!r} is no name for an endpoint; use letters, digits and single -, 44 at most")
+    return name
+
+# %% ../../nbs/aws/03_state.ipynb #d383f12a
 class Serving(NamedTuple):
     "The configuration that serves a stage now, empty when none does, and whether the service is changing that."
     config: str = ""
     changing: bool = False
 
+def serving_now(found: dict[str, Any] | None) -> Serving:
+    "Return what serves a described endpoint, and whether SageMaker is changing that."
+    if found is None:
+        return Serving()
+    status = found["EndpointStatus"]
+    if status in ("InService", "Failed", "OutOfService", "UpdateRollbackFailed"):
+        return Serving(found["EndpointConfigName"] if status == "InService" else "")
+    return Serving(changing=True)
+
+def describe_endpoint(endpoint: str) -> dict[str, Any] | None:
+    "Return SageMaker's description of an endpoint, or None when it does not exist."
+    with ignore_not_found():
+        return client("sagemaker").describe_endpoint(EndpointName=endpoint)
+    return None
+
+# %% ../../nbs/aws/03_state.ipynb #6a133e91
 def repair_state(state: StageState, now: Serving) -> StageState:
     "Return `state` without its intent, and with the configuration that serves as the last of its history."
     free = replace(state, intent=None)
@@ -164,6 +188,24 @@ def repair_state(state: StageState, now: Serving) -> StageState:
     back = state.intent is not None and state.intent.act == "rollback"
     history = extend_history(state.history, now.config, back)
     return replace(free, config=now.config, history=history, alias=version_from_name(now.config), problem="")
+
+# %% ../../nbs/aws/03_state.ipynb #6a9a8cdb
+def look_at_stage(artifacts: str, name: str, stage: str) -> tuple[StageState, dict[str, Any]]:
+    """Return the state of `stage` of the deployment `name`, corrected by what serves, and its endpoint as described.
+
+    Without `artifacts` nothing was noted; while SageMaker is changing the endpoint, the state is what was noted."""
+    found = describe_endpoint(endpoint_name(name, stage))
+    noted, now = read_state(artifacts, stage).state if artifacts else StageState(), serving_now(found)
+    return noted if now.changing else repair_state(noted, now), found or {}
+
+def read_alias(artifacts: str, name: str, alias: str) -> str:
+    "Return the version that an alias of the deployment `name` names; that of a stage is corrected by what serves."
+    return (look_at_stage(artifacts, name, alias)[0] if alias in STAGES else read_state(artifacts, alias).state).alias
+
+def read_aliases(artifacts: str, name: str) -> dict[str, str]:
+    "Return the aliases of the deployment `name`, and the version that each names."
+    aliases = {alias: read_alias(artifacts, name, alias) for alias in sorted({*STAGES, *list_stages(artifacts)})}
+    return {alias: version for alias, version in aliases.items() if version}
 
 # %% ../../nbs/aws/03_state.ipynb #f5958ed3
 class StageBusy(EndpointError):
