@@ -17,11 +17,16 @@ from .model import Package, load_package
 from .registry import Registry
 
 # %% auto #0
-__all__ = ['confusion_matrix', 'metrics_by_class', 'overall_metrics', 'bootstrap_deviations', 'reliability_bins',
+__all__ = ['predict_split', 'confusion_matrix', 'metrics_by_class', 'overall_metrics', 'bootstrap_deviations', 'reliability_bins',
            'calibration_error', 'log_loss', 'make_evaluation', 'mcnemar_test', 'paired_interval', 'compare_models',
            'compare_by_class', 'describe_difference', 'Gate', 'decide_gate', 'score_champion', 'select_annotated',
            'evaluate_annotated', 'describe_annotated', 'register_package', 'plot_confusion', 'plot_reliability',
            'plot_champion', 'find_worst_mistakes', 'plot_mistakes']
+
+# %% ../nbs/02_evaluate.ipynb #ea7e46c5
+def predict_split(package: Package, split: Split) -> np.ndarray:
+    "Return the probabilities (N, C) that `package` gives for the N > 0 images of `split`."
+    return package.predict_bytes(split.images, outputs=["probabilities"])["probabilities"]
 
 # %% ../nbs/02_evaluate.ipynb #2cbcfa3f
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> np.ndarray:
@@ -172,7 +177,7 @@ def score_champion(registry: Registry, split: Split) -> tuple[str, np.ndarray | 
     package = load_package(registry.package(champion.version))
     if package.labels != split.classes:
         return champion.version, None
-    return champion.version, package.predict_bytes(split.images)["probabilities"].argmax(1) == split.labels
+    return champion.version, predict_split(package, split).argmax(1) == split.labels
 
 # %% ../nbs/02_evaluate.ipynb #9d5a24f0
 def select_annotated(split: Split) -> Split:
@@ -187,7 +192,7 @@ def evaluate_annotated(package: Package, registry: Registry, split: Split) -> di
     rows = select_annotated(split)
     if not len(rows):
         return {}
-    right = package.predict_bytes(rows.images)["probabilities"].argmax(1) == rows.labels
+    right = predict_split(package, rows).argmax(1) == rows.labels
     _, champion = score_champion(registry, rows)
     newest, captured = newest_capture(rows.source)
     groups = {"all": slice(None)} | ({newest: captured} if newest else {})

@@ -20,7 +20,8 @@ from .images import decode
 from .model import Package, run_batches, write_package
 from .storage import InputError, written_aside
 from .training import calibration
-from .training.heads import compute_features, fit_head, fit_head_on, measure_accuracy
+from .training.features import compute_features
+from .training.heads import fit_head, fit_head_on, measure_accuracy
 
 if TYPE_CHECKING:
     import onnx
@@ -103,24 +104,26 @@ class Trained:
     drift: calibration.DriftCalibration
 
 # %% ../nbs/01_train.ipynb #bf3738fc
-def train_frozen(train: Split, validation: Split, settings: dict[str, Any], seed: int,
+def train_frozen(train: Split, validation: Split, settings: dict[str, Any], seed: int, folder: str | Path,
                  log: Callable[[list[dict[str, float]]], None]) -> Trained:
-    "Fit a linear head on a frozen network; `log` gets one row for each regularisation that was tried."
+    """Fit a linear head on a frozen network. The features of all images lie in `folder` meanwhile.
+
+    `log` gets one row for each regularisation that was tried."""
     from intel_nb.training.backbone import build_model, export_backbone, get_head, set_head
     side, precision, cut = settings["image_size"], settings["precision"], len(train)
     model = build_model(settings["model_name"], len(train.classes), settings["pretrained"], seed)
     graphs = build_graphs(export_backbone(model, side), precision, validation, side)
-    features = compute_features(graphs[precision], train.images + validation.images, side, "embeddings")
-    embedding, sources = features["embedding"], train.source + validation.source
+    features = compute_features(graphs[precision], [train.images, validation.images], side, folder, "embeddings")
+    labels, sources = np.concatenate([train.labels, validation.labels]), train.source + validation.source
     with ThreadPoolExecutor(1) as pool:  # neither of the two uses more than one core for long
         drift = pool.submit(calibration.calibrate_on_newest, features, cut, sources, settings, seed)
-        head = fit_head(embedding[:cut], train.labels, embedding[cut:], validation.labels, len(train.classes))
+        head = fit_head(features, labels, cut, len(train.classes))
     log(head.tried)
     set_head(model, head.weight, head.bias)
     accuracies = {precision: head.accuracy} | {kind: measure_accuracy(graphs[kind], get_head(model), validation, side)
                                                for kind in graphs.keys() - {precision}}
     if choose_precision(accuracies) != precision:
-        return train_frozen(train, validation, settings | {"precision": "float32"}, seed, log)
+        return train_frozen(train, validation, settings | {"precision": "float32"}, seed, folder, log)
     return Trained(model, graphs, precision, accuracies, drift.result())
 
 # %% ../nbs/01_train.ipynb #a9c45420
@@ -132,7 +135,7 @@ def _train_layers(train: Split, validation: Split, settings: dict[str, Any], see
     side, head_accuracy = settings["image_size"], 0.
     model = build_model(settings["model_name"], len(train.classes), settings["pretrained"], seed)
     if settings["profile"] == "full":
-        head = fit_head_on(export_backbone(model, side), train, validation, side)
+        head = fit_head_on(export_backbone(model, side), train, validation, side, checkpoint_dir)
         set_head(model, head.weight, head.bias)
         head_accuracy = head.accuracy
         print(f"head alone: val_accuracy {head_accuracy:.4f}")
@@ -157,9 +160,12 @@ def train_end_to_end(train: Split, validation: Split, settings: dict[str, Any], 
     graphs = build_graphs(export_backbone(model, side), settings["precision"], validation, side)
     accuracies = {kind: measure_accuracy(graph, get_head(model), validation, side) for kind, graph in graphs.items()}
     graph = graphs[precision := choose_precision(accuracies)]
-    features = compute_features(graph, fresh.images + validation.take(checked).images, side, "fresh images")
-    whitening = compute_features(graph, rest.images[:calibration.WHITENING_SIZE], side, "whitening")
-    drift = calibration.calibrate_detector(features, settings, seed, whitening, capture)
+    whitening = [rest.images[:calibration.WHITENING_SIZE]]
+    seen = [fresh.images, validation.take(checked).images]
+    features = compute_features(graph, whitening + seen, side, checkpoint_dir, "whitening and fresh images")
+    cut = len(whitening[0])
+    drift = calibration.calibrate_detector(features, range(cut, len(features)), settings, seed,
+                                           features.take(range(cut)), capture)
     return Trained(model, graphs, precision, accuracies, drift)
 
 # %% ../nbs/01_train.ipynb #aaa61b03
