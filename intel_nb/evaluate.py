@@ -14,7 +14,7 @@ import numpy as np
 from .dataset import Split, newest_capture, read_predictions
 from .images import decode
 from .model import Package, load_package
-from .registry import Registry
+from .registry import Registry, describe_accuracy, wilson_interval
 
 # %% auto #0
 __all__ = ['predict_split', 'confusion_matrix', 'metrics_by_class', 'overall_metrics', 'bootstrap_deviations', 'reliability_bins',
@@ -84,12 +84,15 @@ def make_evaluation(split: Split, probabilities: np.ndarray, fingerprints: dict[
                     seed: int = 0) -> dict[str, Any]:
     """Return the content of `evaluation.json` without its gate.
 
-    `probabilities` (N, C) are the answers to the test split. `fingerprints` are those of `data` and `package`."""
+    `probabilities` (N, C) are the answers to the test split. `fingerprints` are those of `data` and `package`. Beside
+    the accuracy are the number of `images` and the 95 % interval, from `low` to `high`."""
     classes, labels, predicted = split.classes, split.labels, probabilities.argmax(1)
     counts = confusion_matrix(labels, predicted, len(classes))
     deviations, by_class = bootstrap_deviations(labels, predicted, len(classes), seed), metrics_by_class(counts)
     metrics: dict[str, Any] = {name: {"value": float(value), "standard_deviation": deviations[name]}
                                for name, value in overall_metrics(counts).items()}
+    low, high = wilson_interval(metrics["accuracy"]["value"], len(split))
+    metrics["accuracy"] |= {"images": len(split), "low": low, "high": high}
     metrics["confusion_matrix"] = {name: dict(zip(classes, row)) for name, row in zip(classes, counts.tolist())}
     return {"multiclass_classification_metrics": metrics,
             "per_class": {name: {metric: float(values[i]) for metric, values in by_class.items()}
@@ -150,16 +153,16 @@ class Gate:
 def decide_gate(right: np.ndarray, min_accuracy: float, champion: str = "",
                 champion_right: np.ndarray | None = None) -> Gate:
     "Return the gate of a package, `right` or wrong (N,). `champion_right` is None if the `champion` has other classes."
-    accuracy = right.mean()
-    if accuracy < min_accuracy:
-        return Gate(False, f"accuracy {accuracy:.4f} is below {min_accuracy}")
+    described = f"accuracy {describe_accuracy(right.mean(), len(right), digits=4)}"
+    if right.mean() < min_accuracy:
+        return Gate(False, f"{described} is below {min_accuracy}")
     if champion_right is None:
         reason = f"version {champion} has other classes and is not compared" if champion else "no champion yet"
-        return Gate(True, f"accuracy {accuracy:.4f}; {reason}")
+        return Gate(True, f"{described}; {reason}")
     found = compare_models(right, champion_right)
     sign = "better than" if found["difference"] > 0 else "worse than"
     verdict = "within noise of" if found["p_value"] >= .05 else sign
-    reason = f"accuracy {accuracy:.4f}, {verdict} champion {champion} ({describe_difference(found)})"
+    reason = f"{described}, {verdict} champion {champion} ({describe_difference(found)})"
     return Gate(verdict != "worse than", reason, champion, found["p_value"])
 
 # %% ../nbs/02_evaluate.ipynb #d68d4d38
@@ -206,7 +209,7 @@ def describe_annotated(found: dict[str, dict[str, float]]) -> str:
     def line(name: str, group: dict[str, float]) -> str:
         where = "" if name == "all" else f" of {name}"
         difference = f" ({describe_difference(group)})" if "champion" in group else ""
-        return f"accuracy {group['accuracy']:.4f} on {group['images']} images{where}{difference}"
+        return f"accuracy {describe_accuracy(group['accuracy'], int(group['images']))}{where}{difference}"
 
     return "; ".join(line(name, group) for name, group in found.items()) or "none"
 
@@ -228,7 +231,9 @@ def plot_confusion(ax: Any, counts: np.ndarray, names: list[str]) -> None:
     for (i, j), n in np.ndenumerate(counts):
         color = "white" if n > counts[i].sum() / 2 else "black"
         ax.text(j, i, n or "", ha="center", va="center", fontsize=8, color=color)
-    ax.set(yticks=range(len(names)), yticklabels=names, xlabel="predicted", ylabel="true", title="Confusion")
+    ax.set(yticks=range(len(names)), yticklabels=names, xlabel="predicted", ylabel="true")
+    accuracy = describe_accuracy(np.trace(counts) / counts.sum(), int(counts.sum()))
+    ax.set_title(f"Accuracy {accuracy}", fontsize=10)
     ax.set_xticks(range(len(names)), names, rotation=40, ha="right")
 
 # %% ../nbs/02_evaluate.ipynb #55db7d79
