@@ -58,7 +58,7 @@ def _members(path: Path, limit: int) -> list[bytes]:
     if path.is_dir() and any(path.glob("test-*.parquet")):
         from intel_nb.dataset import read_split
 
-        return spread(read_split(path, "test").images)
+        return list(spread(read_split(path, "test").images))
     if path.is_dir():
         return [p.read_bytes() for p in spread(sorted(p for p in path.rglob("*") if p.is_file()))]
     if not zipfile.is_zipfile(path):

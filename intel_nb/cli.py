@@ -26,9 +26,9 @@ __all__ = ['app', 'aws_app', 'INTERRUPTED', 'JsonOption', 'VersionArgument', 'St
            'YesOption', 'Reason', 'print_line', 'print_error', 'call', 'main', 'format_table', 'print_json',
            'print_rows', 'PlainProgress', 'BarProgress', 'show_progress', 'data_lines', 'annotation_lines',
            'describe_run', 'exit_with_outcome', 'request_from', 'run_command', 'runs_command', 'report_command',
-           'print_versions', 'models_command', 'trace_command', 'describe_shadow', 'describe_drift', 'drift_and_shadow',
-           'endpoints_command', 'captures_command', 'carry_out_decision', 'approve_command', 'reject_command',
-           'promote_command', 'rollback_command', 'shadow_command', 'start_command', 'stop_command',
+           'version_row', 'print_versions', 'models_command', 'trace_command', 'describe_shadow', 'describe_drift',
+           'drift_and_shadow', 'endpoints_command', 'captures_command', 'carry_out_decision', 'approve_command',
+           'reject_command', 'promote_command', 'rollback_command', 'shadow_command', 'start_command', 'stop_command',
            'print_predictions', 'predict_file', 'predict_command', 'serve_command', 'sign_command', 'watch_command',
            'prune_command', 'confirm_unless', 'aws_template_command', 'aws_definition_command', 'aws_rehearse_command',
            'aws_cost_command', 'aws_deploy_command', 'aws_start_command', 'aws_status_command', 'aws_models_command',
@@ -210,10 +210,12 @@ def annotation_lines(run: Run) -> list[str]:
 # %% ../nbs/20_cli.ipynb #76abee36
 def describe_run(workspace: Workspace, run: Run) -> str:
     "Return the lines that end a command about `run`."
+    from intel_nb.registry import describe_accuracy
     lines = [f"run {run.run_id} {run.status}", *data_lines(run), *annotation_lines(run)]
     if run.model_version:
         version = workspace.registry().get(run.model_version)
-        lines.append(f"version   {version.version}, accuracy {version.accuracy:.4f}, {version.status}")
+        described = describe_accuracy(version.accuracy, version.images)
+        lines.append(f"version   {version.version}, accuracy {described}, {version.status}")
         if run.status in ("rejected", "waiting"):
             lines.append(f"reason    {version.reason}")
             evaluate = run.step("evaluate")
@@ -309,18 +311,22 @@ def report_command(run: Annotated[str, typer.Argument(metavar="RUN", help="A run
         print_line(f"{format_table(rows, '')}\n{describe_run(workspace, found)}")
 
 # %% ../nbs/20_cli.ipynb #1f2906fa
+def version_row(version: ModelVersion, as_json: bool) -> dict[str, Any]:
+    "Return what is shown of a version: for a person the accuracy in words and the reason, in JSON the figures."
+    from intel_nb.registry import describe_accuracy, wilson_interval
+    names = ("version", "status", "accuracy", "aliases", "run_id")
+    row: dict[str, Any] = {name: getattr(version, name) for name in names}
+    if version.accuracy != version.accuracy:
+        why = "; ".join(filter(None, (version.reason, version.tags.get("unreadable", ""))))
+        return row | ({"accuracy": None} if as_json else {"accuracy": "unreadable", "reason": why})
+    if not as_json:
+        return row | {"accuracy": describe_accuracy(version.accuracy, version.images), "reason": version.reason}
+    interval = wilson_interval(version.accuracy, version.images) if version.images else None
+    return row | {"images": version.images or None, "interval": interval}
+
 def print_versions(registry: Registry, as_json: bool, empty: str) -> None:
     "Print the versions in `registry`, newest first (the text `empty` if there are none)."
-    fields = ("version", "status", "accuracy", "aliases", "run_id", *([] if as_json else ["reason"]))
-    rows = [{name: getattr(v, name) for name in fields} | _unreadable(v, as_json) for v in registry.versions()]
-    print_rows(rows, as_json, empty)
-
-def _unreadable(version: ModelVersion, as_json: bool) -> dict[str, Any]:
-    "Return what is shown of a version whose evaluation cannot be read; nothing for others."
-    if version.accuracy == version.accuracy:
-        return {}
-    reason = "; ".join(filter(None, (version.reason, version.tags.get("unreadable", ""))))
-    return {"accuracy": None} if as_json else {"accuracy": "unreadable", "reason": reason}
+    print_rows([version_row(version, as_json) for version in registry.versions()], as_json, empty)
 
 # %% ../nbs/20_cli.ipynb #68256542
 @app.command("models")

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
+import sys
+import threading
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +25,8 @@ from .scenes import SAMPLE_CLASSES, sample_jpeg
 from .storage import InputError, written_aside
 
 # %% auto #0
-__all__ = ['SPLITS', 'ROWS_PER_SHARD', 'Row', 'row_name', 'shard_schema', 'write_split', 'find_shards', 'class_names', 'Split',
+__all__ = ['SPLITS', 'ROWS_PER_SHARD', 'ROWS_PER_GROUP', 'BYTES_PER_GROUP', 'KEPT_BYTES', 'Row', 'row_name', 'shard_schema',
+           'row_groups', 'write_split', 'find_shards', 'class_names', 'RowGroup', 'RowGroups', 'StoredImages', 'Split',
            'read_split', 'newest_capture', 'sample_dataset', 'Predictions', 'write_predictions', 'read_predictions']
 
 # %% ../nbs/14_dataset.ipynb #9d8a63b6
@@ -45,6 +48,8 @@ def row_name(sha256: str, label: str, data: bytes) -> str:
 
 # %% ../nbs/14_dataset.ipynb #41935517
 ROWS_PER_SHARD = 4096
+ROWS_PER_GROUP = 256
+BYTES_PER_GROUP = 16 * 2**20  # of images; a larger image has a group of its own
 
 def shard_schema(classes: list[str]) -> pa.Schema:
     "Return the Arrow schema of a shard, with the class names as Hugging Face feature metadata."
@@ -56,19 +61,39 @@ def shard_schema(classes: list[str]) -> pa.Schema:
     return pa.schema(fields.items(), metadata={"huggingface": json.dumps({"info": {"features": features}})})
 
 # %% ../nbs/14_dataset.ipynb #a5c30169
+def row_groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    "Divide `rows` into lists of at most `ROWS_PER_GROUP` rows and `BYTES_PER_GROUP` bytes, or of one larger row."
+    group: list[Row] = []
+    size = 0
+    for row in rows:
+        if group and (len(group) == ROWS_PER_GROUP or size + len(row.data) > BYTES_PER_GROUP):
+            yield group
+            group, size = [], 0
+        group.append(row)
+        size += len(row.data)
+    if group:
+        yield group
+
+# %% ../nbs/14_dataset.ipynb #af451d73
 def _table(rows: list[Row], classes: list[str]) -> pa.Table:
-    "Make the table of one shard."
+    "Make the table of one row group."
     images = [{"bytes": r.data, "path": row_name(r.sha256, classes[r.label], r.data)} for r in rows]
     columns = {name: [getattr(r, name) for r in rows] for name in Row._fields[1:]}
     return pa.Table.from_pydict({"image": images, **columns}, schema=shard_schema(classes))
+
+def _write_shard(path: Path, rows: Iterable[Row], classes: list[str]) -> None:
+    "Write `rows` as the shard `path`. Columns whose values hardly repeat get no dictionary."
+    with written_aside(path) as aside, pq.ParquetWriter(aside, shard_schema(classes), compression="NONE",
+                                                        use_dictionary=["label", "width", "height", "source"]) as shard:
+        for group in row_groups(rows):
+            shard.write_table(_table(group, classes), row_group_size=len(group))
 
 def write_split(folder: str | Path, split: str, rows: Iterable[Row], count: int, classes: list[str]) -> list[Path]:
     "Write the `count` rows of `split` as shards `<split>-00000-of-0000N.parquet` in `folder`. Return their paths."
     rows, shards = iter(rows), max(1, -(-count // ROWS_PER_SHARD))
     paths = [Path(folder) / f"{split}-{i:05}-of-{shards:05}.parquet" for i in range(shards)]
     for path in paths:
-        with written_aside(path) as aside:
-            pq.write_table(_table(list(islice(rows, ROWS_PER_SHARD)), classes), aside, compression="NONE")
+        _write_shard(path, islice(rows, ROWS_PER_SHARD), classes)
     return paths
 
 # %% ../nbs/14_dataset.ipynb #26198304
@@ -91,11 +116,71 @@ def class_names(dataset: str | Path) -> list[str]:
     except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as e:
         raise InputError(f"{path} is not a shard of the data step ({e})") from None
 
+# %% ../nbs/14_dataset.ipynb #5e00c467
+class RowGroup(NamedTuple):
+    "The place of some rows: a shard, the number of a row group in it, and how many rows that has."
+    path: Path
+    number: int
+    rows: int
+
+    def read_images(self) -> pa.BinaryArray:
+        "Read the encoded images. Raise `InputError` when they are missing or damaged."
+        try:
+            table = pq.ParquetFile(self.path).read_row_group(self.number, columns=["image.bytes"])
+            return table["image"].combine_chunks().field("bytes").cast(pa.binary())
+        except (pa.ArrowInvalid, OSError) as e:
+            raise InputError(f"the images in {self.path} cannot be read ({e}); copy it again") from None
+
+# %% ../nbs/14_dataset.ipynb #fbdd9ba0
+KEPT_BYTES = 128 * 2**20  # of encoded images that were read last
+
+class RowGroups:
+    "Row groups, one after another. Several threads may read from them."
+    def __init__(self, groups: Sequence[RowGroup]):
+        self.groups, self._ends = groups, np.cumsum([group.rows for group in groups], dtype=np.int64)
+        self._kept: OrderedDict[int, pa.BinaryArray] = OrderedDict()  # by number, the latest use last
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def read(self, row: int) -> bytes:
+        "Return the encoded image of `row`, counted over all groups."
+        k = int(np.searchsorted(self._ends, row, side="right"))
+        return self._images(k)[int(row - self._ends[k]) + self.groups[k].rows].as_py()
+
+    def _images(self, k: int) -> pa.BinaryArray:
+        "Return the images of group `k`. Groups that were not used for longest are given up beyond `KEPT_BYTES`."
+        with self._lock:
+            if k not in self._kept:
+                self._kept[k] = self.groups[k].read_images()
+                while len(self._kept) > 1 and sum(images.nbytes for images in self._kept.values()) > KEPT_BYTES:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(k)
+            return self._kept[k]
+
+# %% ../nbs/14_dataset.ipynb #3465eda8
+class StoredImages(Sequence[bytes]):
+    "The encoded images at `rows` (N,) of `groups`, each read when it is asked for. A part of them is of this kind too."
+    def __init__(self, groups: RowGroups, rows: np.ndarray):
+        self.groups, self.rows = groups, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, key: int) -> bytes: ...
+    @overload
+    def __getitem__(self, key: slice | list[int]) -> StoredImages: ...
+    def __getitem__(self, key: int | slice | list[int]) -> bytes | StoredImages:
+        found = self.rows[key]
+        return StoredImages(self.groups, found) if isinstance(found, np.ndarray) else self.groups.read(found)
+
 # %% ../nbs/14_dataset.ipynb #a171522c
 @dataclass(frozen=True)
 class Split:
     "The rows of one split, column by column, in the order in which they are stored."
-    images: list[bytes] = field(repr=False)  # encoded
+    images: Sequence[bytes] = field(repr=False)  # encoded; `StoredImages` when they are in shards
     labels: np.ndarray = field(repr=False)  # int64 (N,)
     names: list[str] = field(repr=False)  # `row_name` of each
     sha256: list[str] = field(repr=False)
@@ -106,25 +191,42 @@ class Split:
         return len(self.images)
 
     def take(self, index: Iterable[int]) -> Split:
-        "Return the rows at `index`, in that order."
-        index = list(index)
-        return Split([self.images[i] for i in index], self.labels[index], [self.names[i] for i in index],
+        "Return the rows at `index`, in that order. Images in shards stay there."
+        index = [int(i) for i in index]
+        images = self.images[index] if isinstance(self.images, StoredImages) else [self.images[i] for i in index]
+        return Split(images, self.labels[index], [self.names[i] for i in index],
                      [self.sha256[i] for i in index], [self.source[i] for i in index], self.classes)
 
 # %% ../nbs/14_dataset.ipynb #0bef1a04
+_SMALL = {"image": pa.struct([("path", pa.string())]), "label": pa.int64(), "sha256": pa.string(),
+          "source": pa.string()}
+
+def _read_shard(path: Path, schema: pa.Schema) -> tuple[pa.Table, list[RowGroup]]:
+    "Return the small columns of a shard, whose columns must fit `schema`, and its row groups."
+    shard = pq.ParquetFile(path)
+    shard.schema_arrow.empty_table().cast(schema)
+    columns = shard.read(columns=["image.path", *(name for name in _SMALL if name != "image")])
+    sizes = [shard.metadata.row_group(k).num_rows for k in range(shard.num_row_groups)]
+    return columns.select(list(_SMALL)).cast(pa.schema(_SMALL)), [RowGroup(path, k, n) for k, n in enumerate(sizes)]
+
+# %% ../nbs/14_dataset.ipynb #11c7a3c7
 def read_split(dataset: str | Path, split: str) -> Split:
-    "Read all rows of `split`. Raise `InputError` when shards are missing, damaged or of another kind."
+    """Return all rows of `split`, whose images are read when they are asked for.
+
+    Raise `InputError` when shards are missing, damaged or of another kind."""
     classes, paths = class_names(dataset), find_shards(dataset, split)
     try:
-        table = pa.concat_tables(pq.read_table(p) for p in paths)
-        table = table.cast(shard_schema(classes).remove_metadata()).combine_chunks()
+        shards = [_read_shard(path, shard_schema(classes).remove_metadata()) for path in paths]
     except (pa.ArrowInvalid, ValueError, OSError) as e:
         raise InputError(f"{paths[0]} cannot be read as a {split} shard ({e})") from None
-    image, labels = table["image"].combine_chunks(), table["label"].to_numpy()
+    table = pa.concat_tables(columns for columns, _ in shards).flatten()
+    names, labels = table["image.path"].to_pylist(), table["label"].to_numpy()
     if len(labels) and not (labels.min() >= 0 and labels.max() < len(classes)):
         raise InputError(f"{paths[0]} has labels outside 0–{len(classes) - 1}")
-    return Split(image.field("bytes").to_pylist(), labels, image.field("path").to_pylist(),
-                 table["sha256"].to_pylist(), table["source"].to_pylist(), classes)
+    groups = RowGroups([group for _, found in shards for group in found])
+    images = StoredImages(groups, np.arange(len(groups)))
+    sources = [sys.intern(source) for source in table["source"].to_pylist()]  # there are few different ones
+    return Split(images, labels, names, table["sha256"].to_pylist(), sources, classes)
 
 # %% ../nbs/14_dataset.ipynb #96061067
 def newest_capture(sources: Sequence[str], least: int = 1) -> tuple[str, list[int]]:

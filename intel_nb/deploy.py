@@ -29,7 +29,7 @@ def deploy(registry: Registry, endpoints: Endpoints, version: str, stage: str, e
     found = check_approved(registry.get(version))
     endpoint = endpoints.deploy(stage, registry.package(version), found.version, engine=engine, back=back)
     return {"stage": stage, "url": endpoint.url, "version": endpoint.version, "engine": endpoint.engine,
-            "accuracy": found.accuracy, "history": endpoints.history(stage)}
+            "accuracy": found.accuracy, "images": found.images, "history": endpoints.history(stage)}
 
 # %% ../nbs/03_deploy.ipynb #a03f8d7f
 def sample_version(registry: Registry, folder: Path) -> str:

@@ -14,14 +14,19 @@ import numpy as np
 from .dataset import Split, newest_capture, read_predictions
 from .images import decode
 from .model import Package, load_package
-from .registry import Registry
+from .registry import Registry, describe_accuracy, wilson_interval
 
 # %% auto #0
-__all__ = ['confusion_matrix', 'metrics_by_class', 'overall_metrics', 'bootstrap_deviations', 'reliability_bins',
+__all__ = ['predict_split', 'confusion_matrix', 'metrics_by_class', 'overall_metrics', 'bootstrap_deviations', 'reliability_bins',
            'calibration_error', 'log_loss', 'make_evaluation', 'mcnemar_test', 'paired_interval', 'compare_models',
            'compare_by_class', 'describe_difference', 'Gate', 'decide_gate', 'score_champion', 'select_annotated',
            'evaluate_annotated', 'describe_annotated', 'register_package', 'plot_confusion', 'plot_reliability',
            'plot_champion', 'find_worst_mistakes', 'plot_mistakes']
+
+# %% ../nbs/02_evaluate.ipynb #ea7e46c5
+def predict_split(package: Package, split: Split) -> np.ndarray:
+    "Return the probabilities (N, C) that `package` gives for the N > 0 images of `split`."
+    return package.predict_bytes(split.images, outputs=["probabilities"])["probabilities"]
 
 # %% ../nbs/02_evaluate.ipynb #2cbcfa3f
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> np.ndarray:
@@ -79,12 +84,15 @@ def make_evaluation(split: Split, probabilities: np.ndarray, fingerprints: dict[
                     seed: int = 0) -> dict[str, Any]:
     """Return the content of `evaluation.json` without its gate.
 
-    `probabilities` (N, C) are the answers to the test split. `fingerprints` are those of `data` and `package`."""
+    `probabilities` (N, C) are the answers to the test split. `fingerprints` are those of `data` and `package`. Beside
+    the accuracy are the number of `images` and the 95 % interval, from `low` to `high`."""
     classes, labels, predicted = split.classes, split.labels, probabilities.argmax(1)
     counts = confusion_matrix(labels, predicted, len(classes))
     deviations, by_class = bootstrap_deviations(labels, predicted, len(classes), seed), metrics_by_class(counts)
     metrics: dict[str, Any] = {name: {"value": float(value), "standard_deviation": deviations[name]}
                                for name, value in overall_metrics(counts).items()}
+    low, high = wilson_interval(metrics["accuracy"]["value"], len(split))
+    metrics["accuracy"] |= {"images": len(split), "low": low, "high": high}
     metrics["confusion_matrix"] = {name: dict(zip(classes, row)) for name, row in zip(classes, counts.tolist())}
     return {"multiclass_classification_metrics": metrics,
             "per_class": {name: {metric: float(values[i]) for metric, values in by_class.items()}
@@ -145,16 +153,16 @@ class Gate:
 def decide_gate(right: np.ndarray, min_accuracy: float, champion: str = "",
                 champion_right: np.ndarray | None = None) -> Gate:
     "Return the gate of a package, `right` or wrong (N,). `champion_right` is None if the `champion` has other classes."
-    accuracy = right.mean()
-    if accuracy < min_accuracy:
-        return Gate(False, f"accuracy {accuracy:.4f} is below {min_accuracy}")
+    described = f"accuracy {describe_accuracy(right.mean(), len(right), digits=4)}"
+    if right.mean() < min_accuracy:
+        return Gate(False, f"{described} is below {min_accuracy}")
     if champion_right is None:
         reason = f"version {champion} has other classes and is not compared" if champion else "no champion yet"
-        return Gate(True, f"accuracy {accuracy:.4f}; {reason}")
+        return Gate(True, f"{described}; {reason}")
     found = compare_models(right, champion_right)
     sign = "better than" if found["difference"] > 0 else "worse than"
     verdict = "within noise of" if found["p_value"] >= .05 else sign
-    reason = f"accuracy {accuracy:.4f}, {verdict} champion {champion} ({describe_difference(found)})"
+    reason = f"{described}, {verdict} champion {champion} ({describe_difference(found)})"
     return Gate(verdict != "worse than", reason, champion, found["p_value"])
 
 # %% ../nbs/02_evaluate.ipynb #d68d4d38
@@ -172,7 +180,7 @@ def score_champion(registry: Registry, split: Split) -> tuple[str, np.ndarray | 
     package = load_package(registry.package(champion.version))
     if package.labels != split.classes:
         return champion.version, None
-    return champion.version, package.predict_bytes(split.images)["probabilities"].argmax(1) == split.labels
+    return champion.version, predict_split(package, split).argmax(1) == split.labels
 
 # %% ../nbs/02_evaluate.ipynb #9d5a24f0
 def select_annotated(split: Split) -> Split:
@@ -187,7 +195,7 @@ def evaluate_annotated(package: Package, registry: Registry, split: Split) -> di
     rows = select_annotated(split)
     if not len(rows):
         return {}
-    right = package.predict_bytes(rows.images)["probabilities"].argmax(1) == rows.labels
+    right = predict_split(package, rows).argmax(1) == rows.labels
     _, champion = score_champion(registry, rows)
     newest, captured = newest_capture(rows.source)
     groups = {"all": slice(None)} | ({newest: captured} if newest else {})
@@ -201,7 +209,7 @@ def describe_annotated(found: dict[str, dict[str, float]]) -> str:
     def line(name: str, group: dict[str, float]) -> str:
         where = "" if name == "all" else f" of {name}"
         difference = f" ({describe_difference(group)})" if "champion" in group else ""
-        return f"accuracy {group['accuracy']:.4f} on {group['images']} images{where}{difference}"
+        return f"accuracy {describe_accuracy(group['accuracy'], int(group['images']))}{where}{difference}"
 
     return "; ".join(line(name, group) for name, group in found.items()) or "none"
 
@@ -223,7 +231,9 @@ def plot_confusion(ax: Any, counts: np.ndarray, names: list[str]) -> None:
     for (i, j), n in np.ndenumerate(counts):
         color = "white" if n > counts[i].sum() / 2 else "black"
         ax.text(j, i, n or "", ha="center", va="center", fontsize=8, color=color)
-    ax.set(yticks=range(len(names)), yticklabels=names, xlabel="predicted", ylabel="true", title="Confusion")
+    ax.set(yticks=range(len(names)), yticklabels=names, xlabel="predicted", ylabel="true")
+    accuracy = describe_accuracy(np.trace(counts) / counts.sum(), int(counts.sum()))
+    ax.set_title(f"Accuracy {accuracy}", fontsize=10)
     ax.set_xticks(range(len(names)), names, rotation=40, ha="right")
 
 # %% ../nbs/02_evaluate.ipynb #55db7d79

@@ -15,8 +15,9 @@ import tarfile
 import tempfile
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -35,8 +36,8 @@ if TYPE_CHECKING:  # imported when used: reading a package needs neither
 # %% auto #0
 __all__ = ['FILES', 'IGNORED', 'SIGNATURE', 'MAX_PACKAGE_BYTES', 'MAX_TEXT_BYTES', 'write_manifest', 'read_manifest',
            'check_files', 'check_content', 'check_manifest', 'sign_manifest', 'check_signature', 'check_keys', 'cores',
-           'open_session', 'run_batches', 'Package', 'pack', 'unpack', 'find_package', 'load_package', 'sign_package',
-           'to_yaml', 'card_text', 'write_package', 'sample_package']
+           'open_session', 'stream_batches', 'run_batches', 'Package', 'pack', 'unpack', 'find_package', 'load_package',
+           'sign_package', 'to_yaml', 'card_text', 'write_package', 'sample_package']
 
 # %% ../nbs/18_model.ipynb #4eca6a82
 FILES = ("model.onnx", "model.safetensors", "labels.json", "hparams.yaml", "drift.npz", "card.md")
@@ -193,25 +194,33 @@ def open_session(model: str | Path | bytes, threads: int = 0) -> onnxruntime.Inf
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 # %% ../nbs/18_model.ipynb #9461aef0
-def run_batches(model: str | Path | bytes, items: Sequence | np.ndarray, load: Callable[[Any], np.ndarray],
-                batch_size: int = 8, progress: Callable[[int], None] = lambda done: None) -> dict[str, np.ndarray]:
-    """Return all outputs of `model` for `items`, in their order.
+def stream_batches(model: str | Path | bytes, items: Sequence | np.ndarray, load: Callable[[Any], np.ndarray],
+                   batch_size: int = 8, outputs: Sequence[str] = ()) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the `outputs` of `model`, all when none is named, for one batch of `items` after another.
 
-    `load` turns a slice of `items` into the input, uint8 (n, side, side, 3). `progress` is called in the calling thread
-    with the number of items that are done."""
-    local, starts = threading.local(), range(0, len(items), batch_size)
+    `load` turns a slice of `items` into the input, uint8 (n, side, side, 3). At most four batches for each core are
+    under way or wait to be taken, so memory does not grow with the number of items."""
+    local, waiting = threading.local(), deque[Future[dict[str, np.ndarray]]]()
 
     def run(start: int) -> dict[str, np.ndarray]:
         if not hasattr(local, "session"):
             local.session = open_session(model, 1)
-        outputs = local.session.run(None, {"images": load(items[start:start + batch_size])})
-        return {output.name: values for output, values in zip(local.session.get_outputs(), outputs)}
+        names = list(outputs) or [output.name for output in local.session.get_outputs()]
+        return dict(zip(names, local.session.run(names, {"images": load(items[start:start + batch_size])})))
 
-    batches: list[dict[str, np.ndarray]] = []
     with ThreadPoolExecutor(cores()) as pool:
-        for batch in pool.map(run, starts):
-            batches.append(batch)
-            progress(min(len(batches) * batch_size, len(items)))
+        for start in range(0, len(items), batch_size):
+            waiting.append(pool.submit(run, start))
+            if len(waiting) == 4 * cores():
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+# %% ../nbs/18_model.ipynb #8d6c94a9
+def run_batches(model: str | Path | bytes, items: Sequence | np.ndarray, load: Callable[[Any], np.ndarray],
+                batch_size: int = 8, outputs: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    "Return what `stream_batches` yields for all `items` together."
+    batches = list(stream_batches(model, items, load, batch_size, outputs))
     return {name: np.concatenate([batch[name] for batch in batches]) for name in (batches[0] if batches else ())}
 
 # %% ../nbs/18_model.ipynb #3554998c
@@ -262,9 +271,10 @@ class Package:
         Return `probabilities` (N, C), `embedding` (N, E) and `drift` (N, D)."""
         return run_batches(self.path / "model.onnx", images, np.stack, batch_size)
 
-    def predict_bytes(self, images: Sequence[bytes], batch_size: int = 8) -> dict[str, np.ndarray]:
-        "Run the graph on encoded images, which are decoded on the way, and return what `predict` returns."
-        return run_batches(self.path / "model.onnx", images, self.decode, batch_size)
+    def predict_bytes(self, images: Sequence[bytes], batch_size: int = 8,
+                      outputs: Sequence[str] = ()) -> dict[str, np.ndarray]:
+        "Run the graph on encoded images, which are decoded on the way; return its `outputs`, all when none is named."
+        return run_batches(self.path / "model.onnx", images, self.decode, batch_size, outputs)
 
     def decode(self, images: Iterable[bytes]) -> np.ndarray:
         "Decode images to the input of this package: uint8 (N, side, side, 3)."

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sqlite3
@@ -24,9 +25,10 @@ from .locks import locked
 from .storage import InputError, cloud_module, read_json, utc_now, utc_text, write_json, written_aside
 
 # %% auto #0
-__all__ = ['STATUSES', 'MODEL', 'ModelVersion', 'check_status', 'find_version', 'metrics_of', 'data_fingerprint', 'Registry',
-           'artifact_folder', 'create_database', 'create_database_in_background', 'read_versions', 'copy_files',
-           'log_run', 'decision_tags', 'LocalRegistry', 'open_registry', 'note_stage', 'note_test']
+__all__ = ['STATUSES', 'MODEL', 'ModelVersion', 'check_status', 'find_version', 'metrics_of', 'images_of', 'data_fingerprint',
+           'wilson_interval', 'describe_accuracy', 'Registry', 'artifact_folder', 'create_database',
+           'create_database_in_background', 'read_versions', 'copy_files', 'log_run', 'decision_tags', 'LocalRegistry',
+           'open_registry', 'note_stage', 'note_test']
 
 # %% ../nbs/19_registry.ipynb #b4d6de69
 STATUSES = ("PendingManualApproval", "Approved", "Rejected")
@@ -45,6 +47,7 @@ class ModelVersion:
     created: str  # ISO 8601, UTC
     staging_test: str = ""  # "", "passed" or "failed"
     tracking_run: str = ""
+    images: int = 0  # test images that the accuracy is of; 0: unknown, as in versions of 0.1
     tags: dict[str, str] = field(default_factory=dict)
 
 # %% ../nbs/19_registry.ipynb #b37b7e8f
@@ -69,10 +72,37 @@ def metrics_of(evaluation: dict) -> dict[str, float]:
     metrics = evaluation["multiclass_classification_metrics"].items()
     return {name: float(metric["value"]) for name, metric in metrics if "value" in metric}
 
+# %% ../nbs/19_registry.ipynb #feee39b0
+def images_of(evaluation: dict) -> int:
+    "Return how many test images an `evaluation.json` is of; 0 when it does not say."
+    beside = evaluation["multiclass_classification_metrics"]["accuracy"].get("images")
+    return int(beside or evaluation.get("images", 0))
+
 # %% ../nbs/19_registry.ipynb #b7a636ff
 def data_fingerprint(evaluation: dict) -> str:
     "Return the fingerprint of the data that an `evaluation.json` was made on; empty when it has none."
     return str(evaluation.get("fingerprints", {}).get("data", ""))
+
+# %% ../nbs/19_registry.ipynb #a3992020
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
+    """Return the 95 % confidence interval of a `share` of `n` > 0 independent cases.
+
+    It is the score interval (Wilson 1927, *J. Am. Stat. Assoc.* 22(158), 209-212), which holds for few cases and for
+    shares near 0 and 1 as well."""
+    z = 1.959964
+    centre, reach = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0., (centre - reach) / scale), min(1., (centre + reach) / scale)
+
+# %% ../nbs/19_registry.ipynb #7289d580
+def describe_accuracy(accuracy: float, images: int, digits: int = 3) -> str:
+    "Return an `accuracy` (0 to 1) on `images` images in words, with its interval; `images` 0 means an unknown number."
+    if math.isnan(accuracy):
+        return "unknown"
+    if not images:
+        return f"{accuracy:.{digits}f} (n unknown)"
+    low, high = wilson_interval(accuracy, images)
+    return f"{accuracy:.{digits}f} (95 %: {low:.{digits}f}–{high:.{digits}f}, n = {images:,})"
 
 # %% ../nbs/19_registry.ipynb #0b476eb6
 class Registry(Protocol):
@@ -167,7 +197,7 @@ def _version_of_row(number: int, created: int, tracking_run: str | None, tags: s
     return ModelVersion(
         version=str(number), status=known.get("approval", "PendingManualApproval"), created=when,
         accuracy=float(known.get("accuracy", "nan")), aliases=sorted(json.loads(aliases)),
-        tracking_run=tracking_run or "", tags=known, **texts)
+        tracking_run=tracking_run or "", images=int(known.get("images", 0)), tags=known, **texts)
 
 # %% ../nbs/19_registry.ipynb #92c1e288
 def copy_files(target: Path, package: Path, evaluation: dict, artifacts: Sequence[Path]) -> Path:
@@ -182,8 +212,9 @@ def copy_files(target: Path, package: Path, evaluation: dict, artifacts: Sequenc
 def log_run(client: Any, tracking_run: str, evaluation: dict, params: dict) -> None:
     "Write an evaluation's figures and the parameters to an MLflow run, and end the run."
     from mlflow.entities import Metric, Param
+    figures = metrics_of(evaluation) | {"images": images_of(evaluation)}
     now = int(time.time() * 1000)
-    metrics = [Metric(name, value, now, 0) for name, value in metrics_of(evaluation).items()]
+    metrics = [Metric(name, value, now, 0) for name, value in figures.items()]
     client.log_batch(tracking_run, metrics=metrics, params=[Param(k, str(v)[:6000]) for k, v in params.items()])
     client.set_terminated(tracking_run)
 
@@ -207,7 +238,8 @@ class LocalRegistry(Registry):
 
         loaded = load_package(package)
         tags = {"fingerprint": loaded.fingerprint, "accuracy": repr(metrics_of(evaluation)["accuracy"]),
-                "data": data_fingerprint(evaluation), **decision_tags(status, reason)}
+                "images": str(images_of(evaluation)), "data": data_fingerprint(evaluation),
+                **decision_tags(status, reason)}
         client = _open_client(create_database(self.database))
         run = client.create_run(client.get_experiment_by_name(MODEL).experiment_id).info.run_id
         copied = copy_files(artifact_folder(self.database, run), loaded.path, evaluation, artifacts)

@@ -18,9 +18,11 @@ import numpy as np
 from .dataset import Split
 from .images import decode
 from .model import Package, run_batches, write_package
+from .registry import describe_accuracy, wilson_interval
 from .storage import InputError, written_aside
 from .training import calibration
-from .training.heads import compute_features, fit_head, fit_head_on, measure_accuracy
+from .training.features import compute_features
+from .training.heads import fit_head, fit_head_on, measure_accuracy
 
 if TYPE_CHECKING:
     import onnx
@@ -82,14 +84,15 @@ def build_graphs(backbone: onnx.ModelProto, precision: str, validation: Split, s
 # %% ../nbs/01_train.ipynb #9d787e93
 MAX_DROP = 0.002
 
-def choose_precision(accuracies: dict[str, float]) -> str:
-    "Return `int8` if it is among `accuracies` and loses at most `MAX_DROP`, and otherwise `float32`."
+def choose_precision(accuracies: dict[str, float], images: int) -> str:
+    "Return `int8` if it is among `accuracies` on `images` images and loses at most `MAX_DROP`, and else `float32`."
     exact = accuracies["float32"]
     if "int8" not in accuracies:
         return "float32"
     if exact - accuracies["int8"] <= MAX_DROP:
         return "int8"
-    print(f"int8 has an accuracy of {accuracies['int8']:.4f} on validation, float32 of {exact:.4f}: float32 is kept")
+    print(f"accuracy on validation: int8 {describe_accuracy(accuracies['int8'], images, digits=4)}, "
+          f"float32 {describe_accuracy(exact, images, digits=4)}; float32 is kept")
     return "float32"
 
 # %% ../nbs/01_train.ipynb #2fb4e6bf
@@ -100,28 +103,31 @@ class Trained:
     graphs: dict[str, onnx.ModelProto] = field(repr=False)
     precision: str  # of the graph that will be served
     accuracies: dict[str, float]
+    images: int     # of validation, on which the accuracies were measured
     drift: calibration.DriftCalibration
 
 # %% ../nbs/01_train.ipynb #bf3738fc
-def train_frozen(train: Split, validation: Split, settings: dict[str, Any], seed: int,
+def train_frozen(train: Split, validation: Split, settings: dict[str, Any], seed: int, folder: str | Path,
                  log: Callable[[list[dict[str, float]]], None]) -> Trained:
-    "Fit a linear head on a frozen network; `log` gets one row for each regularisation that was tried."
+    """Fit a linear head on a frozen network. The features of all images lie in `folder` meanwhile.
+
+    `log` gets one row for each regularisation that was tried."""
     from intel_nb.training.backbone import build_model, export_backbone, get_head, set_head
     side, precision, cut = settings["image_size"], settings["precision"], len(train)
     model = build_model(settings["model_name"], len(train.classes), settings["pretrained"], seed)
     graphs = build_graphs(export_backbone(model, side), precision, validation, side)
-    features = compute_features(graphs[precision], train.images + validation.images, side, "embeddings")
-    embedding, sources = features["embedding"], train.source + validation.source
+    features = compute_features(graphs[precision], [train.images, validation.images], side, folder, "embeddings")
+    labels, sources = np.concatenate([train.labels, validation.labels]), train.source + validation.source
     with ThreadPoolExecutor(1) as pool:  # neither of the two uses more than one core for long
         drift = pool.submit(calibration.calibrate_on_newest, features, cut, sources, settings, seed)
-        head = fit_head(embedding[:cut], train.labels, embedding[cut:], validation.labels, len(train.classes))
+        head = fit_head(features, labels, cut, len(train.classes))
     log(head.tried)
     set_head(model, head.weight, head.bias)
     accuracies = {precision: head.accuracy} | {kind: measure_accuracy(graphs[kind], get_head(model), validation, side)
                                                for kind in graphs.keys() - {precision}}
-    if choose_precision(accuracies) != precision:
-        return train_frozen(train, validation, settings | {"precision": "float32"}, seed, log)
-    return Trained(model, graphs, precision, accuracies, drift.result())
+    if choose_precision(accuracies, len(validation)) != precision:
+        return train_frozen(train, validation, settings | {"precision": "float32"}, seed, folder, log)
+    return Trained(model, graphs, precision, accuracies, len(validation), drift.result())
 
 # %% ../nbs/01_train.ipynb #a9c45420
 def _train_layers(train: Split, validation: Split, settings: dict[str, Any], seed: int, checkpoint_dir: str | Path,
@@ -132,17 +138,17 @@ def _train_layers(train: Split, validation: Split, settings: dict[str, Any], see
     side, head_accuracy = settings["image_size"], 0.
     model = build_model(settings["model_name"], len(train.classes), settings["pretrained"], seed)
     if settings["profile"] == "full":
-        head = fit_head_on(export_backbone(model, side), train, validation, side)
+        head = fit_head_on(export_backbone(model, side), train, validation, side, checkpoint_dir)
         set_head(model, head.weight, head.bias)
         head_accuracy = head.accuracy
-        print(f"head alone: val_accuracy {head_accuracy:.4f}")
+        print(f"head alone: val_accuracy {describe_accuracy(head_accuracy, len(validation))}")
     start, names = copy.deepcopy(model), ("learning_rate", "optimizer_name", "epochs", "batch_size")
     recipe = replace(RECIPES[settings["profile"]], **{name: settings[name] for name in names}, seed=seed)
     images, val_images = (ImageDataset(split.images, split.labels, side) for split in (train, validation))
     accuracy = finetune(model, images, val_images, recipe, checkpoint_dir, log_dir)
     if accuracy >= head_accuracy:
         return model
-    print(f"training all layers gave {accuracy:.4f}, the head alone {head_accuracy:.4f}: the head alone is kept")
+    print(f"training all layers gave {describe_accuracy(accuracy, len(validation))}: the head alone is kept")
     return start  # there were too few images for millions of weights
 
 # %% ../nbs/01_train.ipynb #7d565ed6
@@ -156,11 +162,14 @@ def train_end_to_end(train: Split, validation: Split, settings: dict[str, Any], 
     model = _train_layers(rest, validation, settings, seed, checkpoint_dir, log_dir)
     graphs = build_graphs(export_backbone(model, side), settings["precision"], validation, side)
     accuracies = {kind: measure_accuracy(graph, get_head(model), validation, side) for kind, graph in graphs.items()}
-    graph = graphs[precision := choose_precision(accuracies)]
-    features = compute_features(graph, fresh.images + validation.take(checked).images, side, "fresh images")
-    whitening = compute_features(graph, rest.images[:calibration.WHITENING_SIZE], side, "whitening")
-    drift = calibration.calibrate_detector(features, settings, seed, whitening, capture)
-    return Trained(model, graphs, precision, accuracies, drift)
+    graph = graphs[precision := choose_precision(accuracies, len(validation))]
+    whitening = [rest.images[:calibration.WHITENING_SIZE]]
+    seen = [fresh.images, validation.take(checked).images]
+    features = compute_features(graph, whitening + seen, side, checkpoint_dir, "whitening and fresh images")
+    cut = len(whitening[0])
+    drift = calibration.calibrate_detector(features, range(cut, len(features)), settings, seed,
+                                           features.take(range(cut)), capture)
+    return Trained(model, graphs, precision, accuracies, len(validation), drift)
 
 # %% ../nbs/01_train.ipynb #aaa61b03
 def log_rows(log_dir: str | Path, rows: list[dict[str, float]]) -> None:
@@ -197,9 +206,11 @@ def make_card(trained: Trained, settings: dict[str, Any]) -> dict[str, Any]:
     "Return the figures of the package's card, apart from those that are measured on its served graph."
     from intel_nb.graph import STATISTICS
     drift, known = trained.drift, trained.drift.detector.calibration
+    interval = wilson_interval(trained.accuracies[trained.precision], trained.images)
     run_time = None if drift.run_time is None else round(drift.run_time, 1)
     return {name: settings[name] for name in ("model_name", "profile", "image_size", "ert", "bootstraps")} | {
         "precision": trained.precision, "validation_accuracy": trained.accuracies[trained.precision],
+        "validation_images": trained.images, "validation_interval": [round(x, 4) for x in interval],
         "float32_validation_accuracy": trained.accuracies["float32"], "windows": known.windows.tolist(),
         "reference_size": len(known.reference), "pool_size": known.pool_size,
         "drift_data": drift.capture or "all images", "drift_size": known.reference.shape[1], "pool_run_time": run_time, 

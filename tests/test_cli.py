@@ -101,9 +101,10 @@ def test_debug_shows_the_traceback(empty):
 
 def test_the_documents(staged_once):
     (version,) = staged_once("models", "--json").json
+    low, high = version["interval"]
     assert version == {"version": "1", "status": "Approved", "accuracy": version["accuracy"], "aliases": ["staging"],
-                       "run_id": "first"}
-    assert 0 <= version["accuracy"] <= 1
+                       "run_id": "first", "images": version["images"], "interval": [low, high]}
+    assert 0 <= low <= version["accuracy"] <= high <= 1 and version["images"] > 0
     (endpoint,) = staged_once("endpoints", "--json").json
     assert list(endpoint) == ["stage", "url", "version", "status", "pid"]
     assert (endpoint["stage"], endpoint["version"], endpoint["status"]) == ("staging", "1", "running")

@@ -33,8 +33,9 @@ def old(tmp_path):
 
 def test_its_records_are_read(old):
     versions, runs, endpoints = (old(name, "--json").json for name in ("models", "runs", "endpoints"))
-    assert [(v["version"], v["status"], v["accuracy"]) for v in versions] == [
-        ("2", "PendingManualApproval", 0.93), ("1", "Approved", 0.93)]
+    assert [(v["version"], v["status"], v["accuracy"], v["images"]) for v in versions] == [
+        ("2", "PendingManualApproval", 0.93, None), ("1", "Approved", 0.93, None)]
+    assert old("models").out.count("0.930 (n unknown)") == 2
     assert sorted(versions[1]["aliases"]) == ["production", "staging"]
     assert [(r["run_id"], r["status"], r["model_version"]) for r in runs] == [("first", "waiting", "2")]
     assert [(s["name"], s["status"]) for s in runs[0]["steps"]][0] == ("data", "succeeded")

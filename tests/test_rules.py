@@ -502,7 +502,7 @@ def imported_files(module: str, seen: frozenset[str] = frozenset()) -> set[str]:
     (["nbs/01_train.ipynb"], {BUILD}), (["nbs/05_test_staging.ipynb", "README.md"], {DEPLOY}),
     (["nbs/01_train.ipynb", "nbs/03_deploy.ipynb"], {BUILD, DEPLOY}), (["nbs/15_detector.ipynb"], {BUILD, DEPLOY}),
     (["locks/run.txt"], {BUILD, DEPLOY}), (["nbs/aws/09_pipeline.ipynb"], {BUILD, DEPLOY}),
-    (["nbs/serving/09_app.ipynb"], {BUILD, DEPLOY}), (["nbs/training/03_heads.ipynb"], {BUILD}),
+    (["nbs/serving/09_app.ipynb"], {BUILD, DEPLOY}), (["nbs/training/04_heads.ipynb"], {BUILD}),
     (["intel_nb/_torchvision.py"], {BUILD, DEPLOY}), (["README.md"], set()),
     (["docs/nbs/01_train.ipynb"], set()), (["nbs/old/01_train.ipynb"], set()), (["old/settings.ini"], set()),
     ([], set())])

@@ -28,7 +28,7 @@ from intel_nb.aws.client import (
 )
 from .objects import ObjectNotFound, download, upload
 from .state import read_alias, read_aliases, write_alias
-from ..registry import ModelVersion, check_status, data_fingerprint, find_version, metrics_of
+from ..registry import ModelVersion, check_status, data_fingerprint, find_version, images_of, metrics_of
 from ..storage import InputError, read_json, utc_now, write_json
 
 # %% auto #0
@@ -92,7 +92,8 @@ def describe_group(name: str) -> Group:
 def version_metadata(fingerprint: str, evaluation: dict) -> dict[str, str]:
     "Return the metadata of a version, without empty values."
     accuracy = repr(metrics_of(evaluation)["accuracy"])
-    metadata = {"fingerprint": fingerprint, "data": data_fingerprint(evaluation), "accuracy": accuracy}
+    metadata = {"fingerprint": fingerprint, "data": data_fingerprint(evaluation), "accuracy": accuracy,
+                "images": str(images_of(evaluation) or "")}
     return {key: value for key, value in metadata.items() if value}
 
 # %% ../../nbs/aws/04_package_group.ipynb #c6f7e26c
@@ -178,7 +179,7 @@ def to_model_version(found: dict[str, Any], aliases: dict[str, str],
     return ModelVersion(
         version=number, status=found["ModelApprovalStatus"], reason=reason, run_id=tags.get("run_id", ""),
         aliases=sorted(alias for alias, version in aliases.items() if version == number),
-        accuracy=float(known.get("accuracy", "nan")),
+        accuracy=float(known.get("accuracy", "nan")), images=int(known.get("images", 0)),
         fingerprint=known.get("fingerprint", ""), data=known.get("data", ""),
         created=found["CreationTime"].strftime("%Y-%m-%dT%H:%M:%SZ"), staging_test=tags.get("staging_test", ""),
         tracking_run=evaluation_uri(found), tags={key: known[key] for key in known if key in (*tags, "unreadable")})

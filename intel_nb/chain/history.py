@@ -164,7 +164,8 @@ def trace_version(workspace: Workspace, version: str) -> dict[str, Any]:
     command = "" if parameters is None else shlex.join(["intel-nb", "run", *run_options(parameters)])
     gate = workspace.registry().evaluation(version).get("gate", {}).get("reason", "")
     return {"version": version, "status": found.status, "reason": found.reason, "gate": gate, "aliases": found.aliases,
-            "created": found.created, "accuracy": found.accuracy, "package": found.fingerprint, "dataset": found.data,
+            "created": found.created, "accuracy": found.accuracy, "images": found.images or None,
+            "package": found.fingerprint, "dataset": found.data,
             "run_id": found.run_id, "cause": made_by.get("cause", ""), "data": made_by.get("data"),
             "runs": [run.run_id for run in runs if run.model_version == version], "steps": steps, "again": command}
 

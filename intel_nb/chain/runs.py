@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from ..locks import is_locked, locked
+from ..registry import describe_accuracy
 from ..storage import InputError, read_json, utc_now, write_json, write_text
 
 # %% auto #0
 __all__ = ['RUN_STATUSES', 'PLOT_BYTES', 'STYLE', 'StepRecord', 'Run', 'with_step', 'new_run_id', 'check_run_id', 'write_run',
-           'read_run', 'list_runs', 'queue_run', 'lock_run', 'render_report', 'write_report']
+           'read_run', 'list_runs', 'queue_run', 'lock_run', 'result_in_words', 'render_report', 'write_report']
 
 # %% ../../nbs/chain/04_runs.ipynb #3e642f56
 @dataclass(frozen=True)
@@ -130,6 +131,15 @@ def lock_run(executed: Path, run_id: str) -> Iterator[Path]:
     except BlockingIOError:
         raise InputError(f"another command works on run {run_id}; wait for it, or use another --run-id") from None
 
+# %% ../../nbs/chain/04_runs.ipynb #fad31d3c
+def result_in_words(result: dict[str, Any]) -> dict[str, Any]:
+    "Return a step's `result` with each accuracy in words, by the number of images beside it, which is left out."
+    measured = [part for part in ("", "validation_") if isinstance(result.get(f"{part}accuracy"), float)]
+    words = {f"{part}accuracy": describe_accuracy(result[f"{part}accuracy"], result.get(f"{part}images") or 0)
+             for part in measured}
+    counts = {f"{part}images" for part in measured}
+    return {name: value for name, value in (result | words).items() if name not in counts}
+
 # %% ../../nbs/chain/04_runs.ipynb #bec2172d
 def _status(status: str) -> str:
     "Return a status in its colour, as HTML."
@@ -139,7 +149,8 @@ def _step_row(step: StepRecord) -> str:
     "Return the row of a step in the table, with a link to its executed notebook."
     ran = step.status != "skipped"
     name = f'<a href="{step.notebook}">{step.name}</a>' if ran else step.name
-    result = "<br>".join(f"{html.escape(k)}: {html.escape(_short(v))}" for k, v in (step.result or {}).items())
+    values = result_in_words(step.result or {}).items()
+    result = "<br>".join(f"{html.escape(k)}: {html.escape(_short(v))}" for k, v in values)
     seconds = f"{step.seconds:.1f}" if ran else ""
     return f"<tr><td>{name}</td><td>{_status(step.status)}</td><td>{seconds}</td><td>{result}</td></tr>"
 
