@@ -60,7 +60,8 @@ def totals(report: dict) -> dict[str, int]:
 @pytest.mark.parametrize("train, test", [
     ("Training/", "Testing/"), ("TRAIN/", "TEST/"), ("training_set/", "test_set/"),
     ("seg_train/seg_train/", "seg_test/seg_test/"),
-    ("trn/", "tst/"), ("set/Train/", "set/Test/"), ("Training Set/", "Test Set/"), ("photos/2024/train/", "photos/2024/test/")])
+    ("trn/", "tst/"), ("set/Train/", "set/Test/"), ("Training Set/", "Test Set/"),
+    ("photos/2024/train/", "photos/2024/test/")])
 def test_a_test_split_of_any_name(build, train, test):
     files = images(train) | images(test, n=6)
     report, _ = build(files)
@@ -217,8 +218,8 @@ def test_a_class_that_is_a_link(build, tmp_path):
     assert build(tmp_path / "data")[0]["classes"] == ["cat", "dog"]
 
 
-@pytest.mark.parametrize("target, reason", [("../dog/1.jpg", ""), ("/etc/passwd", "outside"), ("../../x.jpg", "outside"),
-                                            ("gone.jpg", "broken_link")])
+@pytest.mark.parametrize("target, reason", [
+    ("../dog/1.jpg", ""), ("/etc/passwd", "outside"), ("../../x.jpg", "outside"), ("gone.jpg", "broken_link")])
 def test_links_in_a_zip(build, target, reason):
     link = zipfile.ZipInfo("cat/link.jpg")
     link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
@@ -268,8 +269,9 @@ def test_a_tarball(build, tmp_path):
         build(tmp_path / "data.tgz")
 
 
-@pytest.mark.parametrize("start, name", [(b"7z\xbc\xaf\x27\x1c", "7-Zip"), (b"Rar!\x1a\x07", "RAR"), (b"\xfd7zXZ\0", "xz"),
-                                         (b"%PDF-1.7", "PDF"), (b"\xff\xd8\xff\xe0", "a single image")])
+@pytest.mark.parametrize("start, name", [
+    (b"7z\xbc\xaf\x27\x1c", "7-Zip"), (b"Rar!\x1a\x07", "RAR"), (b"\xfd7zXZ\0", "xz"), (b"%PDF-1.7", "PDF"),
+    (b"\xff\xd8\xff\xe0", "a single image")])
 def test_what_is_no_archive_is_named(build, tmp_path, start, name):
     (tmp_path / "data.zip").write_bytes(start + bytes(600))
     with pytest.raises(InputError, match=f"{name}.*give a folder, a zip, or a tar"):
@@ -310,7 +312,8 @@ def test_a_flat_folder_with_a_table(build, kind):
 
 def test_a_table_that_leaves_a_doubt(build):
     files = {f"{k}.jpg": image() for k in range(24)}
-    files["data.csv"] = "\n".join(["who,file,weather", *(f"ann,{k}.jpg,{'sun' if k % 2 else 'rain'}" for k in range(24))])
+    rows = [f"ann,{k}.jpg,{'sun' if k % 2 else 'rain'}" for k in range(24)]
+    files["data.csv"] = "\n".join(["who,file,weather", *rows])
     with pytest.raises(InputError, match="data.csv: its fields .who, weather. do not tell .* label_field"):
         build(files)
     assert build(files, label_field="weather")[0]["classes"] == ["rain", "sun"]
