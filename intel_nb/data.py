@@ -34,7 +34,7 @@ from .labels.layout import count_folders, read_layout
 from .labels.lookup import LabelOutcome, LocatedLabel, read_annotations
 from .labels.members import Files, Member, open_archives
 from .labels.naming import Ledger, Named, choose_classes, name_by_folders
-from .labels.near_duplicates import near_groups
+from .labels.near_duplicates import MEASURE, near_groups
 from .labels.records import as_one_line
 from .labels.resolve import count_outcomes, resolve_labels
 from .model import cores
@@ -44,7 +44,7 @@ from .storage import InputError, read_json, remove, tree_digest, write_json, wri
 __all__ = ['Settings', 'name_files', 'check_images', 'drop_copies', 'find_twins', 'drop_twins', 'split_hash', 'split_bounds',
            'Group', 'split_class', 'Divided', 'assign_splits', 'check_sizes', 'check_annotated', 'Annotations',
            'read_annotated', 'Pool', 'join_images', 'resolve_annotated', 'place_added', 'Contents', 'write_lists',
-           'gather', 'build_dataset']
+           'Gathered', 'count_near', 'gather', 'build_dataset']
 
 # %% ../nbs/00_data.ipynb #aa1bdb75
 @dataclass(frozen=True)
@@ -401,9 +401,23 @@ def write_lists(out: Path, contents: Contents, left: Iterable[tuple[str, str, st
     _write_csv(out / "index.csv", ("sha256", "split", "label", "path"), index)
 
 # %% ../nbs/00_data.ipynb #e15df71c
+@dataclass(frozen=True)
+class Gathered:
+    "What goes into the dataset, the outcome of each line of the annotations, notes, and counts of near-duplicates."
+    contents: Contents
+    outcomes: list[LabelOutcome]
+    notes: list[str]
+    near: dict[str, Any]
+
+def count_near(groups: np.ndarray, kept: np.ndarray) -> dict[str, Any]:
+    "Return how many images have near-duplicates, in how many groups, how many give way, and by what measure."
+    sizes = np.bincount(groups)
+    sizes = sizes[sizes > 1]
+    return {"groups": len(sizes), "images": int(sizes.sum()), "left_out": int((~kept).sum()), "measure": MEASURE}
+
 def gather(images: np.ndarray, annotations: Annotations, named: Named, settings: Settings, ledger: Ledger,
-           path: Callable[[int], str]) -> tuple[Contents, list[LabelOutcome], list[str]]:
-    "Return what goes into the dataset, the outcome of each line of the annotations, and notes. Raise `InputError`."
+           path: Callable[[int], str]) -> Gathered:
+    "Put together what goes into the dataset. Raise `InputError` for a class with too few images."
     pool = join_images(images, annotations.images)
     part = np.zeros(len(pool.images), np.int8)  # annotated images count as training images
     part[~pool.is_new] = named.part[pool.images["number"][~pool.is_new]]
@@ -419,7 +433,7 @@ def gather(images: np.ndarray, annotations: Annotations, named: Named, settings:
     for k in joins:
         label[k], sources[k] = added[pool.images["sha256"][k].item()]
     contents = Contents(pool.images, place_added(pool, split, joins, settings), label, sources, named.classes)
-    return contents, outcomes, divided.notes
+    return Gathered(contents, outcomes, divided.notes, count_near(pool.groups, kept))
 
 # %% ../nbs/00_data.ipynb #b28ef492
 def _report(contents: Contents, named: Named, notes: list[str], left: Counter[str], files: int) -> dict[str, Any]:
@@ -450,13 +464,14 @@ def build_dataset(source: str | Path, out: str | Path, annotations: Iterable[str
     chunk = 1 + int(images["chunk"].max(initial=0))
     labels = read_annotated(annotations, chosen, named.classes, folder, chunk, len(files))
     path = lambda number: files.path(number) if number < len(files) else labels.paths[number]
-    contents, outcomes, notes = gather(images, labels, named, chosen, ledger, path)
+    gathered = gather(images, labels, named, chosen, ledger, path)
+    contents = gathered.contents
     for split in SPLITS:
         write_split(out / "dataset", split, contents.rows(split, folder), len(contents.of(split)), contents.classes)
     left = ledger.counts() + Counter(r.reason for r in files.left())
-    write_lists(out, contents, chain(ledger.rows(files.path), files.left()), outcomes, path)
-    report = _report(contents, named, notes, left, len(files)) | count_outcomes(outcomes)
-    report |= {"fingerprint": tree_digest(out / "dataset")}
+    write_lists(out, contents, chain(ledger.rows(files.path), files.left()), gathered.outcomes, path)
+    report = _report(contents, named, gathered.notes, left, len(files)) | count_outcomes(gathered.outcomes)
+    report |= {"near_duplicates": gathered.near, "fingerprint": tree_digest(out / "dataset")}
     write_json(out / "report.json", report)
     remove(folder.parent)
     return report

@@ -113,7 +113,7 @@ def _part(table: Table, row: Mapping[str, str], folder: str, given: Mapping[str,
     said = said or ({part_of(row[table.split])} if table.split else {part_of(name) for name in names if part_of(name)})
     if len(said) > 1:
         raise InputError(f"{table.path} names images in {folder}, and one is {' and the other '.join(sorted(said))}; "
-                         f"say what the images in {folder} are with the parameter data.parts")
+                         f"say what the images in {folder} are, as in --param data.parts={folder}=train")
     return next(iter(said), "train")
 
 @dataclass

@@ -88,17 +88,17 @@ def class_depth(counts: Mapping[Folder, int]) -> int:
     return max(votes, key=lambda depth: (votes[depth], -depth), default=0)
 
 # %% ../../nbs/labels/04_layout.ipynb #9c452e19
-_REMEDY = "say which is which with the parameter data.parts, as in"
+_REMEDY = "say which is which with the parameter parts, as in --param data.parts="
 
 def _example(names: Iterable[str]) -> str:
     "Return an example of the parameter `parts` for some folders."
     named = zip(list(names)[:2], ("train", "test"))
-    return "{" + ", ".join(f'"{name}": "{part_of(name) or part}"' for name, part in named) + "}"
+    return ",".join(f"{name}={part_of(name) or part}" for name, part in named)
 
 def _ask(folders: Sequence[str], what: str) -> InputError:
     "Return the error for folders that can be read in several ways."
     some = " and ".join(folders[:6]) + (f" and {len(folders) - 6} more" if len(folders) > 6 else "")
-    return InputError(f"{some}: {what}; {_REMEDY} {_example(folders)}")
+    return InputError(f"{some}: {what}; {_REMEDY}{_example(folders)}")
 
 def split_levels(folders: Sequence[Folder]) -> list[int]:
     """Return the levels above the classes `folders`, all of one depth, at which splits stand.
@@ -237,7 +237,7 @@ def _understood(counts: Mapping[Folder, int], meanings: Mapping[Folder, Meaning]
     for (shown, kind), folders in sorted(rows.items()):
         classes = len({meanings[f].label for f in folders} - {""})
         taken = f"{kind}, {classes} classes" if classes else kind
-        name = shown if shown != written(()) or not classes else "the folders of classes"
+        name = shown if shown != written(()) or not classes else "the class folders"
         result.append({"folder": name, "taken_for": taken, "images": sum(counts[f] for f in folders)})
     return result
 
@@ -248,5 +248,5 @@ def _notes(meanings: Mapping[Folder, Meaning]) -> list[str]:
         alike[meaning.label.casefold()].add(meaning.label)
     return [f"the classes {' and '.join(sorted(names))} differ by case alone; rename a folder if they are one class"
             for names in alike.values() if len(names) > 1] + [
-        f"{name} is taken for a class, because it lies beside classes; if it is a split, {_REMEDY} {_example([name])}"
+        f"{name} is taken for a class, because it lies beside classes; if it is a split, {_REMEDY}{_example([name])}"
         for name in sorted({meaning.label for meaning in meanings.values()}) if part_of(name)]

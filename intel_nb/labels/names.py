@@ -90,4 +90,4 @@ def read_names(names: Iterable[bytes], encoding: str, where: str) -> list[str]:
             pass  # the message below says more
     shown = "; ".join(f"encoding={e} reads {text!r}" for e, text in likeliest_readings(names).items())
     wrong = f"its names are not in {encoding}" if encoding else "it does not say in which encoding its names are"
-    raise InputError(f"{where}: {wrong}; set the parameter data.encoding, where {shown}")
+    raise InputError(f"{where}: {wrong}; set the parameter encoding, as in --param data.encoding=cp437, where {shown}")

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 # %% auto #0
-__all__ = ['SIDE', 'BITS', 'THRESHOLD', 'thumbnail', 'hash_thumbnails', 'image_hash', 'hash_distance', 'near_groups']
+__all__ = ['SIDE', 'BITS', 'THRESHOLD', 'MEASURE', 'thumbnail', 'hash_thumbnails', 'image_hash', 'hash_distance', 'near_groups']
 
 # %% ../../nbs/labels/05_near_duplicates.ipynb #437f399b
 SIDE = 30  # cells in a row and in a column
@@ -58,6 +58,7 @@ def hash_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/labels/05_near_duplicates.ipynb #d6d43d8b
 THRESHOLD = 64  # bits of 256
+MEASURE = f"the signs of {BITS} waves of the picture in grey, of which at most {THRESHOLD} differ"
 
 # %% ../../nbs/labels/05_near_duplicates.ipynb #184b57db
 def _join(roots: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -28,7 +28,9 @@ def summary_lines(report: Mapping[str, Any], most: int = 12) -> list[str]:
     """Return lines about the report of a data step: its folders, its classes (at most `most`), and what was left out.
 
     The report may be the step's result, which has the same figures."""
+    near = report["near_duplicates"]
+    twins = f"near-duplicates: {near['images']:,} images in {near['groups']:,} groups, {near['left_out']:,} left out"
     left = ", ".join(f"{count:,} {reason}" for reason, count in report["left_out"].items()) or "nothing"
     total = " and ".join(f"{sum(counts.values()):,} for {split}" for split, counts in report["counts"].items())
     return [*_folder_lines(report), *_class_lines(report, most), f"images: {total}", f"left out: {left}",
-            *report["notes"]]
+            *([twins] if near["groups"] else []), *report["notes"]]
