@@ -350,10 +350,12 @@ def describe_shadow(seen: dict[str, Any] | None) -> str:
 
 # %% ../nbs/20_cli.ipynb #69eaee12
 def describe_drift(found: dict[str, Any]) -> str:
-    "Describe the answer of `GET /drift` in a few words."
+    "Describe the answer of `GET /drift` in a few words. Before the first observation it has no statistic."
     last = f", last {found['last_alarm']}" if found["last_alarm"] else ""
-    level = f"statistic {found['statistic']:.2f} of {found['threshold']:.2f} at {found['time']}"
-    return f"{level if found['time'] else 'nothing seen since'}, {found['alarms']} alarms{last}"
+    level = "nothing seen since"
+    if found["time"]:
+        level = f"statistic {found['statistic']:.2f} of {found['threshold']:.2f} at {found['time']}"
+    return f"{level}, {found['alarms']} alarms{last}"
 
 # %% ../nbs/20_cli.ipynb #e6677cf7
 def drift_and_shadow(endpoint: Any, endpoints: Any) -> dict[str, str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -194,15 +195,23 @@ class Group:
     hash: float
     members: list[int]
 
-def _take(rest: list[Group], bound: float, most: int, spare: int) -> list[Group]:
-    """Return the groups of `rest`, sorted by hash, for one split: those below `bound`, as long as they have at most
-    `most` images together and leave `spare` groups; at least one."""
-    taken: list[Group] = []
+def _take(rest: list[Group], bound: float, most: int, spare: int) -> tuple[list[Group], list[Group]]:
+    """Divide the groups `rest`, sorted by hash, into those for one split and the others.
+
+    The split gets those below `bound`, as long as they have at most `most` images together and leave `spare` groups;
+    at least one."""
+    taken, others, size = [], [], 0
     for group in rest:
-        size = sum(len(g.members) for g in taken) + len(group.members)
+        size += len(group.members)
         if group.hash < bound and size <= most and len(rest) - len(taken) > spare:
             taken.append(group)
-    return taken or [min(rest, key=lambda group: (len(group.members) > most, group.hash))]
+        else:
+            others.append(group)
+            size -= len(group.members)
+    if not taken:
+        taken = [min(others, key=lambda group: (len(group.members) > most, group.hash))]
+        others.remove(taken[0])
+    return taken, others
 
 def split_class(groups: list[Group], bounds: dict[str, float]) -> dict[str, list[int]]:
     "Divide the images of one class among the splits in `bounds` and train. A split that gets none is left out."
@@ -213,9 +222,8 @@ def split_class(groups: list[Group], bounds: dict[str, float]) -> dict[str, list
     for spare, (split, bound) in zip(range(len(bounds), 0, -1), bounds.items()):
         if len(rest) <= spare:
             break
-        taken = _take(rest, bound, max(1, -int(-2 * (bound - before) * total // 1)), spare)
-        result[split] = [member for group in taken for member in group.members]
-        rest, before = [group for group in rest if group not in taken], bound
+        taken, rest = _take(rest, bound, max(1, math.ceil(2 * (bound - before) * total)), spare)
+        result[split], before = [member for group in taken for member in group.members], bound
     return result | {"train": [member for group in rest for member in group.members]}
 
 # %% ../nbs/00_data.ipynb #4c06e2a5

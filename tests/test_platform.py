@@ -307,12 +307,12 @@ def test_what_the_pipeline_registers_goes_through_modeldeploy(cloud, package, tm
     client("sagemaker").create_model_package(**request)
     here = Platform("sagemaker://intel-nb", "sagemaker://intel-nb")
     registry = open_registry(here.registry)
-    with pytest.raises(InputError, match="is approved; approve one"):
-        stages.run_modeldeploy("deploy", here, folder=tmp_path)
+    with pytest.raises(InputError, match="PendingManualApproval .*; nothing is deployed"):
+        stages.run_modeldeploy("deploy", here, "1", tmp_path)
     registry.set_status("1", "Approved", "seen")
     with pytest.raises(InputError, match="has not passed the staging test"):
         stages.run_modeldeploy("promote", here, "1", tmp_path)
-    assert stages.run_modeldeploy("deploy", here, folder=tmp_path)["version"] == "1"
+    assert stages.run_modeldeploy("deploy", here, "1", tmp_path)["version"] == "1"
     assert "run_time" in stages.run_modeldeploy("drift", here, "1", tmp_path)
     assert stages.run_modeldeploy("staging", here, "1", tmp_path)["passed"] is True
     assert stages.run_modeldeploy("promote", here, "1", tmp_path)["stage"] == "production"

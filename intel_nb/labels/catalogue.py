@@ -166,7 +166,8 @@ def name_by_table(files: Files, ledger: Ledger, parts: Mapping[str, str] | None 
 def _as_named(found: Catalogue, index: ImageIndex, ledger: Ledger, notes: list[str]) -> Named:
     "Return what a catalogue says, with the classes in order; note the other files in `ledger`."
     classes = sorted(found.classes)
-    order = np.array([classes.index(name) for name in found.classes] + [-1], np.int32)
+    place = {name: k for k, name in enumerate(classes)}
+    order = np.array([place[name] for name in found.classes] + [-1], np.int32)
     images = np.zeros(len(found.part), bool)
     images[list(index.by_path.values())] = True
     left = found.part < 0

@@ -136,6 +136,8 @@ ALONE = 2000  # up to so many files, starting processes would take longer than i
 def work() -> None:
     "Check the chunks that come as lines of JSON, and answer each with a line: its number of files."
     for line in sys.stdin:
+        if not line.endswith("\n"):  # the parent died while it wrote
+            return
         print(check_chunk(json.loads(line)), flush=True)
 
 class _Worker:

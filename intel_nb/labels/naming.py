@@ -71,7 +71,7 @@ class Named:
     understood: list[dict[str, Any]]
     notes: list[str]
 
-def _read_meanings(files: Files, layout: Layout, ledger: Ledger, classes: list[str]) -> Iterator[tuple[int, int, int]]:
+def _read_meanings(files: Files, layout: Layout, ledger: Ledger, index: dict[str, int]) -> Iterator[tuple[int, int, int]]:
     "Yield part, class (-1 for none) and the ledger's code for each file."
     known: dict[str, tuple[int, int, int]] = {}
     hidden, other = ledger.code("hidden"), ledger.code("other_file", "its name is not that of an image")
@@ -86,13 +86,14 @@ def _read_meanings(files: Files, layout: Layout, ledger: Ledger, classes: list[s
             elif meaning.reason:
                 known[folder] = -1, -1, ledger.code(meaning.reason, meaning.detail)
             else:
-                known[folder] = SPLITS.index(meaning.part), classes.index(meaning.label), 0
+                known[folder] = SPLITS.index(meaning.part), index[meaning.label], 0
         yield (-1, -1, hidden) if is_hidden_name(name) else known[folder]
 
 def name_by_folders(files: Files, layout: Layout, ledger: Ledger) -> Named:
     "Return what the files are by the `layout` of their folders."
     classes = sorted({meaning.label for meaning in layout.meanings.values() if meaning.label})
-    found = np.fromiter(_read_meanings(files, layout, ledger, classes), np.dtype("i4,i4,i4"), len(files))
+    index = {name: k for k, name in enumerate(classes)}
+    found = np.fromiter(_read_meanings(files, layout, ledger, index), np.dtype("i4,i4,i4"), len(files))
     ledger.leave(np.arange(len(files)), found["f2"])
     return Named(found["f0"].astype(np.int8), found["f1"], classes, layout.understood, layout.notes)
 
