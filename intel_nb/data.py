@@ -71,13 +71,18 @@ class Settings:
 # %% ../nbs/00_data.ipynb #59502d4d
 def name_files(files: Files, settings: Settings, ledger: Ledger) -> Named:
     "Return what each file is; note in `ledger` what is left out. Raise `InputError` for what is not understood."
-    layout = read_layout(count_folders(files.paths()), settings.parts)
-    named = name_by_folders(files, layout, ledger) if layout else None
+    refusal = InputError(f"{_describe_files(files)}; put the images of each class into a folder with its name, "
+                         "or add a table with the columns image,label")
+    named = None
+    try:
+        if layout := read_layout(count_folders(files.paths()), settings.parts):
+            named = name_by_folders(files, layout, ledger)
+    except InputError as e:
+        refusal = e  # unless a table says more
     if named is None or len(named.classes) < 2:
         named = name_by_table(files, ledger, settings.parts, settings.image_field, settings.label_field) or named
     if named is None:
-        raise InputError(f"{_describe_files(files)}; put the images of each class into a folder with its name, "
-                         "or add a table with the columns image,label")
+        raise refusal
     return choose_classes(named, settings.classes, ledger)
 
 def _describe_files(files: Files) -> str:
@@ -464,8 +469,8 @@ def build_dataset(source: str | Path, out: str | Path, annotations: Iterable[str
     What was checked is kept in `scratch` until the dataset is written, so that a killed call goes on from there. Raise
     `InputError` for an archive, annotations or settings that cannot be used."""
     out, chosen = Path(out), Settings(**settings)
-    folder = Path(scratch or out / ".scratch") / "checked"
-    files = open_archives(source, folder.parent / "archives", chosen.encoding)
+    folder, archives = (Path(scratch or out / ".scratch") / name for name in ("checked", "archives"))
+    files = open_archives(source, archives, chosen.encoding)
     ledger = Ledger(len(files))
     named = name_files(files, chosen, ledger)
     images = drop_copies(check_images(files, named, folder, ledger, progress), named, ledger)
@@ -481,5 +486,6 @@ def build_dataset(source: str | Path, out: str | Path, annotations: Iterable[str
     report = _report(contents, named, gathered.notes, left, len(files)) | count_outcomes(gathered.outcomes)
     report |= {"near_duplicates": gathered.near, "fingerprint": tree_digest(out / "dataset")}
     write_json(out / "report.json", report)
-    remove(folder.parent)
+    for made in (folder, archives, out / ".scratch"):
+        remove(made)
     return report

@@ -330,6 +330,14 @@ def test_a_table_of_splits_and_one_that_is_made_up(build):
     assert sum(totals(report).values()) == 30 and report["left_out"]["unlabelled"] == 10
 
 
+def test_a_table_decides_where_folders_do_not(build):
+    files = {f"{folder}/images/{k}.jpg": image() for folder in ("a", "b") for k in range(20)}
+    with pytest.raises(InputError, match="a and b: they hold the same class 'images'"):
+        build(files)
+    rows = [f"{path},{'sun' if k % 2 else 'rain'}" for k, path in enumerate(files)]
+    assert build(files | {"labels.csv": "\n".join(["path,label", *rows])})[0]["classes"] == ["rain", "sun"]
+
+
 def test_unlabelled_parts_stay_out(build):
     report, _ = build(images("seg_train/seg_train/") | {f"seg_pred/seg_pred/{k}.jpg": image() for k in range(70)})
     assert report["unlabelled"] == 70 and report["classes"] == ["cat", "dog"]

@@ -63,7 +63,7 @@ class Listing:
         "Return where the bytes of file `k` are."
         path = self.paths[k]
         file = self.root if self.in_archive else self.real.get(path) or f"{self.root}/{path}"
-        return Place(file, *map(int, self.places[k]))
+        return Place(file, *self.places[k].item())
 
     def member(self, k: int) -> Member:
         "Return file `k`, to be read later."
@@ -285,7 +285,8 @@ def file_of(listing: Listing, k: int, scratch: Path) -> Path:
     place = listing.place(k)
     if not listing.in_archive:
         return Path(place.file)
-    copy = scratch / "inner" / f"{k}-{posixpath.basename(listing.paths[k])}"
+    which = f"{place} of {Path(place.file).stat().st_mtime_ns}"  # `scratch` may have copies from another archive
+    copy = scratch / "inner" / hashlib.sha256(which.encode()).hexdigest()[:16] / posixpath.basename(listing.paths[k])
     if not copy.exists():
         with written_aside(copy) as aside, open(aside, "wb") as out:
             out.writelines(iter_place(place))
