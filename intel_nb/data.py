@@ -44,8 +44,8 @@ from .storage import InputError, read_json, remove, tree_digest, write_json, wri
 # %% auto #0
 __all__ = ['Settings', 'name_files', 'check_images', 'drop_copies', 'find_twins', 'drop_twins', 'split_hash', 'split_bounds',
            'Group', 'split_class', 'Divided', 'assign_splits', 'check_sizes', 'check_annotated', 'Annotations',
-           'read_annotated', 'Pool', 'join_images', 'resolve_annotated', 'place_added', 'Contents', 'write_lists',
-           'Gathered', 'count_near', 'gather', 'build_dataset']
+           'read_annotated', 'Pool', 'join_images', 'resolve_annotated', 'place_added', 'Contents', 'write_shards',
+           'write_lists', 'Gathered', 'count_near', 'gather', 'build_dataset']
 
 # %% ../nbs/00_data.ipynb #aa1bdb75
 @dataclass(frozen=True)
@@ -398,6 +398,12 @@ class Contents:
             self.classes, np.bincount(self.label[self.of(name)], minlength=len(self.classes)))} for name in SPLITS}
 
 # %% ../nbs/00_data.ipynb #93a1255e
+def write_shards(dataset: Path, contents: Contents, folder: Path) -> None:
+    "Write the Parquet shards of all splits; `folder` has the chunks that the bytes are in."
+    for split in SPLITS:
+        count = len(contents.of(split))
+        write_split(dataset, split, contents.rows(split, folder), count, contents.classes)
+
 def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> None:
     "Write CSV; bytes of a file name that are not Unicode become escapes."
     with written_aside(path) as aside, open(aside, "w", newline="", encoding="utf-8", errors="backslashreplace") as out:
@@ -478,12 +484,10 @@ def build_dataset(source: str | Path, out: str | Path, annotations: Iterable[str
     labels = read_annotated(annotations, chosen, named.classes, folder, chunk, len(files))
     path = lambda number: files.path(number) if number < len(files) else labels.paths[number]
     gathered = gather(images, labels, named, chosen, ledger, path)
-    contents = gathered.contents
-    for split in SPLITS:
-        write_split(out / "dataset", split, contents.rows(split, folder), len(contents.of(split)), contents.classes)
+    write_shards(out / "dataset", gathered.contents, folder)
     left = ledger.counts() + Counter(r.reason for r in files.left())
-    write_lists(out, contents, chain(ledger.rows(files.path), files.left()), gathered.outcomes, path)
-    report = _report(contents, named, gathered.notes, left, len(files)) | count_outcomes(gathered.outcomes)
+    write_lists(out, gathered.contents, chain(ledger.rows(files.path), files.left()), gathered.outcomes, path)
+    report = _report(gathered.contents, named, gathered.notes, left, len(files)) | count_outcomes(gathered.outcomes)
     report |= {"near_duplicates": gathered.near, "fingerprint": tree_digest(out / "dataset")}
     write_json(out / "report.json", report)
     for made in (folder, archives, out / ".scratch"):

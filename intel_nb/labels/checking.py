@@ -187,6 +187,13 @@ class CheckJob:
         places = [(k, *self.files.place(k)) for k in self.numbers[start:end].tolist()]
         return {"number": number, "out": str(self.folder / f"{number:06}"), "places": places}
 
+def _start_workers(count: int, alone: bool, stack: ExitStack) -> queue.SimpleQueue[Callable[[dict[str, Any]], int]]:
+    "Return `count` functions that check a chunk: each in a process of its own that `stack` ends, or here if `alone`."
+    idle: queue.SimpleQueue[Callable[[dict[str, Any]], int]] = queue.SimpleQueue()
+    for _ in range(count):
+        idle.put(check_chunk if alone else stack.enter_context(closing(_Worker())).check)
+    return idle
+
 def check_all(job: CheckJob, cores: int, progress: Callable[[int], None] = lambda done: None,
               alone: bool | None = None) -> int:
     """Check all files of a job whose chunks are not there yet; return the number of chunks.
@@ -195,9 +202,7 @@ def check_all(job: CheckJob, cores: int, progress: Callable[[int], None] = lambd
     bounds, done = chunk_bounds(job.files.sizes[job.numbers]), 0
     alone = len(job.numbers) <= ALONE if alone is None else alone
     with ExitStack() as stack, ThreadPoolExecutor(cores) as pool:
-        idle: queue.SimpleQueue[Callable[[dict[str, Any]], int]] = queue.SimpleQueue()
-        for _ in range(min(cores, len(bounds))):
-            idle.put(check_chunk if alone else stack.enter_context(closing(_Worker())).check)
+        idle = _start_workers(min(cores, len(bounds)), alone, stack)
 
         def check(number: int) -> int:
             if (job.folder / f"{number:06}.table").exists():

@@ -198,15 +198,19 @@ def _is_unlabelled(name: str, given: Mapping[str, str], trained: set[str]) -> bo
     part = "" if given.get(name) == CLASS else part_of(name)
     return part == "unlabelled" or (part != "" and name not in trained)
 
+def _check_named(given: Mapping[str, str], counts: Mapping[Folder, int]) -> None:
+    "Raise `InputError` if `given` names a folder that is not there."
+    names = {name for folder in counts for name in folder}
+    if wrong := sorted(given.keys() - names - {written(f[:k]) for f in counts for k in range(len(f) + 1)}):
+        some = ", ".join(sorted(names)[:9])
+        raise InputError(f"parts names {wrong[0]!r}, and there is no such folder; there are {some}")
+
 def read_layout(counts: Mapping[Folder, int], parts: Mapping[str, str] | None = None) -> Layout | None:
     """Return what the folders of an archive mean, from the number of images in each; None if none of them is a class.
 
     `parts` says what folders are whose names do not. Raise `InputError` for what can be read in several ways."""
     given = check_parts(parts or {})
-    names = {name for folder in counts for name in folder}
-    if wrong := sorted(given.keys() - names - {written(f[:k]) for f in counts for k in range(len(f) + 1)}):
-        some = ", ".join(sorted(names)[:9])
-        raise InputError(f"parts names {wrong[0]!r}, and there is no such folder; there are {some}")
+    _check_named(given, counts)
     depth = class_depth(counts)
     folders = sorted(folder for folder in counts if len(folder) == depth and depth)
     if not folders or all(part_of(f[-1]) and given.get(f[-1]) != CLASS for f in folders):

@@ -71,7 +71,8 @@ class Named:
     understood: list[dict[str, Any]]
     notes: list[str]
 
-def _read_meanings(files: Files, layout: Layout, ledger: Ledger, index: dict[str, int]) -> Iterator[tuple[int, int, int]]:
+def _read_meanings(files: Files, layout: Layout, ledger: Ledger, index: dict[str, int]
+                   ) -> Iterator[tuple[int, int, int]]:
     "Yield part, class (-1 for none) and the ledger's code for each file."
     known: dict[str, tuple[int, int, int]] = {}
     hidden, other = ledger.code("hidden"), ledger.code("other_file", "its name is not that of an image")
