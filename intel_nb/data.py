@@ -205,7 +205,9 @@ def _take(rest: list[Group], bound: float, most: int, spare: int) -> tuple[list[
 
     The split gets those below `bound`, as long as they have at most `most` images together and leave `spare` groups;
     at least one."""
-    taken, others, size = [], [], 0
+    taken: list[Group] = []
+    others: list[Group] = []
+    size = 0
     for group in rest:
         size += len(group.members)
         if group.hash < bound and size <= most and len(rest) - len(taken) > spare:
