@@ -205,7 +205,9 @@ def annotation_lines(run: Run) -> list[str]:
     if not any(counts.values()) or step is None:
         return []
     details = Path(step.out_dir or "") / "quarantine.csv"
-    return [f"annotated {', '.join(f'{n:,} {kind}' for kind, n in counts.items())}: {details}"]
+    reasons = ", ".join(f"{n:,} {reason}" for reason, n in result.get("annotation_reasons", {}).items())
+    why = f" ({reasons})" if reasons else ""
+    return [f"annotated {', '.join(f'{n:,} {kind}' for kind, n in counts.items())}{why}: {details}"]
 
 # %% ../nbs/20_cli.ipynb #76abee36
 def describe_run(workspace: Workspace, run: Run) -> str:
@@ -259,10 +261,10 @@ Approve = Annotated[bool, typer.Option("--approve", help="Approve a version that
 @app.command("run")
 def run_command(
     data: Annotated[str | None, typer.Option(
-        help="Zip, folder or s3:// URI of labelled images. Without it: drawn sample scenes.")] = None,
+        help="Zip, tar, folder or s3:// URI of labelled images. Without it: drawn sample scenes.")] = None,
     annotations: Annotated[list[str] | None, typer.Option(
-        help="More labelled images: a folder, zip or s3:// URI of Ground Truth manifests, Label Studio exports or CSV "
-        "files with their images. May be given more than once.")] = None,
+        help="More labelled images: a folder, archive or s3:// URI of Ground Truth manifests, exports of Label Studio, "
+        "COCO or tables, with their images. May be given more than once.")] = None,
     profile: Profile = None,
     param: Setting = None,
     run_id: Annotated[str, typer.Option(help="Continue this run, or start one under this id.")] = "",

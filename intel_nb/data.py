@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from .dataset import SPLITS, Row, write_split
-from .labels.catalogue import name_by_table
+from .labels.catalogue import contradicts, name_by_table
 from intel_nb.labels.checking import (
     CheckJob,
     ChunkWriter,
@@ -42,10 +42,11 @@ from .model import cores
 from .storage import InputError, read_json, remove, tree_digest, write_json, written_aside
 
 # %% auto #0
-__all__ = ['Settings', 'name_files', 'check_images', 'drop_copies', 'find_twins', 'drop_twins', 'split_hash', 'split_bounds',
-           'Group', 'split_class', 'Divided', 'assign_splits', 'check_sizes', 'check_annotated', 'Annotations',
-           'read_annotated', 'Pool', 'join_images', 'resolve_annotated', 'place_added', 'Contents', 'write_shards',
-           'write_lists', 'Gathered', 'count_near', 'gather', 'build_dataset']
+__all__ = ['MANY_TWINS', 'Settings', 'name_files', 'check_images', 'drop_copies', 'check_twins', 'find_twins', 'drop_twins',
+           'split_hash', 'split_bounds', 'Group', 'split_class', 'Divided', 'assign_splits', 'check_sizes',
+           'check_annotated', 'Annotations', 'read_annotated', 'Pool', 'join_images', 'resolve_annotated',
+           'place_added', 'Contents', 'write_shards', 'write_lists', 'Gathered', 'count_near', 'gather',
+           'build_dataset']
 
 # %% ../nbs/00_data.ipynb #aa1bdb75
 @dataclass(frozen=True)
@@ -62,8 +63,11 @@ class Settings:
     test_fraction: float = .1
     test_annotations: bool = False
     seed: int = 0
+    near_duplicates: str = ""
 
     def __post_init__(self) -> None:
+        if self.near_duplicates not in ("", "drop", "keep"):
+            raise InputError(f"near_duplicates is {self.near_duplicates!r}; write drop, keep, or nothing")
         for name in ("val_fraction", "test_fraction"):
             if not 0 < getattr(self, name) <= .5:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be above 0 and at most 0.5")
@@ -71,19 +75,35 @@ class Settings:
 # %% ../nbs/00_data.ipynb #59502d4d
 def name_files(files: Files, settings: Settings, ledger: Ledger) -> Named:
     "Return what each file is; note in `ledger` what is left out. Raise `InputError` for what is not understood."
-    refusal = InputError(f"{_describe_files(files)}; put the images of each class into a folder with its name, "
-                         "or add a table with the columns image,label")
-    named = None
+    named, refusal = None, InputError(
+        f"{_describe_files(files)}; put the images of each class into a folder with its name, "
+        "or add a table with the columns image,label")
     try:
         if layout := read_layout(count_folders(files.paths()), settings.parts):
             named = name_by_folders(files, layout, ledger)
     except InputError as e:
         refusal = e  # unless a table says more
-    if named is None or len(named.classes) < 2:
-        named = name_by_table(files, ledger, settings.parts, settings.image_field, settings.label_field) or named
+    fields = settings.image_field, settings.label_field
+    if named is None or len(named.classes) < 2 or any(fields):
+        named = name_by_table(files, ledger, settings.parts, *fields) or named
+    elif not settings.parts:
+        _check_tables(files, named)
     if named is None:
         raise refusal
     return choose_classes(named, settings.classes, ledger)
+
+def _check_tables(files: Files, named: Named) -> None:
+    "Raise `InputError` if a table in the archive says other classes than its folders."
+    try:
+        table = name_by_table(files, Ledger(len(files)))
+    except InputError as e:
+        named.notes.append(f"a table was not read, because the folders say the classes ({e})")
+        return
+    if table and contradicts(named, table):
+        which = " and ".join(sorted({row["folder"] for row in table.understood}))
+        raise InputError(f"the folders say that the classes are {', '.join(named.classes[:5])}, and {which} says "
+                         f"{', '.join(table.classes[:5])}; take out the table, or name its column of classes with "
+                         "--param data.label_field=COLUMN")
 
 def _describe_files(files: Files) -> str:
     "Return what was found where no class was, by count."
@@ -157,6 +177,15 @@ def drop_copies(images: np.ndarray, named: Named, ledger: Ledger) -> np.ndarray:
     return images[kept]
 
 # %% ../nbs/00_data.ipynb #1993d30f
+MANY_TWINS = .1  # share of the training images beyond which a person decides
+
+def check_twins(lost: int, total: int, choice: str) -> None:
+    "Raise `InputError` if many training images would be left out, unless a `choice` was made."
+    if lost > max(10, MANY_TWINS * total) and not choice:
+        raise InputError(f"{lost:,} of {total:,} images are nearly the same as images of the test or validation split "
+                         f"({MEASURE}); leave them out with --param data.near_duplicates=drop, or keep them with "
+                         "--param data.near_duplicates=keep, if they only look alike to this measure")
+
 def find_twins(part: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices of the images that give way, and for each that of its near-duplicate in a better split.
 
@@ -267,14 +296,15 @@ def assign_splits(images: np.ndarray, groups: np.ndarray, named: Named, settings
 def check_sizes(split: np.ndarray, label: np.ndarray, classes: list[str]) -> None:
     "Raise `InputError` for a class that is too small to be learned or measured."
     if len(classes) < 2:
-        raise InputError(f"only one class was found ({', '.join(classes)}); put the images of each class into a folder")
+        raise InputError(f"only one class was found ({', '.join(classes)}); put the images of each class into a folder "
+                         "of its own, or add a table in UTF-8 with the columns image,label")
     counts = np.zeros((len(SPLITS), len(classes)), int)
     np.add.at(counts, (split, label), 1)
     for least, name, row in zip((2, 1, 1), SPLITS, counts.tolist()):
         for label_name, count in zip(classes, row):
             if count < least:
-                raise InputError(f"class {label_name} has {count} of the {least} images that {name} needs; "
-                                 "add images or leave the class out with `classes`")
+                raise InputError(f"class {label_name} has {count} of the {least} images that {name} needs, besides "
+                                 "those left out; add images, or list the other classes in data.classes")
 
 # %% ../nbs/00_data.ipynb #a6a555cb
 def check_annotated(lines: list[LocatedLabel], folder: Path, chunk: int, first: int
@@ -330,13 +360,14 @@ class Pool:
     groups: np.ndarray  # (M,), the number of each one's group of near-duplicates
     is_new: np.ndarray  # bool (M,)
 
-def join_images(images: np.ndarray, annotated: np.ndarray) -> Pool:
-    "Return the images of the archive together with the annotated ones that it does not have."
+def join_images(images: np.ndarray, annotated: np.ndarray, near: bool = True) -> Pool:
+    "Return the images of the archive together with the annotated ones that it does not have. `near`: look for twins."
     fresh = annotated[~np.isin(annotated["sha256"], images["sha256"])]
     fresh = fresh[np.unique(fresh["sha256"], return_index=True)[1]]
     joined, is_new = np.concatenate([images, fresh]), np.arange(len(images) + len(fresh)) >= len(images)
     order = np.argsort(joined["sha256"], kind="stable")
-    return Pool(joined[order], near_groups(joined["hash"][order]), is_new[order])
+    groups = near_groups(joined["hash"][order]) if near else np.arange(len(order))
+    return Pool(joined[order], groups, is_new[order])
 
 # %% ../nbs/00_data.ipynb #242fbb9f
 def _refuse_twins(annotations: Annotations, twins: set[bytes]) -> Annotations:
@@ -439,10 +470,11 @@ def count_near(groups: np.ndarray, kept: np.ndarray) -> dict[str, Any]:
 def gather(images: np.ndarray, annotations: Annotations, named: Named, settings: Settings, ledger: Ledger,
            path: Callable[[int], str]) -> Gathered:
     "Put together what goes into the dataset. Raise `InputError` for a class with too few images."
-    pool = join_images(images, annotations.images)
+    pool = join_images(images, annotations.images, settings.near_duplicates != "keep")
     part = np.zeros(len(pool.images), np.int8)  # annotated images count as training images
     part[~pool.is_new] = named.part[pool.images["number"][~pool.is_new]]
     kept = drop_twins(pool.images, pool.groups, part, ledger)
+    check_twins(int((~kept).sum()), len(kept), settings.near_duplicates)
     twins = {pool.images["sha256"][k].item() for k in np.flatnonzero(pool.is_new & ~kept)}
     added, outcomes = resolve_annotated(_refuse_twins(annotations, twins), pool, named, path)
     old = np.flatnonzero(kept & ~pool.is_new)

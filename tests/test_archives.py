@@ -1,6 +1,7 @@
 """Archives as people have them: what each folder is taken for, what is left out, and what is refused."""
 import csv
 import io
+import os
 import stat
 import struct
 import tarfile
@@ -47,7 +48,8 @@ def build(tmp_path):
             left = {row["path"]: row["reason"] for row in csv.DictReader(rows)}
         archived = sum(pq.read_table(shard, columns=["source"])["source"].to_pylist().count("archive")
                        for shard in (tmp_path / "out" / "dataset").glob("*.parquet"))
-        links = sum(report["left_out"].get(reason, 0) for reason in ("outside", "broken_link", "link_loop", "archive"))
+        beside = ("outside", "broken_link", "link_loop", "archive", "too_deep")
+        links = sum(report["left_out"].get(reason, 0) for reason in beside)
         assert archived + sum(report["left_out"].values()) - links == report["files"], "a file vanished"
         return report, left
     return built
@@ -397,3 +399,134 @@ def test_a_zip_whose_files_overlap(build, tmp_path):
     (tmp_path / "data.zip").write_bytes(data[:second + 42] + bytes(4) + data[second + 46:])
     with pytest.raises(InputError, match="overlap one another"):
         build(tmp_path / "data.zip")
+
+
+@pytest.mark.parametrize("names", [("train_images", "test_images"), ("train", "test1"), ("Train_Set", "Test_Set")])
+def test_flat_splits_are_no_classes(build, names):
+    flat = {f"{names[0]}/{k}.jpg": image() for k in range(20)} | {f"{names[1]}/{k + 20}.jpg": image() for k in range(5)}
+    with pytest.raises(InputError, match="no class was found"):
+        build(flat)
+    rows = [f"{k},{'sun' if k % 2 else 'rain'}" for k in range(20)]
+    report, _ = build(flat | {"train.csv": "\n".join(["image_id,label", *rows])})
+    assert report["classes"] == ["rain", "sun"] and report["unlabelled"] == 5
+
+
+def test_a_table_and_folders_that_say_different_things(build):
+    files = {f"part_{1 + k // 20}/{k}.jpg": image() for k in range(40)}
+    table = "\n".join(["image,label", *(f"{k}.jpg,{'sun' if k % 2 else 'rain'}" for k in range(40))])
+    with pytest.raises(InputError, match="data.label_field"):
+        build(files | {"meta.csv": table})
+    assert build(files | {"meta.csv": table}, label_field="label")[0]["classes"] == ["rain", "sun"]
+
+
+@pytest.mark.parametrize("values", [("Training", "PublicTest"), ("0", "1"), ("train", "")])
+def test_a_split_column_that_is_not_understood(build, values):
+    files = {f"{k}.jpg": image() for k in range(40)}
+    rows = [f"{k}.jpg,{'sun' if k % 2 else 'rain'},{values[k >= 30]}" for k in range(40)]
+    with pytest.raises(InputError, match="its column Usage has the value"):
+        build(files | {"all.csv": "\n".join(["image,label,Usage", *rows])})
+
+
+def test_one_image_in_two_splits_of_a_table(build):
+    files = {f"{k}.jpg": image() for k in range(40)}
+    rows = "\n".join(["image,label", *(f"{k}.jpg,{'sun' if k % 2 else 'rain'}" for k in range(40))])
+    with pytest.raises(InputError, match="another row says otherwise"):
+        build(files | {"train.csv": rows, "test.csv": rows})
+
+
+@pytest.mark.parametrize("test", ["test/images/", "test/new/", "other/test/"])
+def test_a_test_split_of_another_depth(build, test):
+    with pytest.raises(InputError, match="different depths|lie beside one another"):
+        build(images("train/") | images(test, n=4))
+
+
+@pytest.mark.parametrize("suffix", ["nef", "jpg_large", "heic"])
+def test_a_class_without_usable_images_does_not_vanish(build, suffix):
+    with pytest.raises(InputError, match="class owl has 0 of the 2 images"):
+        build(images("") | {f"owl/{k}.{suffix}": b"raw" for k in range(5)})
+
+
+def test_near_duplicates_by_the_dozen_are_a_persons_decision(build):
+    photo = np.kron(rng.integers(0, 255, (12, 12, 3), np.uint8), np.ones((12, 12, 1), np.uint8))
+    alike = [encode_jpeg(photo, quality) for quality in range(40, 90)]
+    files = images("train/") | images("test/") | {"test/cat/x.jpg": alike[0]}
+    files |= {f"train/cat/a{k}.jpg": data for k, data in enumerate(alike[1:])}
+    with pytest.raises(InputError, match="near_duplicates=drop"):
+        build(files)
+    assert build(files, near_duplicates="drop")[0]["left_out"] == {"near_duplicate": 49}
+    assert build(files, near_duplicates="keep")[0]["left_out"] == {}
+
+
+def tar_of(files: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as made:
+        for name, data in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            made.addfile(entry, io.BytesIO(data))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "cut between files", "two tars", "a long name"])
+def test_a_tar_that_ends_too_early(build, tmp_path, damage):
+    data = bytearray(tar_of(images("")))
+    middle = data.find(b"dog/0.jpg")
+    if damage == "a flipped bit":
+        data[middle + 150] ^= 1
+    elif damage == "a long name":
+        header = tarfile.TarInfo("././@LongLink")
+        header.type, header.size = tarfile.GNUTYPE_LONGNAME, 2**22
+        data[:0] = header.tobuf() + b"a" * 2**22
+    else:
+        data = data[:middle] if damage == "cut between files" else data + data
+    (tmp_path / "data.tar").write_bytes(data)
+    with pytest.raises(InputError, match="no tar, or one that was cut short"):
+        build(tmp_path / "data.tar")
+
+
+def test_a_zip_with_a_wrong_count(build, tmp_path):
+    data = bytearray(pack(tmp_path / "data.zip", images("")).read_bytes())
+    at = data.rfind(b"PK\5\6")
+    struct.pack_into("<HH", data, at + 8, 16, 16)
+    (tmp_path / "data.zip").write_bytes(data)
+    with pytest.raises(InputError, match="should have 16"):
+        build(tmp_path / "data.zip")
+
+
+def test_a_zip_that_was_cut_behind_one_in_it(build, tmp_path):
+    whole = pack(tmp_path / "data.zip", images("") | {"inner.zip": pack(tmp_path / "in.zip", images("")).read_bytes()})
+    data = whole.read_bytes()
+    whole.write_bytes(data[:data.rfind(b"PK\5\6") - 900])
+    with pytest.raises(InputError, match="cut"):
+        build(whole)
+
+
+def test_both_forms_of_a_name_on_one_disk(build, tmp_path):
+    for name in ("fore\u0302t", "for\u00eat", "mer"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for k in range(12):
+            (tmp_path / "data" / name / f"{k}.jpg").write_bytes(image())
+    report, left = build(tmp_path / "data")
+    assert sum(totals(report).values()) == 36 and report["classes"] == ["forêt", "mer"] and not left
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"red\x1b[31m", b"two\nlines"])
+def test_names_that_cannot_be_printed_are_refused(build, tmp_path, name):
+    for folder in (name, b"mer"):
+        (made := tmp_path / "data" / os.fsdecode(folder)).mkdir(parents=True)
+        for k in range(12):
+            (made / f"{k}.jpg").write_bytes(image())
+    with pytest.raises(InputError, match="cannot be printed"):
+        build(tmp_path / "data")
+
+
+def test_folders_without_end(build, tmp_path):
+    deep = tmp_path / "data" / "cat"
+    for _ in range(200):
+        deep = deep / "d"
+    deep.mkdir(parents=True)
+    (deep / "1.jpg").write_bytes(image())
+    for name, data in images("").items():
+        (tmp_path / "data" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "data" / name).write_bytes(data)
+    assert set(build(tmp_path / "data")[1].values()) == {"too_deep"}

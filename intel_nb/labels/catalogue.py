@@ -18,14 +18,14 @@ from .fields import Fields, choose_label_field
 from .layout import CLASS, check_parts, folder_of, is_image_name, part_of
 from .members import READ_ERRORS, Files
 from .names import is_hidden, normal_name
-from .naming import Ledger, Named
+from .naming import Ledger, Named, check_names
 from .records import UnusableLabel
 from .tables import LABEL_BYTES, read_table
 from .zips import read_place
 from ..storage import InputError
 
 # %% auto #0
-__all__ = ['ImageIndex', 'index_images', 'Table', 'open_table', 'Catalogue', 'name_by_table']
+__all__ = ['ImageIndex', 'index_images', 'Table', 'split_in', 'open_table', 'Catalogue', 'name_by_table', 'contradicts']
 
 # %% ../../nbs/labels/19_catalogue.ipynb #8c227650
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def index_images(files: Files) -> ImageIndex:
     return index
 
 # %% ../../nbs/labels/19_catalogue.ipynb #8386c9f2
-_SPLIT_COLUMNS = ("split", "subset", "partition", "set", "part", "usage")
+_SPLIT_COLUMNS = ("split", "subset", "partition", "usage", "set", "is_valid", "is_test")
 
 @dataclass(frozen=True)
 class Table:
@@ -84,14 +84,26 @@ def _image_column(rows: Sequence[Mapping[str, str]], index: ImageIndex, folder: 
 def _split_column(rows: Sequence[Mapping[str, str]]) -> str:
     "Return the column that says which split an image is in; empty if there is none."
     usual = [name for name in rows[0] if name.lower() in _SPLIT_COLUMNS]
-    return next((name for name in usual if all(part_of(row[name]) for row in rows)), "")
+    few = [name for name in usual if len({row[name] for row in rows}) <= 10]
+    return few[0] if few else ""
+
+def split_in(table: Table, row: Mapping[str, str]) -> str:
+    "Return the part that a row's split column says. Raise `InputError` for a value that names none."
+    value = normal_name(row[table.split])
+    if table.split.lower().startswith("is_") and value.casefold() in ("true", "false", "0", "1"):
+        yes = {"is_valid": "validation", "is_test": "test"}[table.split.lower()]
+        return yes if value.casefold() in ("true", "1") else "train"
+    if not (part := part_of(value)):
+        raise InputError(f"{table.path}: its column {table.split} has the value {value!r}, which names no split; write "
+                         "train, validation or test there, or rename the column")
+    return part
 
 def open_table(path: str, data: bytes, index: ImageIndex, image_field: str = "", label_field: str = "") -> Table | None:
     "Return the table at `path`, or None if it does not name images. Raise `InputError` if its columns cannot be told."
     try:
         header, rows = read_table(data)
-    except UnusableLabel:
-        return None
+    except UnusableLabel as e:
+        raise InputError(f"{path} cannot be read as a table ({e}); save it as CSV in UTF-8") from None
     first = list(islice(rows, 100))
     good = [row for _, row in first if not isinstance(row, UnusableLabel)]
     folder = posixpath.dirname(path)
@@ -102,7 +114,8 @@ def open_table(path: str, data: bytes, index: ImageIndex, image_field: str = "",
     try:
         label = choose_label_field(others, image, Fields(image_field, label_field))
     except UnusableLabel as e:
-        raise InputError(f"{path}: {e}") from None
+        raise InputError(f"{path}: {e}, as in --param data.label_field={next(name for name in header if name != image)}"
+                         ) from None
     return Table(path, chain(first, rows), image, label, split)
 
 # %% ../../nbs/labels/19_catalogue.ipynb #402c66b2
@@ -110,7 +123,7 @@ def _part(table: Table, row: Mapping[str, str], folder: str, given: Mapping[str,
     "Return the part of an image in `folder`. Raise `InputError` if the table and the folder name two of them."
     names = (posixpath.splitext(posixpath.basename(table.path))[0], *reversed(folder_of(f"{folder}/name")))
     said = {given[name] for name in (folder, *names) if given.get(name, CLASS) != CLASS}
-    said = said or ({part_of(row[table.split])} if table.split else {part_of(name) for name in names if part_of(name)})
+    said = said or ({split_in(table, row)} if table.split else {part_of(name) for name in names if part_of(name)})
     if len(said) > 1:
         raise InputError(f"{table.path} names images in {folder}, and one is {' and the other '.join(sorted(said))}; "
                          f"say what the images in {folder} are, as in --param data.parts={folder}=train")
@@ -127,9 +140,10 @@ class Catalogue:
     def add(self, table: Table, number: int, label: str, part: str) -> None:
         "Note what a row says. Raise `InputError` if another row says something else."
         code = self.classes.setdefault(label, len(self.classes))
-        if self.part[number] >= 0 and self.label[number] != code:
-            raise InputError(f"{table.path} gives an image the class {label}, and another row gives it another class; "
-                             "remove one of them")
+        known = self.part[number], self.label[number]
+        if known[1] >= 0 and known != (SPLITS.index(part) if part in SPLITS else -1, code):
+            raise InputError(f"{table.path} gives an image the class {label} in {part}, and another row says otherwise"
+                             "; remove one of them")
         self.counts[table.path, part] += self.part[number] < 0
         self.part[number], self.label[number] = (SPLITS.index(part) if part in SPLITS else -1), code
 
@@ -155,8 +169,10 @@ def name_by_table(files: Files, ledger: Ledger, parts: Mapping[str, str] | None 
     notes = []
     for table in _tables(files, index, image_field, label_field):
         missing = 0
-        for _, row in table.rows:
-            if isinstance(row, UnusableLabel) or (number := index.find(row[table.image], table.folder)) < 0:
+        for line, row in table.rows:
+            if isinstance(row, UnusableLabel):
+                raise InputError(f"{table.path}, line {line}: {row}")
+            if (number := index.find(row[table.image], table.folder)) < 0:
                 missing += 1
             elif label := normal_name(row[table.label]):
                 found.add(table, number, label, _part(table, row, posixpath.dirname(files.path(number)), given))
@@ -165,7 +181,7 @@ def name_by_table(files: Files, ledger: Ledger, parts: Mapping[str, str] | None 
 
 def _as_named(found: Catalogue, index: ImageIndex, ledger: Ledger, notes: list[str]) -> Named:
     "Return what a catalogue says, with the classes in order; note the other files in `ledger`."
-    classes = sorted(found.classes)
+    check_names(classes := sorted(found.classes))
     place = {name: k for k, name in enumerate(classes)}
     order = np.array([place[name] for name in found.classes] + [-1], np.int32)
     images = np.zeros(len(found.part), bool)
@@ -177,3 +193,13 @@ def _as_named(found: Catalogue, index: ImageIndex, ledger: Ledger, notes: list[s
     understood = [{"folder": path, "taken_for": f"{part}, by this table", "images": int(count)}
                   for (path, part), count in sorted(found.counts.items())]
     return Named(found.part, np.where(left, -1, order[found.label]).astype(np.int32), classes, understood, notes)
+
+# %% ../../nbs/labels/19_catalogue.ipynb #c5c22f98
+def contradicts(by_folders: Named, by_table: Named) -> bool:
+    "Tell whether a table names at least half of the images, and gives those of one folder different classes."
+    both = (by_folders.part >= 0) & (by_table.part >= 0)
+    if 2 * both.sum() < (by_folders.part >= 0).sum():
+        return False
+    counts = np.zeros((len(by_folders.classes), len(by_table.classes)), int)
+    np.add.at(counts, (by_folders.label[both], by_table.label[both]), 1)
+    return bool(counts.max(axis=1).sum() < .9 * counts.sum())

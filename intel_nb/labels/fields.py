@@ -15,8 +15,8 @@ from .names import normal_name
 from .records import UnusableLabel, as_one_line
 
 # %% auto #0
-__all__ = ['UNKNOWN', 'IMAGE', 'LABEL', 'ADDED', 'Fields', 'refers_to_image', 'is_uri', 'read_choices', 'choose_image_field',
-           'choose_label_field']
+__all__ = ['UNKNOWN', 'IMAGE', 'LABEL', 'MAX_FIELDS', 'ADDED', 'Fields', 'refers_to_image', 'is_uri', 'read_choices',
+           'choose_image_field', 'choose_label_field']
 
 # %% ../../nbs/labels/08_fields.ipynb #4ceda136
 class Fields(NamedTuple):
@@ -68,6 +68,8 @@ def _doubt(names: Sequence[str], what: str, parameter: str) -> UnusableLabel:
     return UnusableLabel("malformed", f"its fields ({shown}) do not tell which one {what}; name it with {parameter}")
 
 # %% ../../nbs/labels/08_fields.ipynb #435bdfd0
+MAX_FIELDS = 1000
+
 def _mostly(rows: Sequence[Mapping[str, Any]], name: str, test: Callable[[Any], bool]) -> bool:
     "Return whether the value of `name` passes `test` in at least half of the rows."
     return 2 * sum(test(row.get(name)) for row in rows) >= len(rows)
@@ -77,6 +79,8 @@ def choose_image_field(rows: Sequence[Mapping[str, Any]], wanted: str = "") -> s
     names = list(dict.fromkeys(name for row in rows for name in row))
     if wanted and wanted in names:
         return wanted
+    if len(names) > MAX_FIELDS:
+        raise UnusableLabel("malformed", f"its entries have {len(names):,} different fields, more than {MAX_FIELDS:,}")
     images, uris = ([name for name in names if _mostly(rows, name, test)] for test in (refers_to_image, is_uri))
     found = images or _usual(names, IMAGE)[:1] or uris
     if best := (found if len(found) == 1 else _usual(found, IMAGE)):

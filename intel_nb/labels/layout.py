@@ -5,6 +5,7 @@
 # %% ../../nbs/labels/04_layout.ipynb #37241675
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,20 +16,20 @@ from .names import is_hidden, normal_name
 from ..storage import InputError
 
 # %% auto #0
-__all__ = ['CLASS', 'Folder', 'MAX_UNCLEAR', 'part_of', 'Meaning', 'Layout', 'folder_of', 'written', 'is_image_name',
-           'count_folders', 'class_depth', 'split_levels', 'check_siblings', 'check_parts', 'read_layout']
+__all__ = ['CLASS', 'Folder', 'MAX_UNCLEAR', 'WORDS', 'part_of', 'Meaning', 'Layout', 'folder_of', 'written', 'is_image_name',
+           'count_folders', 'class_depth', 'option', 'split_levels', 'check_siblings', 'check_parts', 'read_layout']
 
 # %% ../../nbs/labels/04_layout.ipynb #24bacf14
-_NAMES = {"train": ("train", "training", "training_set", "trn"),
-          "validation": ("val", "valid", "validation", "dev", "validation_set"),
-          "test": ("test", "testing", "test_set", "tst"),
-          "unlabelled": ("pred", "prediction", "unlabelled", "unlabeled")}
-_PARTS = {f"{prefix}{name}": part for part, names in _NAMES.items() for name in names for prefix in ("", "seg_")}
+_NAMES = {"train": ("train", "training", "trn"), "validation": ("val", "valid", "validation", "dev"),
+          "test": ("test", "testing", "tst"), "unlabelled": ("pred", "unlabelled", "unlabeled")}
+_PARTS = {name: part for part, names in _NAMES.items() for name in names}
+_FILLERS = {"seg", "set", "split", "data", "dataset", "image", "images", "img", "imgs", "photo", "photos", "pictures"}
 CLASS = "class"  # what `parts` may call a folder that has the name of a split and is a class
 
 def part_of(folder: str) -> str:
     "Return the part that a folder's name means: train, validation, test, unlabelled, or an empty text."
-    return _PARTS.get(normal_name(folder).casefold().replace("-", "_").replace(" ", "_"), "")
+    words = [word for word in re.split(r"[\W\d_]+", normal_name(folder).casefold()) if word and word not in _FILLERS]
+    return _PARTS.get(words[0], "") if len(words) == 1 else ""
 
 # %% ../../nbs/labels/04_layout.ipynb #9adbc8b0
 class Meaning(NamedTuple):
@@ -57,12 +58,13 @@ def written(folder: Folder) -> str:
 
 # %% ../../nbs/labels/04_layout.ipynb #b1cdf044
 _IMAGES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".heic", ".heif",
-           ".avif", ".jp2", ""}
+           ".avif", ".jp2", ".psd", ".nef", ".cr2", ".cr3", ".arw", ".dng", ".raf", ".orf", ".rw2", ""}
 
 def is_image_name(path: str) -> bool:
     "Return whether a file is named like an image, or has no suffix."
     name = path.rpartition("/")[2]
-    return (name[name.rfind("."):].lower() if "." in name else "") in _IMAGES
+    suffix = name[name.rfind("."):].lower() if "." in name else ""
+    return suffix in _IMAGES or suffix.startswith((".jpg", ".jpeg", ".png"))  # `.jpg_large` and `.jpg~` are images too
 
 def count_folders(paths: Iterable[str]) -> Counter[Folder]:
     "Return the number of files in each folder: of those with an image's suffix or none or, if there are none, of all."
@@ -88,17 +90,15 @@ def class_depth(counts: Mapping[Folder, int]) -> int:
     return max(votes, key=lambda depth: (votes[depth], -depth), default=0)
 
 # %% ../../nbs/labels/04_layout.ipynb #9c452e19
-_REMEDY = "say which is which with the parameter parts, as in --param data.parts="
-
-def _example(names: Iterable[str]) -> str:
-    "Return an example of the parameter `parts` for some folders."
-    named = zip(list(names)[:2], ("train", "test"))
-    return ",".join(f"{name}={part_of(name) or part}" for name, part in named)
+def option(names: Iterable[str]) -> str:
+    "Return the option that says what folders are. The word WHAT stands for what only a person can know."
+    said = ",".join(f"{name}={part_of(name) or 'WHAT'}" for name in names)
+    return f"--param 'data.parts={said}' (WHAT is train, validation, test, unlabelled or class)"
 
 def _ask(folders: Sequence[str], what: str) -> InputError:
     "Return the error for folders that can be read in several ways."
     some = " and ".join(folders[:6]) + (f" and {len(folders) - 6} more" if len(folders) > 6 else "")
-    return InputError(f"{some}: {what}; {_REMEDY}{_example(folders)}")
+    return InputError(f"{some}: {what}; say what each is with {option(folders)}")
 
 def split_levels(folders: Sequence[Folder]) -> list[int]:
     """Return the levels above the classes `folders`, all of one depth, at which splits stand.
@@ -110,7 +110,8 @@ def split_levels(folders: Sequence[Folder]) -> list[int]:
         known = [name for name in names if part_of(name)]
         if known and len(known) < len(names):
             unknown = [name for name in names if not part_of(name)]
-            raise _ask([*unknown, *known], f"{' and '.join(unknown[:3])} lies beside splits and is none itself")
+            few = ", ".join(unknown[:3])
+            raise _ask([*unknown, *known], f"these lie beside one another, and {few} has not the name of a split")
         if known:
             levels.append(level)
     varying = [level for level in levels if len({folder[level] for folder in folders}) > 1]
@@ -121,8 +122,8 @@ def check_siblings(folders: Sequence[Folder]) -> None:
     "Raise `InputError` if folders above the classes `folders`, none of which is a split, hold the same class."
     first: dict[str, Folder] = {}
     for folder in folders:
-        other = first.setdefault(folder[-1], folder)
-        if other != folder:
+        other = first.setdefault(folder[-1].casefold(), folder)
+        if other[:-1] != folder[:-1]:
             level = next(k for k, (a, b) in enumerate(zip(other, folder)) if a != b)
             names = sorted({f[level] for f in folders if f[:level] == folder[:level]})
             raise _ask(names, f"they hold the same class {folder[-1]!r}, and nothing says whether they are splits")
@@ -140,7 +141,7 @@ def check_parts(parts: Mapping[str, str]) -> dict[str, str]:
     return checked
 
 def _given_part(folder: Folder, parts: Mapping[str, str]) -> tuple[str, int]:
-    "Return the part that `parts` gives to a folder, and how many of its names it takes to say so; or an empty text."
+    "Return the part that `parts` gives to a folder, and the depth of the name that it goes by; an empty text for none."
     for depth in range(1, len(folder) + 1):
         for name in (written(folder[:depth]), folder[depth - 1]):
             if name in parts and parts[name] != CLASS:
@@ -155,7 +156,7 @@ def _part_reader(folders: Sequence[Folder], parts: Mapping[str, str]) -> Callabl
     if any(part != CLASS for part in parts.values()):
         unsaid = sorted({written(folder) for folder in folders if not _given_part(folder, parts)[0]})
         if unsaid:
-            raise InputError(f"parts says nothing about {', '.join(unsaid[:5])}; name each folder that holds classes")
+            raise InputError(f"parts says nothing about {', '.join(unsaid[:5])}; name every folder that holds classes")
         return lambda folder: _given_part(folder, parts)
     levels = split_levels(folders)
     if not levels:
@@ -181,22 +182,23 @@ def _off_depth(folder: Folder, depth: int, part: str, saying: int, example: Fold
     detail = f"it lies {len(folder)} folders deep, and the classes {depth}, as in {written(example)}"
     return Meaning(reason="off_depth", detail=detail)
 
+def _is_explained(folder: Folder, depth: int, used: set[Folder], labels: set[str]) -> bool:
+    """Tell whether images in `folder`, off the depth of the classes, are thumbnails (they lie inside a class) or copies
+    (the end of their path is that of a class). A split at another depth is neither."""
+    inside = folder[:depth] in used
+    is_copy = any(folder[k:] in used for k in range(1, len(folder)))
+    return inside or is_copy or (bool(labels & {*folder}) and not any(map(part_of, folder)))
+
 def _check_unclear(counts: Mapping[Folder, int], meanings: Mapping[Folder, Meaning], depth: int) -> None:
-    """Raise `InputError` if many images lie off the depth of the classes, and neither inside a class (thumbnails) nor
-    in a folder with the name of one (copies)."""
+    "Raise `InputError` if many images, or a part that has the name of a split, lie off the depth of the classes."
     used = {folder for folder, meaning in meanings.items() if meaning.label}
     labels = {meaning.label for meaning in meanings.values() if meaning.label}
     unclear = [folder for folder, meaning in meanings.items()
-               if meaning.reason == "off_depth" and folder[:depth] not in used and not labels & {*folder}]
+               if meaning.reason == "off_depth" and not _is_explained(folder, depth, used, labels)]
     share = sum(counts[f] for f in unclear) / sum(counts.values())
-    if share > MAX_UNCLEAR:
+    if share > MAX_UNCLEAR or any(part_of(name) for folder in unclear for name in folder):
         raise InputError(f"the images lie at different depths, as in {written(min(used))} and {written(min(unclear))}, "
                          "and nothing says which folders are classes; move them, so that all classes are equally deep")
-
-def _is_unlabelled(name: str, given: Mapping[str, str], trained: set[str]) -> bool:
-    "Tell whether a folder at the depth of the classes is a part without classes, such as `test` in `test/test`."
-    part = "" if given.get(name) == CLASS else part_of(name)
-    return part == "unlabelled" or (part != "" and name not in trained)
 
 def _check_named(given: Mapping[str, str], counts: Mapping[Folder, int]) -> None:
     "Raise `InputError` if `given` names a folder that is not there."
@@ -204,6 +206,11 @@ def _check_named(given: Mapping[str, str], counts: Mapping[Folder, int]) -> None
     if wrong := sorted(given.keys() - names - {written(f[:k]) for f in counts for k in range(len(f) + 1)}):
         some = ", ".join(sorted(names)[:9])
         raise InputError(f"parts names {wrong[0]!r}, and there is no such folder; there are {some}")
+
+def _is_unlabelled(name: str, given: Mapping[str, str], trained: set[str]) -> bool:
+    "Tell whether a folder at the depth of the classes is a part without classes, such as `test` in `test/test`."
+    part = "" if given.get(name) == CLASS else part_of(name)
+    return part == "unlabelled" or (part != "" and name not in trained)
 
 def read_layout(counts: Mapping[Folder, int], parts: Mapping[str, str] | None = None) -> Layout | None:
     """Return what the folders of an archive mean, from the number of images in each; None if none of them is a class.
@@ -230,6 +237,8 @@ def read_layout(counts: Mapping[Folder, int], parts: Mapping[str, str] | None = 
     return Layout(meanings, _understood(counts, meanings, part_and_saying), _notes(meanings))
 
 # %% ../../nbs/labels/04_layout.ipynb #ef7d377f
+WORDS = {"off_depth": "left out, not at the depth of the classes", "no_class_folder": "left out, in no class folder"}
+
 def _understood(counts: Mapping[Folder, int], meanings: Mapping[Folder, Meaning],
                 part_and_saying: Callable[[Folder], tuple[str, int]]) -> list[dict[str, str | int]]:
     "Return what the folders were taken for, one row for each split or, where there is none, one for all classes."
@@ -240,8 +249,8 @@ def _understood(counts: Mapping[Folder, int], meanings: Mapping[Folder, Meaning]
     result: list[dict[str, str | int]] = []
     for (shown, kind), folders in sorted(rows.items()):
         classes = len({meanings[f].label for f in folders} - {""})
-        taken = f"{kind}, {classes} classes" if classes else kind
-        name = shown if shown != written(()) or not classes else "the class folders"
+        taken = f"{kind}, {classes} classes" if classes else WORDS.get(kind, kind)
+        name = shown if shown != written(()) or not classes else "class folders"
         result.append({"folder": name, "taken_for": taken, "images": sum(counts[f] for f in folders)})
     return result
 
@@ -252,5 +261,5 @@ def _notes(meanings: Mapping[Folder, Meaning]) -> list[str]:
         alike[meaning.label.casefold()].add(meaning.label)
     return [f"the classes {' and '.join(sorted(names))} differ by case alone; rename a folder if they are one class"
             for names in alike.values() if len(names) > 1] + [
-        f"{name} is taken for a class, because it lies beside classes; if it is a split, {_REMEDY}{_example([name])}"
+        f"{name} is taken for a class, because it lies where classes lie; leave it out with data.classes if it is none"
         for name in sorted({meaning.label for meaning in meanings.values()}) if part_of(name)]

@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import os
 import posixpath
+import re
 import tarfile
 import zlib
 from bisect import bisect_left, bisect_right
@@ -21,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .names import inner_path, is_hidden, read_names
+from .names import MAX_DEPTH, inner_path, is_hidden, read_names
 from .zips import PLACES, PLAIN, Place, check_totals, iter_place, read_directory, read_place
 from ..storage import InputError, sha256_file, tree_digest, written_aside
 
@@ -97,7 +98,9 @@ def follow_links(listing: Listing, links: Mapping[str, str]) -> Listing:
             left.append(found)
         else:
             added |= found
-        check_totals(listing.root, len(listing.paths) + len(added), 0, 0)
+        if len(added) > len(listing.paths) + len(links):
+            raise InputError(f"{listing.root} has links that lead to the same files over and over; pack the images "
+                             "themselves")
     places = np.concatenate([listing.places, listing.places[list(added.values())]]) if added else listing.places
     return sort_listing(replace(listing, paths=listing.paths + list(added), places=places, left=left))
 
@@ -136,10 +139,34 @@ def _gunzip(path: Path, scratch: Path) -> Path:
             out.write(piece)
     return unpacked
 
+class _Header(tarfile.TarInfo):
+    "A header of a tar that reads no name of megabytes."
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if not (self.isreg() or self.isdir() or self.issym() or self.islnk() or self.isdev()) and self.size > 2**20:
+            raise tarfile.ReadError("a name is longer than a megabyte")
+        return super()._proc_member(tar)  # type: ignore[misc]
+
 def _link_in_tar(entry: tarfile.TarInfo) -> str:
     "Return where a link leads to from its own folder. A hard link is written from the root of the tar."
-    inside = posixpath.relpath(entry.linkname, posixpath.dirname(entry.name) or ".") if entry.islnk() else ""
-    return inside or entry.linkname
+    target = entry.linkname or "/"
+    return posixpath.relpath(target, posixpath.dirname(entry.name) or ".") if entry.islnk() else target
+
+def _tar_entries(tarball: Path) -> Iterator[tarfile.TarInfo]:
+    "Yield the entries of a tar. Raise `tarfile.TarError` unless it ends as a tar does, with zeros."
+    with tarfile.open(tarball, "r:", encoding="utf-8", errors="surrogateescape", tarinfo=_Header) as tar:
+        while entry := tar.next():
+            tar.members = []  # type: ignore[attr-defined]  # it would keep a kilobyte for each
+            yield entry
+        end = tar.offset
+    with open(tarball, "rb") as file:
+        file.seek(end)
+        pieces = iter(lambda: file.read(2**20), b"")
+        rest = [len(piece) for piece in pieces if not piece.strip(b"\0") or _not_the_end()]
+    if sum(rest) < 512:
+        raise tarfile.ReadError("its end is missing")
+
+def _not_the_end() -> bool:
+    raise tarfile.ReadError("a header in it is damaged, or another tar follows")
 
 def tar_listing(path: Path, scratch: Path, encoding: str = "") -> Listing:
     "Return the files of the tar `path`. Raise `InputError` for one that is damaged or cannot be trusted."
@@ -148,17 +175,17 @@ def tar_listing(path: Path, scratch: Path, encoding: str = "") -> Listing:
         with open(path, "rb") as file:
             is_packed = file.read(2) == b"\x1f\x8b"
         tarball = _gunzip(path, scratch) if is_packed else path
-        with tarfile.open(tarball, "r:", encoding="utf-8", errors="surrogateescape") as tar:
-            while entry := tar.next():
-                tar.members = []  # type: ignore[attr-defined]  # it would keep a kilobyte for each
-                if entry.isreg() and not entry.issparse():
-                    names.append(entry.name.encode("utf-8", "surrogateescape"))
-                    rows.append((entry.offset_data, entry.size, entry.size, PLAIN, 0))
-                elif entry.issym() or entry.islnk():
-                    links[inner_path(entry.name, str(path))] = _link_in_tar(entry)
-                elif not entry.isdir():
-                    left.append(Rejected(entry.name, "special_file", "neither a file nor a folder"))
-    except (tarfile.TarError, *READ_ERRORS) as e:
+        for entry in _tar_entries(tarball):
+            if entry.isreg() and not entry.issparse():
+                names.append(entry.name.encode("utf-8", "surrogateescape"))
+                rows.append((entry.offset_data, entry.size, entry.size, PLAIN, 0))
+            elif entry.issym() or entry.islnk():
+                links[inner_path(entry.name, str(path))] = _link_in_tar(entry)
+            elif not entry.isdir():
+                left.append(Rejected(entry.name, "special_file", "neither a file nor a folder"))
+    except InputError:
+        raise
+    except (tarfile.TarError, ValueError, OverflowError, *READ_ERRORS) as e:
         raise InputError(f"{path} is no tar, or one that was cut short ({e}); copy it again") from None
     check_totals(str(path), len(rows) + len(links), sum(row[2] for row in rows), tarball.stat().st_size)
     paths = [inner_path(name, str(path)) for name in read_names(names, encoding, str(path))]
@@ -186,14 +213,20 @@ def _look_at(entry: os.DirEntry[str], path: str, root: str, entered: set[str]) -
         else:
             entered |= {real} if entry.is_symlink() else set()
             yield from _walk(real, path, root, entered)
-    elif Path(real).is_file():
-        yield _Found(path, real, Path(real).stat().st_size)
-    else:
+    elif not Path(real).is_file():
         kind = "broken_link" if entry.is_symlink() else "special_file"
         yield Rejected(path, kind, "there is no file behind this link" if entry.is_symlink() else "it is no file")
+    else:
+        try:
+            yield _Found(path, real, Path(real).stat().st_size)
+        except OSError as e:
+            yield Rejected(path, "unreadable", str(e.strerror))
 
 def _walk(folder: str, shown: str, root: str, entered: set[str]) -> Iterator[_Found | Rejected]:
     "Yield all files below `folder`, which has the path `shown`, sorted by name within each folder."
+    if shown.count("/") > MAX_DEPTH:
+        yield Rejected(shown, "too_deep", f"more than {MAX_DEPTH} folders lie in one another")
+        return
     try:
         with os.scandir(folder) as found:
             entries = sorted(found, key=lambda entry: entry.name)
@@ -211,15 +244,25 @@ def walk(folder: str | Path) -> Iterator[_Found | Rejected]:
 # %% ../../nbs/labels/03_members.ipynb #930b7ca9
 def folder_listing(folder: Path) -> Listing:
     "Return the files of `folder`."
-    root, paths, sizes, real, left = os.path.realpath(folder), [], [], {}, []
+    root = os.path.realpath(folder)
+    paths: list[str] = []
+    sizes: list[int] = []
+    real: dict[str, str] = {}
+    left, decomposed = [], []
     for found in walk(folder):
         if isinstance(found, Rejected):
             left.append(found)
-            continue
-        paths.append(inner_path(found.path, root))
+        elif (path := inner_path(found.path, root)) != found.path:
+            decomposed.append((path, found))
+        else:
+            paths.append(path)
+            sizes.append(found.size)
+            real |= {path: found.real} if found.real != f"{root}/{path}" else {}
+    taken = set(paths) if decomposed else set()
+    for path, found in decomposed:  # on the same disk there may be a file with the composed name too
+        paths.append(path if path not in taken else found.path)
         sizes.append(found.size)
-        if found.real != f"{root}/{paths[-1]}":  # a link, or a name that is not composed
-            real[paths[-1]] = found.real
+        real[paths[-1]] = found.real
     places = np.zeros(len(paths), PLACES)
     places["size"], places["stored"], places["method"] = sizes, sizes, PLAIN
     check_totals(root, len(paths), 0, 0)
@@ -246,6 +289,10 @@ def open_listing(source: Path, scratch: Path, encoding: str = "") -> Listing:
     "Return the files of a zip, tar or folder, sorted by path. Raise `InputError` for anything else."
     if source.is_dir():
         return folder_listing(source)
+    if not source.is_file():
+        raise InputError(f"{source} does not exist; check the path")
+    if re.search(r"\.(zip|z|7z)\.?\d\d+$", source.name.lower()):
+        raise InputError(f"{source} is one part of an archive; join the parts first (zip -s 0 a.zip --out whole.zip)")
     with open(source, "rb") as file:
         start = file.read(512)
     if start.startswith(b"\x1f\x8b") or start[257:262] == b"ustar":
@@ -332,10 +379,14 @@ class Files:
 
 def _open_inner(outer: Listing, k: int, source: Path, scratch: Path, encoding: str) -> tuple[str, Listing]:
     "Return the folder that the files of an archive in an archive stand in, and the files."
+    where, name = "", f"{outer.paths[k]} in {source}"
     try:
-        found = open_listing(file_of(outer, k, scratch), scratch, encoding)
+        where = str(inner := file_of(outer, k, scratch))
+        found = open_listing(inner, scratch, encoding)
     except READ_ERRORS as e:
-        raise InputError(f"{outer.paths[k]} in {source} cannot be read ({e}); take it out") from None
+        raise InputError(f"{name} cannot be read ({e}); take it out") from None
+    except InputError as e:
+        raise InputError(str(e).replace(where or name, name)) from None
     deeper = sorted(path for path in found.paths if archive_stem(path))
     left = [Rejected(path, "archive", "an archive two levels deep; unpack it") for path in deeper]
     return archive_stem(outer.paths[k]), without(replace(found, left=found.left + left), set(deeper))

@@ -14,14 +14,18 @@ from collections.abc import Iterable, Sequence
 from ..storage import InputError
 
 # %% auto #0
-__all__ = ['ENCODINGS', 'normal_name', 'inner_path', 'is_hidden_name', 'is_hidden', 'likeliest_readings', 'read_names']
+__all__ = ['MAX_DEPTH', 'ENCODINGS', 'normal_name', 'inner_path', 'is_hidden_name', 'is_hidden', 'likeliest_readings',
+           'read_names']
 
 # %% ../../nbs/labels/01_names.ipynb #586b631d
 def normal_name(name: str) -> str:
     "Return `name` in Unicode's composed form (NFC), without spaces around it."
-    return unicodedata.normalize("NFC", name).strip()
+    composed = unicodedata.normalize("NFC", name)
+    return composed.strip() or composed
 
 # %% ../../nbs/labels/01_names.ipynb #1069cee0
+MAX_DEPTH = 100  # folders
+
 def inner_path(written: str, where: str) -> str:
     """Return a path inside the archive `where`, with slashes, composed as NFC.
 
@@ -30,11 +34,13 @@ def inner_path(written: str, where: str) -> str:
     if "\0" in path or path.startswith("/") or re.match("[A-Za-z]:", path) or ".." in path.split("/"):
         kind = "zip" if where.lower().endswith(".zip") else "archive"
         raise InputError(f"{where} holds {written!r}, a path that leads out of the {kind}; do not trust this {kind}")
+    if path.count("/") > MAX_DEPTH:
+        raise InputError(f"{where} holds a path of more than {MAX_DEPTH} folders; do not trust it")
     return posixpath.normpath(path)
 
 # %% ../../nbs/labels/01_names.ipynb #bcd18c2d
 _TOOLS = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "@recycle", "#recycle", "#snapshot",
-          "$recycle.bin", "recycler", "recycled", "system volume information", "lost+found"}
+          "$recycle.bin", "system volume information", "lost+found"}
 
 def is_hidden_name(name: str) -> bool:
     "Return whether a file or folder of this name is hidden, or was left behind by a tool."
@@ -70,7 +76,7 @@ def likeliest_readings(names: Sequence[bytes], count: int = 3) -> dict[str, str]
             continue
     ranked = sorted(readings, key=lambda e: _implausibility(readings[e]))
     distinct = {readings[e]: e for e in reversed(ranked)}  # of two that read alike, the first of the ranking
-    first = next(k for k, name in enumerate(names) if not name.isascii())
+    first = next(k for k, name in enumerate(names) if not name.isascii() or k == len(names) - 1)
     best = [e for e in ranked if distinct[readings[e]] == e]
     return {e: readings[e].split("\n")[first] for e in best[:count]}
 
@@ -84,10 +90,10 @@ def read_names(names: Iterable[bytes], encoding: str, where: str) -> list[str]:
         try:
             codecs.lookup(choice)
             return [name.decode(choice) for name in names]
-        except LookupError:
-            raise InputError(f"there is no encoding {choice!r}; write one such as {', '.join(ENCODINGS[:4])}") from None
         except UnicodeDecodeError:
             pass  # the message below says more
+        except (LookupError, ValueError):  # there is none, or it is none of text
+            raise InputError(f"there is no encoding {choice!r}; write one such as {', '.join(ENCODINGS[:4])}") from None
     shown = "; ".join(f"encoding={e} reads {text!r}" for e, text in likeliest_readings(names).items())
     wrong = f"its names are not in {encoding}" if encoding else "it does not say in which encoding its names are"
     raise InputError(f"{where}: {wrong}; set the parameter encoding, as in --param data.encoding=cp437, where {shown}")

@@ -19,7 +19,7 @@ from .names import is_hidden, is_hidden_name, normal_name
 from ..storage import InputError
 
 # %% auto #0
-__all__ = ['Ledger', 'Named', 'name_by_folders', 'choose_classes']
+__all__ = ['Ledger', 'Named', 'check_names', 'name_by_folders', 'choose_classes']
 
 # %% ../../nbs/labels/18_naming.ipynb #912fd140
 class Ledger:
@@ -90,9 +90,16 @@ def _read_meanings(files: Files, layout: Layout, ledger: Ledger, index: dict[str
                 known[folder] = SPLITS.index(meaning.part), index[meaning.label], 0
         yield (-1, -1, hidden) if is_hidden_name(name) else known[folder]
 
+def check_names(classes: list[str]) -> None:
+    "Raise `InputError` for a class whose name is not Unicode, or cannot be printed."
+    for name in classes:
+        if not name.isprintable():
+            raise InputError(f"the class {ascii(name)} has a name that cannot be printed; rename its folder")
+
 def name_by_folders(files: Files, layout: Layout, ledger: Ledger) -> Named:
     "Return what the files are by the `layout` of their folders."
     classes = sorted({meaning.label for meaning in layout.meanings.values() if meaning.label})
+    check_names(classes)
     index = {name: k for k, name in enumerate(classes)}
     found = np.fromiter(_read_meanings(files, layout, ledger, index), np.dtype("i4,i4,i4"), len(files))
     ledger.leave(np.arange(len(files)), found["f2"])

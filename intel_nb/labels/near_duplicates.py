@@ -58,7 +58,7 @@ def hash_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/labels/05_near_duplicates.ipynb #d6d43d8b
 THRESHOLD = 64  # bits of 256
-MEASURE = f"the signs of {BITS} waves of the picture in grey, of which at most {THRESHOLD} differ"
+MEASURE = f"perceptual hash of {BITS} bits, of which at most {THRESHOLD} differ"
 
 # %% ../../nbs/labels/05_near_duplicates.ipynb #184b57db
 def _join(roots: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:

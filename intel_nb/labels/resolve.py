@@ -43,7 +43,7 @@ def _compare(labels: set[str], classes: Collection[str], in_dataset: tuple[str, 
     "Return kind, reason and detail of an outcome; `in_dataset` is a label and a path, `winner` is empty for a tie."
     written = " and ".join(sorted(map(as_one_line, labels)))
     if not labels & set(classes):
-        return "quarantined", "unknown_label", f"{written} is not one of {', '.join(classes)}"
+        return "quarantined", "unknown_label", f"{written} is not one of {as_one_line(', '.join(classes))}"
     if in_dataset:
         label, path = in_dataset
         same = f"the same image as {path} in the dataset"

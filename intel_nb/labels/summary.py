@@ -9,9 +9,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 # %% auto #0
-__all__ = ['summary_lines']
+__all__ = ['WORDS', 'printable', 'summary_lines']
 
 # %% ../../nbs/labels/17_summary.ipynb #c392c129
+WORDS = {"off_depth": "in a folder of another depth", "no_class_folder": "in no class folder",
+         "other_file": "no images", "not_chosen": "of classes not chosen", "leak": "copies of test images",
+         "near_duplicate": "near-duplicates of test images", "duplicate": "duplicates",
+         "outside": "links that lead out", "contradictory": "with contradictory labels",
+         "unsupported_format": "of other formats"}
+
 def _folder_lines(report: Mapping[str, Any]) -> Iterator[str]:
     for row in report["understood"]:
         yield f"{row['folder']} → {row['taken_for']}: {row['images']:,} files"
@@ -24,13 +30,18 @@ def _class_lines(report: Mapping[str, Any], most: int) -> Iterator[str]:
     if more := len(report["classes"]) - most:
         yield from [f"and {more:,} more classes"] if more > 0 else []
 
+def printable(text: str) -> str:
+    "Return `text` with escapes for characters that a terminal would obey."
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
 def summary_lines(report: Mapping[str, Any], most: int = 12) -> list[str]:
     """Return lines about the report of a data step: its folders, its classes (at most `most`), and what was left out.
 
     The report may be the step's result, which has the same figures."""
     near = report["near_duplicates"]
-    twins = f"near-duplicates: {near['images']:,} images in {near['groups']:,} groups, {near['left_out']:,} left out"
-    left = ", ".join(f"{count:,} {reason}" for reason, count in report["left_out"].items()) or "nothing"
+    twins = f"near-duplicates: {near['images']:,} images in {near['groups']:,} groups"
+    left = ", ".join(f"{n:,} {WORDS.get(reason, reason)}" for reason, n in report["left_out"].items()) or "nothing"
     total = " and ".join(f"{sum(counts.values()):,} for {split}" for split, counts in report["counts"].items())
-    return [*_folder_lines(report), *_class_lines(report, most), f"images: {total}", f"left out: {left}",
-            *([twins] if near["groups"] else []), *report["notes"]]
+    lines = [*_folder_lines(report), *_class_lines(report, most), f"images: {total}", f"left out: {left}",
+             *([twins] if near["groups"] else []), *report["notes"]]
+    return [printable(line) for line in lines]

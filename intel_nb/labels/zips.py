@@ -134,9 +134,11 @@ def _find_end(file: int, size: int) -> _End:
             raise ValueError("its directory for large zips is damaged")
         count, length, start = struct.unpack_from("<3Q", record, 32)
         end -= 20 + 56
-    if disk or start + length > end or count * 46 > length:
+    if disk or start + length > end or count * 46 > length or length > 2**20 + 1000 * (count + 2**16):
         raise ValueError("it is one part of several" if disk else "its directory is damaged")
-    return _End(end - length, length, count, end - length - start)
+    if (shift := end - length - start) and os.pread(file, 4, 0) == b"PK\3\4":
+        raise ValueError("it is cut off behind a zip that lies in it")  # that one's directory was found
+    return _End(end - length, length, count, shift)
 
 # %% ../../nbs/labels/02_zips.ipynb #a8bbca32
 @dataclass(frozen=True)
@@ -179,10 +181,10 @@ def _large_sizes(extra: bytes, entry: _Entry) -> _Entry:
         at += 4 + length
     return entry
 
-def _entries(directory: bytes, count: int) -> Iterator[tuple[_Entry, bytes]]:
+def _entries(directory: bytes) -> Iterator[tuple[_Entry, bytes]]:
     "Yield each entry of a zip's directory, with its name. Raise `ValueError` for damaged ones."
     at = 0
-    for _ in range(count):
+    while at < len(directory):
         entry = _Entry._make(_ENTRY.unpack_from(directory, at))
         if entry.signature != b"PK\1\2":
             raise ValueError("its directory is damaged")
@@ -228,11 +230,13 @@ def read_directory(path: str | Path, encoding: str = "") -> Directory:
         os.close(file)
 
 def _parse_directory(path: Path, directory: bytes, end: _End, size: int, encoding: str) -> Directory:
-    places, lengths = np.zeros(end.files, PLACES), np.zeros(end.files, np.int64)
+    count = len(directory) // 46  # at most; some tools write the number modulo 65,536
+    places, lengths = np.zeros(count, PLACES), np.zeros(count, np.int64)
     names: list[bytes] = []
-    marked, links = [], []
-    for entry, name in _entries(directory, end.files):
-        if name[-1:] in (b"/", b"\\"):  # a folder
+    marked, links, seen = [], [], 0
+    for entry, name in _entries(directory):
+        seen += 1
+        if name[-1:] in (b"/", b"\\") and not entry.size:  # a folder
             continue
         if entry.flags & 1:
             raise InputError(f"the images in {path} need a password; unpack it and give the folder")
@@ -243,7 +247,9 @@ def _parse_directory(path: Path, directory: bytes, end: _End, size: int, encodin
         lengths[k] = len(name)
         names.append(name)
         marked.append(bool(entry.flags & 0x800))  # bit 11 (4.4.4)
-    places = places[:len(names)]
+    if seen % 2**16 != end.files % 2**16:
+        raise ValueError(f"its directory has {seen:,} files and should have {end.files:,}")
+    places = places[:len(names)].copy()
     check_totals(str(path), len(places), int(places["size"].sum()), size)
     _check_overlap(path, places, lengths[:len(names)], end.start)
     return Directory([inner_path(name, str(path)) for name in _decode_names(names, marked, encoding, str(path))],
