@@ -62,8 +62,9 @@ def _drop_output() -> int:
 
 # %% ../nbs/20_cli.ipynb #8deda369
 def print_error(message: str, status: int) -> int:
-    "Print an error to standard error. Return `status`."
-    print(f"error: {message}", file=sys.stderr)
+    "Print an error to standard error, without characters that a terminal would obey. Return `status`."
+    shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
+    print(f"error: {shown}", file=sys.stderr)
     return status
 
 # %% ../nbs/20_cli.ipynb #65b57475

@@ -458,6 +458,10 @@ def a_person_decides(cloud, hosting, package):
         assert pipeline.answered == {"status": "Approved", "summary": "promoted with intel-nb aws promote"}
     client("sns").create_topic(Name="intel-nb-news")
     assert operations.unconfirmed("intel-nb") == []
+    client("sqs").create_queue(QueueName="intel-nb-undelivered")
+    client("sqs").send_message(QueueUrl=client("sqs").get_queue_url(QueueName="intel-nb-undelivered")["QueueUrl"],
+                               MessageBody="{}")
+    assert len(operations.dead_letters("intel-nb")) == 2
     client("logs").create_log_group(logGroupName="/aws/codebuild/intel-nb-image")
     client("logs").create_log_stream(logGroupName="/aws/codebuild/intel-nb-image", logStreamName="a")
     assert operations.read_log("intel-nb", "image") == []

@@ -45,7 +45,7 @@ def tiny(tmp_path, monkeypatch, sample_model):
     shutil.copytree(notebooks_folder().parent / "locks", tmp_path / "locks")
     nbs, package = tmp_path / "nbs", shutil.copytree(sample_model, tmp_path / "package")
     nbs.mkdir()
-    notebook(nbs / "00_data.ipynb", "archive = ''\nannotations = []\nout_dir = ''",
+    notebook(nbs / "00_data.ipynb", "archive = ''\nannotations = []\nbuckets = []\nout_dir = ''",
              "(out / 'dataset').mkdir()\nshutil.copy(archive, out / 'dataset' / 'seen')\nassert annotations == []")
     notebook(nbs / "01_train.ipynb",
              "dataset = ''\nprofile = 'quick'\nmodel_dir = ''\nlog_dir = ''\ncheckpoint_dir = ''\nout_dir = ''",
@@ -185,7 +185,7 @@ print(rehearse_in_workspace(sys.argv[1]).status)"""
 
 
 def test_a_rehearsal_that_is_stopped_leaves_no_process(tiny):
-    notebook(tiny / "nbs" / "00_data.ipynb", "archive = ''\nannotations = []\nout_dir = ''",
+    notebook(tiny / "nbs" / "00_data.ipynb", "archive = ''\nannotations = []\nbuckets = []\nout_dir = ''",
              f"import os, time\npathlib.Path({str(tiny / 'pid')!r}).write_text(str(os.getpid()))\ntime.sleep(60)")
     process = subprocess.Popen([sys.executable, "-c", CALL, tiny / "archive.zip"],
                                env=os.environ | {"INTEL_NB_HOME": str(tiny / "home")},
