@@ -111,6 +111,8 @@ def run_summary_html(workspace: Workspace, run: Run) -> str:
               for stage, tally in shadow_tallies(workspace, run.model_version).items()}
     step = run.step("data")
     understood = summary_lines(step.result) if step and step.result and "understood" in step.result else []
+    if understood and step and step.out_dir:
+        understood.append(f"files that were left out are listed in {step.out_dir}/quarantine.csv")
     lines = "".join(f"<li>{html.escape(line)}</li>" for line in understood)
     rows = "".join(f"<tr><th>{name}</th><td>{html.escape(value)}</td></tr>" for name, value in facts.items())
     return f"<h2>History</h2><table>{rows}</table>" + (f"<h2>Data</h2><ul>{lines}</ul>" if lines else "")

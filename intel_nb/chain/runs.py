@@ -149,7 +149,8 @@ def _step_row(step: StepRecord) -> str:
     "Return the row of a step in the table, with a link to its executed notebook."
     ran = step.status != "skipped"
     name = f'<a href="{step.notebook}">{step.name}</a>' if ran else step.name
-    values = result_in_words(step.result or {}).items()
+    # Tables and lists are told in words further down.
+    values = [(k, v) for k, v in result_in_words(step.result or {}).items() if not isinstance(v, dict | list)]
     result = "<br>".join(f"{html.escape(k)}: {html.escape(_short(v))}" for k, v in values)
     seconds = f"{step.seconds:.1f}" if ran else ""
     return f"<tr><td>{name}</td><td>{_status(step.status)}</td><td>{seconds}</td><td>{result}</td></tr>"
