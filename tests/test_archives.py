@@ -1,5 +1,6 @@
 """Archives as people have them: what each folder is taken for, what is left out, and what is refused."""
 import csv
+import hashlib
 import io
 import os
 import stat
@@ -12,8 +13,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from intel_nb.data import build_dataset
+from intel_nb.data import Settings, assign_splits, build_dataset
 from intel_nb.images import encode_jpeg
+from intel_nb.labels.checking import CHECKED
+from intel_nb.labels.naming import Named
 from intel_nb.labels.summary import summary_lines
 from intel_nb.storage import InputError
 
@@ -530,3 +533,18 @@ def test_folders_without_end(build, tmp_path):
         (tmp_path / "data" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "data" / name).write_bytes(data)
     assert set(build(tmp_path / "data")[1].values()) == {"too_deep"}
+
+
+@pytest.mark.parametrize("classes, count", [(6, 4), (100, 5), pytest.param(1000, 8, marks=pytest.mark.slow)])
+def test_twenty_seeds(classes, count):
+    total = classes * count
+    rows = np.zeros(total, CHECKED)
+    rows["sha256"] = sorted(hashlib.sha256(str(k).encode()).digest() for k in range(total))
+    rows["number"] = rng.permutation(total)
+    label = (np.arange(total) // count).astype(np.int32)
+    named = Named(np.zeros(total, np.int8), label, [f"c{k:04}" for k in range(classes)], [], [])
+    for seed in range(20):
+        split = assign_splits(rows, np.arange(total), named, Settings(seed=seed)).split
+        counts = np.zeros((3, classes), int)
+        np.add.at(counts, (split, label[rows["number"]]), 1)
+        assert (counts > 0).all()
