@@ -40,7 +40,15 @@ from sagemaker.train.configs import Compute, InputData
 from sagemaker.train.model_trainer import ModelTrainer
 
 from intel_nb.aws.package_group import SUPPORTED_TYPES
-from intel_nb.aws.pipeline import ACCURACY, CHOICES, ENTRY, PipelineConfig, code_environment, pipeline_parameters
+from intel_nb.aws.pipeline import (
+    ACCURACY,
+    CHOICES,
+    ENTRY,
+    PipelineConfig,
+    code_environment,
+    label_buckets,
+    pipeline_parameters,
+)
 
 CODE, PROCESSING = code_environment(), "/opt/ml/processing"
 CONFIG = PipelineConfig()
@@ -103,7 +111,8 @@ def keep_step(inputs: dict, file: PropertyFile) -> ProcessingStep:
 
 
 def build() -> Pipeline:
-    data = processing("data", "00_data.ipynb", {"archive": P["InputDataUrl"], "annotations": P["Annotations"]}, [],
+    data = processing("data", "00_data.ipynb", {"archive": P["InputDataUrl"], "annotations": P["Annotations"]},
+                      ["--param", f"buckets={','.join(label_buckets(CONFIG))}"],
                       {"INTEL_NB_DATA_VERSION": P["DataVersion"]})
     trainer = ModelTrainer(
         training_image=P["TrainingImage"], role=CONFIG.role, sagemaker_session=SESSION, base_job_name="train",

@@ -443,4 +443,5 @@ def test_train_is_cached_if_the_labels_are_the_same(empty, tmp_path):
     assert empty.run("--to", "train", "--annotations", "b", "--annotations", "captured").status == 0
     model = Path(empty.newest()["steps"][1]["out_dir"]) / "model"
     assert "captured at the drift alarm of 2026-11-02T10:00:00Z" in (model / "card.md").read_text()
-    assert read_json(model / "manifest.json")["card"]["reference_size"] == 70
+    size = read_json(model / "manifest.json")["card"]["reference_size"]
+    assert 65 <= size <= 70, "a third of the captured scenes, but for those that resemble the test split"
