@@ -85,7 +85,7 @@ def test_the_loop_closes(tmp_path):
         words = next(s for s in run["steps"] if s["name"] == "evaluate")["result"]["annotations"]
         assert f"of capture:{kept['time']} (+" in words, "a person sees how much better it is where it matters"
         alike = run["steps"][0]["result"]["annotation_reasons"].get("near_duplicate", 0)  # to scenes of the test split
-        assert after == before + len(tasks) - alike and alike < 50, "the labels add to the archive that the run before was built on"
+        assert alike < 50 and after == before + len(tasks) - alike, "the labels add to the archive of the run before"
         assert house("approve", "2").status == 0 and house("promote", "2").status == 0
         new = accuracy(url, range(10_000, 10_300))
         print(f"accuracy in fog {old:.3f} before and {new:.3f} after")
