@@ -198,7 +198,7 @@ def data_lines(run: Run) -> list[str]:
     return [f"data      {first}", *(f"          {line}" for line in others + details)]
 
 def annotation_lines(run: Run) -> list[str]:
-    "Return a line that counts the annotations of `run`, in a list. The list is empty if it was given none."
+    "Return lines that count the annotations of `run`, with the reasons. The list is empty if it was given none."
     from pathlib import Path
     step = run.step("data")
     result = step.result if step and step.result else {}
@@ -207,8 +207,8 @@ def annotation_lines(run: Run) -> list[str]:
         return []
     details = Path(step.out_dir or "") / "quarantine.csv"
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in result.get("annotation_reasons", {}).items())
-    why = f" ({reasons})" if reasons else ""
-    return [f"annotated {', '.join(f'{n:,} {kind}' for kind, n in counts.items())}{why}: {details}"]
+    why = [f"          {reasons}"] if reasons else []
+    return [f"annotated {', '.join(f'{n:,} {kind}' for kind, n in counts.items())}: {details}", *why]
 
 # %% ../nbs/20_cli.ipynb #76abee36
 def describe_run(workspace: Workspace, run: Run) -> str:
