@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .storage import InputError, absolute_keys, cloud_module
+from .storage import InputError, absolute_keys, cloud_module, printable
 
 if TYPE_CHECKING:  # each command imports what it needs, so that --help does not wait for all of it
     from intel_nb.chain.plan import RunRequest, Workspace
@@ -63,8 +63,7 @@ def _drop_output() -> int:
 # %% ../nbs/20_cli.ipynb #8deda369
 def print_error(message: str, status: int) -> int:
     "Print an error to standard error, without characters that a terminal would obey. Return `status`."
-    shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
-    print(f"error: {shown}", file=sys.stderr)
+    print("error: " + "\n".join(map(printable, message.split("\n"))), file=sys.stderr)
     return status
 
 # %% ../nbs/20_cli.ipynb #65b57475

@@ -20,9 +20,10 @@ from typing import Any
 import intel_nb
 
 # %% auto #0
-__all__ = ['InputError', 'remove', 'written_aside', 'write_bytes', 'write_text', 'write_json', 'read_json', 'last_line',
-           'sha256_file', 'files_of', 'tree_digest', 'is_remote', 'cloud_module', 'fetch', 'each_source', 'put', 'link',
-           'utc_text', 'utc_now', 'output_folder', 'check_all_or_none', 'absolute_keys', 'python_path', 'whole_number']
+__all__ = ['InputError', 'remove', 'written_aside', 'write_bytes', 'write_text', 'write_json', 'read_json', 'printable',
+           'last_line', 'sha256_file', 'files_of', 'tree_digest', 'is_remote', 'cloud_module', 'fetch', 'each_source',
+           'put', 'link', 'utc_text', 'utc_now', 'output_folder', 'check_all_or_none', 'absolute_keys', 'python_path',
+           'whole_number']
 
 # %% ../nbs/10_storage.ipynb #57c23216
 class InputError(ValueError):
@@ -76,6 +77,11 @@ def read_json(path: str | Path) -> Any:
         raise InputError(f"{path} does not exist") from None
     except (ValueError, RecursionError) as e:
         raise InputError(f"{path} is not JSON ({e}); was it edited by hand or cut short?") from None
+
+# %% ../nbs/10_storage.ipynb #3120819d
+def printable(text: str) -> str:
+    "Return `text` without what a terminal would obey: names and reasons from outside may hold anything."
+    return "".join(one if one.isprintable() or one == "\t" else "·" for one in text)
 
 # %% ../nbs/10_storage.ipynb #bb88a796
 def last_line(log: Path) -> str:

@@ -26,7 +26,7 @@ from ..storage import InputError
 
 # %% auto #0
 __all__ = ['NO_CREDENTIALS', 'CREDENTIAL_CODES', 'DENIED_CODES', 'THROTTLING_CODES', 'NOT_FOUND_CODES', 'ignore_existing',
-           'ignore_not_found', 'CONFIG', 'error_code', 'printable', 'CloudError', 'as_cloud_error', 'translate_errors',
+           'ignore_not_found', 'CONFIG', 'error_code', 'CloudError', 'as_cloud_error', 'translate_errors',
            'is_not_found', 'already_exists', 'not_found_as', 'upload_errors', 'ignoring', 'region_name',
            'check_credentials', 'client', 'request_token', 'paginate', 'service_model', 'request_shape',
            'request_problems']
@@ -35,11 +35,6 @@ __all__ = ['NO_CREDENTIALS', 'CREDENTIAL_CODES', 'DENIED_CODES', 'THROTTLING_COD
 def error_code(error: ClientError) -> str:
     "Return the code that the service gave, such as `ValidationException`."
     return error.response.get("Error", {}).get("Code", "")
-
-# %% ../../nbs/aws/01_client.ipynb #acb7859e
-def printable(text: str) -> str:
-    "Return `text` without what a terminal would obey: a job may write anything into its reasons and logs."
-    return "".join(one if one.isprintable() or one == "\t" else "·" for one in text)
 
 # %% ../../nbs/aws/01_client.ipynb #47002b13
 NO_CREDENTIALS = ("no AWS credentials are here; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE after "

@@ -20,7 +20,6 @@ from intel_nb.aws.client import (
     client,
     not_found_as,
     paginate,
-    printable,
     request_token,
     translate_errors,
     upload_errors,
@@ -28,7 +27,7 @@ from intel_nb.aws.client import (
 from .definition import bind_parameters, definition_problems
 from .objects import find_objects, list_objects, parse_s3_uri
 from .package_group import PackageGroup
-from ..storage import InputError
+from ..storage import InputError, printable
 
 # %% auto #0
 __all__ = ['EVENT_SECONDS', 'ENDED', 'deployed_definition', 'check_start', 'start_execution', 'data_version', 'champion_version',

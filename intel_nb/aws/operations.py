@@ -20,7 +20,6 @@ from intel_nb.aws.client import (
     ignore_not_found,
     not_found_as,
     paginate,
-    printable,
     region_name,
     request_token,
     translate_errors,
@@ -33,7 +32,7 @@ from .package_group import PackageGroup, one_line
 from .stages import rollback_stage
 from .state import STAGES, endpoint_name, version_from_name
 from ..serving.endpoints import EndpointError
-from ..storage import InputError
+from ..storage import InputError, printable
 
 # %% auto #0
 __all__ = ['STEPS', 'SOURCES', 'Waiting', 'modeldeploy_name', 'codepipeline_stages', 'codepipeline_progress', 'chosen_version',

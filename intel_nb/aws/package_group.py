@@ -23,13 +23,12 @@ from intel_nb.aws.client import (
     error_code,
     ignore_not_found,
     paginate,
-    printable,
     translate_errors,
 )
 from .objects import ObjectNotFound, download, upload
 from .state import read_alias, read_aliases, write_alias
 from ..registry import ModelVersion, check_status, data_fingerprint, find_version, images_of, metrics_of
-from ..storage import InputError, read_json, utc_now, write_json
+from ..storage import InputError, printable, read_json, utc_now, write_json
 
 # %% auto #0
 __all__ = ['SUPPORTED_TYPES', 'GroupSettings', 'NoDeployment', 'settings_parameter', 'parse_settings', 'Group', 'describe_group',

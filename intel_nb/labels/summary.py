@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..storage import printable
+
 # %% auto #0
-__all__ = ['WORDS', 'printable', 'summary_lines']
+__all__ = ['WORDS', 'summary_lines']
 
 # %% ../../nbs/labels/17_summary.ipynb #c392c129
 WORDS = {"off_depth": "in a folder of another depth", "no_class_folder": "in no class folder",
@@ -29,10 +31,6 @@ def _class_lines(report: Mapping[str, Any], most: int) -> Iterator[str]:
         yield f"{name}: " + ", ".join(f"{counts[split].get(name, 0):,} {split}" for split in counts)
     if more := len(report["classes"]) - most:
         yield from [f"and {more:,} more classes"] if more > 0 else []
-
-def printable(text: str) -> str:
-    "Return `text` with escapes for characters that a terminal would obey."
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 def summary_lines(report: Mapping[str, Any], most: int = 12) -> list[str]:
     """Return lines about the report of a data step: its folders, its classes (at most `most`), and what was left out.
