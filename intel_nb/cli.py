@@ -25,15 +25,16 @@ __all__ = ['app', 'aws_app', 'INTERRUPTED', 'JsonOption', 'VersionArgument', 'St
            'Engine', 'Approve', 'ImagesArgument', 'ModelArgument', 'NameOption', 'PipelineOption', 'StackOption',
            'YesOption', 'Reason', 'print_line', 'print_error', 'call', 'main', 'format_table', 'print_json',
            'print_rows', 'PlainProgress', 'BarProgress', 'show_progress', 'data_lines', 'annotation_lines',
-           'describe_run', 'exit_with_outcome', 'request_from', 'run_command', 'runs_command', 'report_command',
-           'version_row', 'print_versions', 'models_command', 'trace_command', 'describe_shadow', 'describe_drift',
-           'drift_and_shadow', 'endpoints_command', 'captures_command', 'carry_out_decision', 'approve_command',
-           'reject_command', 'promote_command', 'rollback_command', 'shadow_command', 'start_command', 'stop_command',
-           'print_predictions', 'predict_file', 'predict_command', 'serve_command', 'sign_command', 'watch_command',
-           'prune_command', 'confirm_unless', 'aws_template_command', 'aws_definition_command', 'aws_rehearse_command',
-           'aws_cost_command', 'aws_deploy_command', 'aws_start_command', 'aws_status_command', 'aws_models_command',
-           'aws_approve_command', 'aws_promote_command', 'aws_reject_command', 'aws_rollback_command',
-           'aws_invoke_command', 'aws_logs_command', 'aws_destroy_command']
+           'describe_run', 'exit_with_outcome', 'request_from', 'check_given', 'run_command', 'runs_command',
+           'report_command', 'version_row', 'print_versions', 'models_command', 'trace_command', 'describe_shadow',
+           'describe_drift', 'drift_and_shadow', 'endpoints_command', 'captures_command', 'carry_out_decision',
+           'approve_command', 'reject_command', 'promote_command', 'rollback_command', 'shadow_command',
+           'start_command', 'stop_command', 'print_predictions', 'predict_file', 'predict_command', 'serve_command',
+           'sign_command', 'watch_command', 'prune_command', 'confirm_unless', 'aws_template_command',
+           'aws_definition_command', 'aws_rehearse_command', 'aws_cost_command', 'aws_deploy_command',
+           'aws_start_command', 'aws_status_command', 'aws_models_command', 'aws_approve_command',
+           'aws_promote_command', 'aws_reject_command', 'aws_rollback_command', 'aws_invoke_command',
+           'aws_logs_command', 'aws_destroy_command']
 
 # %% ../nbs/20_cli.ipynb #d6fdda1b
 app = typer.Typer(name="intel-nb", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
@@ -252,6 +253,12 @@ def request_from(workspace: Workspace, settings: list[str], options: dict[str, A
             parameters.setdefault(step, {})[parameter] = value
     return RunRequest(parameters, **fields)
 
+def check_given(options: dict[str, str | list[str] | None]) -> None:
+    "Raise `InputError` for an option that was given an empty text, as by a variable of the shell that is not set."
+    for name, value in options.items():
+        if value is not None and not all(map(str.strip, [value] if isinstance(value, str) else value)):
+            raise InputError(f"{name} is empty; give a path, or leave it out")
+
 # %% ../nbs/20_cli.ipynb #feceeab4
 Setting = Annotated[list[str] | None, typer.Option(metavar="STEP.NAME=VALUE", help="Set a parameter of a step.")]
 Profile = Annotated[str | None, typer.Option(help="How to train: quick, full or original.")]
@@ -276,6 +283,7 @@ def run_command(
     "Run the chain. Steps that are done come from the store. Without --approve the run waits before staging."
     from intel_nb.chain.run import run_chain
     workspace = _workspace()
+    check_given({"--data": data, "--annotations": annotations})
     options = {"data.archive": data, "data.annotations": annotations or None, "train.profile": profile,
                "deploy.engine": engine}
     request = request_from(workspace, param or [], options, run_id=run_id, first=first, last=last, approve=approve)

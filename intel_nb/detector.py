@@ -30,7 +30,7 @@ def split_sizes(available: int, reference_size: int = 1000) -> dict[str, int]:
     The reference gets `reference_size`, the pool four times that, the whitening the rest. The reference gets a quarter
     at most, and the pool half."""
     if available < 16:
-        raise InputError(f"{available} images cannot calibrate a drift detector; 16 are the least, "
+        raise InputError(f"{available} images cannot calibrate a drift detector; add images; 16 are the least, "
                          "9,000 are good")
     reference = max(1, min(reference_size, available // 4))
     pool = min(4 * reference, available // 2)

@@ -26,10 +26,10 @@ from .streams import Delay, RunTime, delay, run_time, slow_delay
 # %% auto #0
 __all__ = ['Corruption', 'CORRUPTIONS', 'OUT_OF_DISTRIBUTION', 'Case', 'OTHER', 'SHADES', 'RED', 'blur', 'noise', 'brightness',
            'contrast', 'jpeg', 'fog', 'rotation', 'grey', 'corrupted', 'page', 'covered', 'broken', 'TestImage',
-           'drift_output', 'chosen_images', 'cases_of', 'images_of', 'drift_features', 'check_drift_inputs',
-           'images_without_drift', 'case_table', 'mean_delay', 'mix_table', 'unseen_delay', 'text_table',
-           'plot_run_time', 'plot_delays', 'plot_traffic', 'send_for_readings', 'replay', 'largest_difference',
-           'alibi_detector', 'library_difference', 'original_first_alarm', 'original_setting', 'side_by_side']
+           'drift_output', 'chosen_images', 'cases_of', 'images_of', 'drift_features', 'images_without_drift',
+           'case_table', 'mean_delay', 'mix_table', 'unseen_delay', 'text_table', 'plot_run_time', 'plot_delays',
+           'plot_traffic', 'send_for_readings', 'replay', 'largest_difference', 'alibi_detector', 'library_difference',
+           'original_first_alarm', 'original_setting', 'side_by_side']
 
 # %% ../nbs/04_drift.ipynb #7a7dc470
 Corruption = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
@@ -182,20 +182,6 @@ def drift_features(package: Package, images: Sequence[bytes], clean: np.ndarray,
     rows = drift_output(package, [image for part in parts for image in part])
     first, *others = np.split(rows, np.cumsum([len(part) for part in parts])[:-1])
     return first, dict(zip(cases, others))
-
-# %% ../nbs/04_drift.ipynb #da4a1a3c
-def check_drift_inputs(severities: Sequence[int], runs: int, images: int, shifted_images: int, slow: Sequence[str],
-                 slow_over: int) -> None:
-    "Raise `InputError` unless the parameters make sense."
-    if not severities or any(s not in (1, 2, 3) for s in severities):
-        raise InputError(f"severities is {severities}; give a list of 1, 2 or 3, for example [2]")
-    if unknown := [name for name in slow if name not in CORRUPTIONS]:
-        raise InputError(f"slow names {unknown[0]}, which is no corruption; there are {', '.join(CORRUPTIONS)}")
-    for name, value in {"runs": runs, "shifted_images": shifted_images, "slow_over": slow_over}.items():
-        if value < 1:
-            raise InputError(f"{name} is {value}; it must be at least 1")
-    if images < 0:
-        raise InputError(f"images is {images}; give a number of test images, or 0 for all")
 
 # %% ../nbs/04_drift.ipynb #45b792c3
 def images_without_drift(dataset: str | Path, card: dict[str, Any]) -> Split:

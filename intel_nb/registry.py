@@ -21,8 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from .locks import locked
-from .storage import InputError, cloud_module, read_json, utc_now, utc_text, write_json, written_aside
+from .storage import InputError, cloud_module, locked, read_json, utc_now, utc_text, write_json, written_aside
 
 # %% auto #0
 __all__ = ['STATUSES', 'MODEL', 'ModelVersion', 'check_status', 'find_version', 'metrics_of', 'images_of', 'data_fingerprint',

@@ -39,7 +39,7 @@ PROFILES = {
                    "original": "regnetz_c16"},
     "image_size": {"type": "int", "quick": 192, "full": 192, "original": 224},
     "learning_rate": {"type": "float", "quick": None, "full": 1e-3, "original": 1.2e-05},
-    "optimizer_name": {"type": "str", "quick": "lbfgs", "full": "adamw", "original": "ADAM"},
+    "optimizer_name": {"type": "str", "quick": None, "full": "adamw", "original": "ADAM"},
     "epochs": {"type": "int", "quick": None, "full": 4, "original": 10},
     "batch_size": {"type": "int", "quick": None, "full": 64, "original": 64},
     "pretrained": {"type": "str", "quick": "packaged", "full": "packaged", "original": "none"},
@@ -58,12 +58,12 @@ def apply_profile(profile: str, **values: Any) -> dict[str, Any]:
     profiles = [name for name in PROFILES["model_name"] if name != "type"]
     if profile not in profiles:
         raise InputError(f"there is no profile {profile!r}; use {', '.join(profiles)}")
-    settings = {name: row[profile] if values.get(name) is None else values[name] for name, row in PROFILES.items()}
-    for name in ("image_size", "epochs", "batch_size", "ert", "reference_size", "components", "bootstraps"):
-        if settings[name] is not None and settings[name] < 1:
-            raise InputError(f"{name} is {settings[name]}; it must be at least 1")
-    if settings["precision"] not in ("int8", "float32"):
-        raise InputError(f"precision is {settings['precision']!r}; use int8 or float32")
+    given = {name: value for name, value in values.items() if value is not None}
+    if unused := [name for name in given if PROFILES[name][profile] is None]:
+        raise InputError(f"{unused[0]} is not used by the profile {profile}; leave it out, or use another profile")
+    settings = {name: given.get(name, row[profile]) for name, row in PROFILES.items()}
+    if settings["ert"] > settings["bootstraps"]:
+        raise InputError(f"bootstraps is {settings['bootstraps']}, and must be at least ert, {settings['ert']}")
     return settings | {"profile": profile}
 
 # %% ../nbs/01_train.ipynb #3184092b
@@ -247,6 +247,7 @@ def make_package(folder: str | Path, trained: Trained, labels: Sequence[str], se
                                            "apart_from_torch": difference}
     tensors = {name: value.numpy() for name, value in trained.model.state_dict().items()}
     # `lr` and `num_classes` are what the original project calls them.
-    hparams = {"lr": settings["learning_rate"], "num_classes": len(labels), **settings, "precision": trained.precision}
+    hparams = {"lr": settings["learning_rate"], "num_classes": len(labels), **settings, "precision": trained.precision,
+               "optimizer_name": settings["optimizer_name"] or "lbfgs"}  # which fits the head of a frozen network
     return write_package(folder, graph, tensors, labels, hparams, trained.drift.detector, card, data,
                          describe_drift_data(card, settings))

@@ -92,7 +92,7 @@ class House:
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory, worker_id):
     "Make a folder once for all workers of a test run: the first one that asks makes it, the others wait for it."
-    from intel_nb.locks import locked
+    from intel_nb.storage import locked
     root = tmp_path_factory.getbasetemp()
     root = root if worker_id == "master" else root.parent
 

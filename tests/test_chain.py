@@ -268,7 +268,7 @@ def test_an_interrupted_run_ends_its_kernel(small):
 
 
 def test_two_runs_do_a_step_once(small):
-    from intel_nb.locks import is_locked
+    from intel_nb.storage import is_locked
     one = small("one")
     wait_for(lambda: has_begun(small.root))
     two, busy = small("two"), small("one")

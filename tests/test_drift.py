@@ -8,7 +8,6 @@ from intel_nb.drift import (
     OUT_OF_DISTRIBUTION,
     case_table,
     cases_of,
-    check_drift_inputs,
     chosen_images,
     corrupted,
     drift_features,
@@ -21,7 +20,6 @@ from intel_nb.drift import (
 )
 from intel_nb.images import decode, encode_jpeg, encode_png
 from intel_nb.scenes import sample_scene
-from intel_nb.storage import InputError
 from intel_nb.streams import Delay, RunTime, delay, first_alarms, run_time
 
 
@@ -104,13 +102,3 @@ def test_a_mix_names_its_classes_and_needs_images_of_them():
     assert found["streams"] > 0 and found["limit"] == 45
     table = mix_table(OnlineMMD(rows, 20, (2, 4), 500), rows, labels, ["a", "b", "none"], 20, seed=0)
     assert [row["classes"] for row in table] == [["a"], ["b"], ["a", "b"], ["b", "none"], ["none", "a"]]
-
-
-BAD = (([], 1, 1, 1, [], 1), ([0], 1, 1, 1, [], 1), (["2"], 1, 1, 1, [], 1), ([2], 0, 1, 1, [], 1),
-       ([2], 1, -1, 1, [], 1), ([2], 1, 1, 0, [], 1), ([2], 1, 1, 1, ["snow"], 1), ([2], 1, 1, 1, [], 0))
-
-
-@pytest.mark.parametrize("bad", BAD)
-def test_senseless_parameters_are_refused(bad):
-    with pytest.raises(InputError):
-        check_drift_inputs(*bad)

@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 import pytest
 
-from intel_nb.locks import is_locked, locked
 from intel_nb.model import load_package
 from intel_nb.registry import Registry, open_registry
-from intel_nb.storage import InputError, write_text
+from intel_nb.storage import InputError, is_locked, locked, write_text
 
 REGISTER = """
 import sys
@@ -135,7 +134,8 @@ def test_a_changed_package_is_not_registered(registry, package, tmp_path):
 
 
 def test_a_lock_of_a_killed_process_is_free(tmp_path):
-    code = "import sys; from intel_nb.locks import locked\nwith locked(sys.argv[1]): print('held', flush=True); input()"
+    code = ("import sys; from intel_nb.storage import locked\n"
+            "with locked(sys.argv[1]): print('held', flush=True); input()")
     path = tmp_path / "x.lock"
     holder = subprocess.Popen([sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"

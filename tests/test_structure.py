@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from intel_nb.parameters import choices_of, is_allowed
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = {str(path.relative_to(ROOT / "nbs").with_suffix("")): json.loads(path.read_text())["cells"]
              for path in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in path.parts}
@@ -97,6 +99,33 @@ def test_a_step_has_its_cells(name):
     assert sum("parameters" in c["metadata"].get("tags", []) for c in cells) == 1
     assert sum(source(c).split("\n")[0] == "## Run" for c in cells if c["cell_type"] == "markdown") == 1
     assert "result.json" in source(cells[-1])
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_checks_its_parameters_first(name):
+    "Every parameter is declared, and the first cell of `## Run` checks them all."
+    from intel_nb.chain.parameters import read_parameters
+    declared = read_parameters(ROOT / "nbs" / f"{name}.ipynb")
+    assert all(is_allowed(parameter.default, parameter) for parameter in declared.values())
+    run = next(i for i, c in enumerate(NOTEBOOKS[name]) if source(c).startswith("## Run"))
+    step = name.split("_", 1)[1].replace("test_staging", "staging")
+    assert f'check_parameters("{step}", globals())' in source(NOTEBOOKS[name][run + 1])
+
+
+def test_the_table_of_profiles_agrees_with_the_declarations():
+    from intel_nb.chain.parameters import read_parameters
+    from intel_nb.train import PROFILES
+    declared = read_parameters(ROOT / "nbs" / "01_train.ipynb")
+    assert {name for name, one in declared.items() if one.default is None} == set(PROFILES)
+    for name, row in PROFILES.items():
+        assert row["type"] == declared[name].type
+        assert all(is_allowed(value, declared[name]) for profile, value in row.items() if profile != "type")
+
+
+def test_slow_changes_are_corruptions():
+    from intel_nb.chain.parameters import read_parameters
+    from intel_nb.drift import CORRUPTIONS
+    assert choices_of(read_parameters(ROOT / "nbs" / "04_drift.ipynb")["slow"].limits) == list(CORRUPTIONS)
 
 
 @pytest.mark.parametrize("name", STEPS)

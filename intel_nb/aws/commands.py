@@ -29,7 +29,7 @@ from intel_nb.aws.operations import (
 )
 from .package_group import NoDeployment, PackageGroup, describe_group
 from .state import STAGES, UNREADABLE, read_state
-from ..chain.parameters import closest
+from ..parameters import closest
 from ..serving.endpoints import Endpoint
 from ..storage import InputError, write_text
 

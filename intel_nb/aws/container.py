@@ -20,8 +20,9 @@ from typing import Any
 
 from .pipeline import KEEP, KEPT, NEW, code_files, digest_code
 from ..chain.execution import execute
-from ..chain.parameters import Parameter, check_values, read_parameters, read_value
+from ..chain.parameters import read_parameters
 from ..chain.plan import notebooks_folder
+from ..parameters import Parameter, as_declared, check_values
 from ..registry import Registry, metrics_of, open_registry
 from ..storage import InputError, files_of, read_json, write_json, write_text
 
@@ -76,11 +77,10 @@ def read_arguments(arguments: Sequence[str], notebooks: Path, hyperparameters: M
         usage = "NOTEBOOK [--param NAME=VALUE]… [--settings JSON]"
         raise InputError(f"the container knows no argument {unknown[0]}; it takes {usage}")
     declared = read_parameters(notebooks / parsed.notebook)
-    as_declared = lambda name, text: read_value(text, declared[name]) if name in declared else text
-    values = {name: as_declared(name, text) for name, text in hyperparameters.items()} | _read_settings(parsed.settings)
-    for name, _, text in (pair.partition("=") for pair in parsed.param):
-        values[name] = as_declared(name, text)
-    return JobArguments(parsed.notebook, check_values(parsed.notebook, values, declared), declared)
+    values = {**hyperparameters, **_read_settings(parsed.settings)}
+    values |= {name: text for name, _, text in (pair.partition("=") for pair in parsed.param)}
+    read = {name: as_declared(value, declared[name]) if name in declared else value for name, value in values.items()}
+    return JobArguments(parsed.notebook, check_values(parsed.notebook, read, declared), declared)
 
 # %% ../../nbs/aws/10_container.ipynb #4f35d1f3
 JOB_FOLDERS = {

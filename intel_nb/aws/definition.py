@@ -14,7 +14,7 @@ from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from .client import request_problems, service_model
-from ..chain.parameters import closest
+from ..parameters import closest
 from ..storage import InputError, utc_now
 
 # %% auto #0

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import intel_nb
-from .parameters import Parameter, check_known, check_values, read_parameters, read_value
+from .parameters import read_parameters
 from .runs import Run
 from .store import CHECKPOINTS, OUTPUTS, Store
+from ..parameters import Parameter, check_known, check_values, read_value
 from ..registry import Registry, note_stage, note_test, open_registry
 from ..storage import InputError, absolute_keys, each_source
 
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['FOLDERS', 'DATASET', 'MODEL', 'PLAN', 'MOVE', 'Declared', 'STAGE_PARAMETERS', 'Workspace', 'notebooks_folder',
-           'open_workspace', 'Effect', 'Registration', 'Deployment', 'StagingTest', 'Step', 'RunRequest',
-           'read_settings', 'declared_parameters', 'settable_parameters', 'check_request', 'make_absolute']
+           'open_workspace', 'check_workspace', 'Effect', 'Registration', 'Deployment', 'StagingTest', 'Step',
+           'look_up_network', 'RunRequest', 'read_settings', 'declared_parameters', 'settable_parameters',
+           'look_up_values', 'check_step_values', 'check_range', 'check_request', 'make_absolute']
 
 # %% ../../nbs/chain/05_plan.ipynb #49f7f10e
 @dataclass(frozen=True)
@@ -64,6 +66,16 @@ def open_workspace(environ: Mapping[str, str] = os.environ) -> Workspace:
     "Return the workspace that `INTEL_NB_HOME` and `INTEL_NB_EXECUTED` name. Create nothing."
     home, executed = (environ.get("INTEL_NB_HOME") or "workspace"), (environ.get("INTEL_NB_EXECUTED") or "executed")
     return Workspace(Path(home).absolute(), Path(executed).absolute(), notebooks_folder(environ))
+
+# %% ../../nbs/chain/05_plan.ipynb #44b33cba
+def check_workspace(workspace: Workspace) -> None:
+    "Raise `InputError` unless the folders of `workspace` can be written, and MLflow can open its database there."
+    for name, folder in {"INTEL_NB_HOME": workspace.home, "INTEL_NB_EXECUTED": workspace.executed}.items():
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            why = "is read-only" if there.is_dir() else "is a file"
+            raise InputError(f"{folder} cannot be written ({there} {why}); set {name} to a folder of yours")
+    workspace.registry()
 
 # %% ../../nbs/chain/05_plan.ipynb #ef792adf
 class Effect:
@@ -152,11 +164,19 @@ class Step:
     effect: Effect = Effect()
     approval: bool = False  # the step runs only once the version is approved
     after: str = ""  # the step says something about the effect of this one, so its entry must be newer
+    looked_up: tuple[str, ...] = ()  # parameters that only a library can judge
+    look_up: Callable[..., None] = lambda *values: None  # takes their values; imports the library, and may raise
 
     @property
     def supplied(self) -> set[str]:
         "Return the names of the parameters that the chain supplies."
         return {*self.files, *self.values, *self.places, *FOLDERS}
+
+# %% ../../nbs/chain/05_plan.ipynb #2b89cecb
+def look_up_network(model_name: str, pretrained: str, optimizer_name: str | None) -> None:
+    "Raise `InputError` for a network, weights or an optimizer that are not to be had."
+    from intel_nb.training.backbone import check_network
+    check_network(model_name, pretrained, optimizer_name)
 
 # %% ../../nbs/chain/05_plan.ipynb #23cc4867
 # Where a step writes. Parameter: folder in the step's working folder; None: below out_dir, as the notebook decides.
@@ -168,7 +188,8 @@ MODEL = {"model": ("train", "model")}
 PLAN = (
     Step("data", "00_data.ipynb", sources=("archive", "annotations"), labels=("annotations",),
          digests={"dataset": "fingerprint"}),
-    Step("train", "01_train.ipynb", files=DATASET),
+    Step("train", "01_train.ipynb", files=DATASET, looked_up=("model_name", "pretrained", "optimizer_name"),
+         look_up=look_up_network),
     Step("evaluate", "02_evaluate.ipynb", files=DATASET | MODEL, places=("registry",), effect=Registration()),
     Step("deploy", "03_deploy.ipynb", values={"version": ("evaluate", "version")}, places=("registry", "endpoints"),
          effect=Deployment(), approval=True),
@@ -222,29 +243,44 @@ def settable_parameters(step: Step, declared: Mapping[str, Parameter]) -> dict[s
     supplied = step.supplied | {*(STAGE_PARAMETERS if step.approval else ())}
     return {name: parameter for name, parameter in declared.items() if name not in supplied}
 
+# %% ../../nbs/chain/05_plan.ipynb #90a388e2
+def look_up_values(step: Step, values: Mapping[str, Any], known: Mapping[str, Parameter]) -> None:
+    "Look up those of the `values` set for `step` that only a library can judge, if there are any. Raise `InputError`."
+    if any(values.get(name) is not None for name in step.looked_up):
+        profile = values.get("profile") or known["profile"].default
+        given = (values.get(name) for name in step.looked_up)
+        step.look_up(*(known[name].profiles.get(profile) if value is None else value
+                       for name, value in zip(step.looked_up, given)))
+
 # %% ../../nbs/chain/05_plan.ipynb #c95e5b10
+def check_step_values(step: Step, values: Mapping[str, Any], known: Mapping[str, Parameter]) -> dict[str, Any]:
+    "Return the `values` that a request sets for `step`, in their declared types. Raise `InputError` for a wrong one."
+    from intel_nb.serving.endpoints import check_engine
+    for name in set(values) & set(known) - set(settable_parameters(step, known)):
+        raise InputError(f"{step.name}.{name} is filled in by the chain and cannot be set")
+    checked = check_values(step.name, values, known)
+    if "engine" in checked:
+        check_engine(checked["engine"])
+    return checked | {name: each_source(values[name], make_absolute) for name in set(values) & set(step.sources)}
+
+def check_range(first: str, last: str, steps: Iterable[str]) -> None:
+    "Raise `InputError` unless `first` and `last` are `steps` in their order; either may be empty."
+    order = list(steps)
+    for name in filter(None, (first, last)):
+        check_known("step", name, order)
+    if first and last and order.index(first) > order.index(last):
+        raise InputError(f"--from {first} comes after --to {last}: there would be nothing to do; the steps are "
+                         f"{', '.join(order)}")
+
 def check_request(request: RunRequest, declared: Declared, plan: Iterable[Step]) -> RunRequest:
     "Return `request` with all values in their types. Raise `InputError` for a wrong name or value."
-    from intel_nb.serving.endpoints import check_engine
     if absolute_keys():
         from intel_nb.model import check_keys
         check_keys()
-    checked = {}
     steps = {step.name: step for step in plan}
-    for name, values in request.parameters.items():
-        known = declared[check_known("step", name, steps)]
-        for parameter in set(values) & set(known) - set(settable_parameters(steps[name], known)):
-            raise InputError(f"{name}.{parameter} is filled in by the chain and cannot be set")
-        checked[name] = check_values(name, values, known)
-        for source in set(values) & set(steps[name].sources):
-            checked[name][source] = each_source(values[source], make_absolute)
-        if "profile" in checked[name]:
-            profiles = sorted({profile for p in known.values() for profile in p.profiles})
-            check_known("profile", checked[name]["profile"], profiles)
-        if "engine" in checked[name]:
-            check_engine(checked[name]["engine"])
-    for name in filter(None, (request.first, request.last)):
-        check_known("step", name, steps)
+    checked = {name: check_step_values(steps[check_known("step", name, steps)], values, declared[name])
+               for name, values in request.parameters.items()}
+    check_range(request.first, request.last, steps)
     return replace(request, parameters=checked)
 
 # %% ../../nbs/chain/05_plan.ipynb #ad569db1

@@ -16,20 +16,30 @@ from typing import Any
 
 from .execution import NotebookFailed, end_kernel, execute, import_papermill
 from .history import named_cause, run_summary_html
-from .plan import FOLDERS, PLAN, Declared, RunRequest, Step, Workspace, check_request, declared_parameters
+from intel_nb.chain.plan import (
+    FOLDERS,
+    PLAN,
+    Declared,
+    RunRequest,
+    Step,
+    Workspace,
+    check_request,
+    check_workspace,
+    declared_parameters,
+    look_up_values,
+)
 from .runs import Run, StepRecord, lock_run, new_run_id, read_run, with_step, write_report, write_run
 from .store import CHECKPOINTS, OUTPUTS, Entry, empty_outputs, git_revision, key_of, publish, recipe_of
 from ..labels.captured import with_captured_images
 from ..labels.lookup import own_buckets
 from ..labels.members import source_digest
-from ..locks import locked
-from ..storage import InputError, each_source, fetch, read_json, remove, utc_now, write_json
+from ..storage import InputError, check_extra, each_source, fetch, locked, read_json, remove, utc_now, write_json
 
 # %% auto #0
 __all__ = ['Tell', 'DONE', 'RunEvent', 'RunContext', 'local_source', 'resolved_parameters', 'supplied_parameters',
            'notebook_parameters', 'input_contents', 'step_recipe', 'is_current', 'find_reusable', 'take_entry',
-           'publish_outputs', 'record_failure', 'execute_step', 'run_step', 'note_effect', 'check_approval',
-           'follow_plan', 'request_of', 'open_run', 'close_run', 'has_lasting_effects', 'run_chain']
+           'publish_outputs', 'record_failure', 'prepare_later', 'execute_step', 'run_step', 'note_effect',
+           'check_approval', 'follow_plan', 'request_of', 'open_run', 'close_run', 'has_lasting_effects', 'run_chain']
 
 # %% ../../nbs/chain/07_run.ipynb #175f2326
 @dataclass(frozen=True)
@@ -195,12 +205,21 @@ def record_failure(context: RunContext, step: Step, key: str, seconds: float, er
     if isinstance(error, NotebookFailed):
         step.effect.note_failure(context.workspace, context.run)
 
+# %% ../../nbs/chain/07_run.ipynb #b6613d14
+def prepare_later(context: RunContext, step: Step) -> None:
+    "Before `step` runs, look up what would make a later step fail, and start what the next one would wait for."
+    check_extra("steps", "a run")
+    import_papermill()
+    names, at, last = [one.name for one in context.plan], context.plan.index(step) + 1, context.request.last
+    for later in context.plan[at:names.index(last) + 1 if last else None]:
+        look_up_values(later, context.request.parameters.get(later.name, {}), context.declared[later.name])
+    for following in context.plan[at:at + 1]:
+        following.effect.prepare(context.workspace)
+
 # %% ../../nbs/chain/07_run.ipynb #044ae054
 def execute_step(context: RunContext, step: Step, recipe: dict[str, Any]) -> Entry:
     "Execute the notebook of `step`, and move its outputs into the store. Raise `InputError` or `NotebookFailed`."
-    import_papermill()
-    for later in context.plan[context.plan.index(step) + 1:][:1]:
-        later.effect.prepare(context.workspace)
+    prepare_later(context, step)
     key, started = key_of(recipe), time.monotonic()
     work = context.workspace.store.work(step.name, key)
     context.tell(RunEvent("started", step.name))
@@ -317,6 +336,7 @@ def run_chain(workspace: Workspace, request: RunRequest, plan: tuple[Step, ...] 
 
     Raise `NotebookFailed` if a notebook fails, and `InputError` for a wrong input. After an `InputError` a new run
     leaves no record, unless it has registered or deployed something."""
+    check_workspace(workspace)
     declared = declared_parameters(plan, workspace.notebooks)
     request = check_request(request, declared, plan)
     run_id = request.run_id or new_run_id()

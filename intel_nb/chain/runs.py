@@ -16,9 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..locks import is_locked, locked
 from ..registry import describe_accuracy
-from ..storage import InputError, read_json, utc_now, write_json, write_text
+from ..storage import InputError, is_locked, locked, read_json, utc_now, write_json, write_text
 
 # %% auto #0
 __all__ = ['RUN_STATUSES', 'PLOT_BYTES', 'STYLE', 'StepRecord', 'Run', 'with_step', 'new_run_id', 'check_run_id', 'write_run',

@@ -29,8 +29,17 @@ from .plan import RunRequest, Workspace
 from .run import request_of
 from .runs import list_runs, new_run_id, queue_run, read_run, write_run
 from ..labels.captured import add_captured_images
-from ..locks import is_locked, locked
-from ..storage import InputError, last_line, python_path, read_json, remove, utc_now, write_json
+from intel_nb.storage import (
+    InputError,
+    is_locked,
+    last_line,
+    locked,
+    python_path,
+    read_json,
+    remove,
+    utc_now,
+    write_json,
+)
 
 # %% auto #0
 __all__ = ['ARCHIVE', 'LABELS', 'STARTS', 'UPLOADS', 'UNFINISHED', 'KEEP', 'COMMAND', 'Start', 'TriggerEvent', 'upload_events',

@@ -20,11 +20,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..locks import locked
 from .captures import TEST
 from .shadow import LOOK_SECONDS, current_tally, read_shadow, read_tally, remove_shadow, write_shadow
 from .supervisor import ENGINES, StageRequest, is_alive, read_record, supervisor_command
-from ..storage import InputError, absolute_keys, cloud_module, last_line, python_path, write_json
+from ..storage import InputError, absolute_keys, cloud_module, last_line, locked, python_path, write_json
 
 # %% auto #0
 __all__ = ['SHADOW_ENV', 'Endpoint', 'EndpointError', 'Endpoints', 'open_endpoints', 'Refused', 'as_refusal', 'request_json',

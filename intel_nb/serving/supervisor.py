@@ -19,9 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from ..locks import is_locked, locked
 from .worker import Assignment, python_command
-from ..storage import InputError, last_line, read_json, utc_now, whole_number, write_json
+from ..storage import InputError, is_locked, last_line, locked, read_json, utc_now, whole_number, write_json
 
 # %% auto #0
 __all__ = ['ENGINES', 'START_SECONDS', 'LEAVE_SECONDS', 'STOP_SECONDS', 'STANDBY_SECONDS', 'STANDBY_DEFAULTS', 'StageRequest',

