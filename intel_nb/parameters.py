@@ -23,7 +23,7 @@ from .storage import InputError, check_extra
 # %% auto #0
 __all__ = ['BOUNDS', 'TYPES', 'Parameter', 'declared', 'read_literals', 'read_declarations', 'is_within', 'choices_of',
            'is_allowed', 'closest', 'check_known', 'describe', 'check_values', 'read_value', 'as_declared',
-           'find_declarations', 'passed_names', 'check_parameters']
+           'read_values', 'find_declarations', 'passed_names', 'check_parameters']
 
 # %% ../nbs/11_parameters.ipynb #c9278e23
 @dataclass(frozen=True)
@@ -196,6 +196,11 @@ def as_declared(value: Any, parameter: Parameter) -> Any:
         return str(value)
     return value
 
+def read_values(where: str, values: Mapping[str, Any], known: Mapping[str, Parameter]) -> dict[str, Any]:
+    "Return `values`, texts or not, in the types that `known` declares. Raise `InputError` as `check_values` does."
+    read = {name: as_declared(value, known[name]) if name in known else value for name, value in values.items()}
+    return check_values(where, read, known)
+
 # %% ../nbs/11_parameters.ipynb #1dcc8ee9
 _DECLARES = re.compile(r"\w+ = .*# (int|float|str|bool|dict|list of)\b.*: ")
 
@@ -222,5 +227,4 @@ def check_parameters(step: str, namespace: dict[str, Any]) -> None:
         return  # nbdev's shell: nothing was passed
     known = find_declarations(cells, step)
     passed = {name: namespace[name] for name in [*known, *passed_names(cells)] if name in namespace}
-    values = {name: as_declared(value, known[name]) if name in known else value for name, value in passed.items()}
-    namespace.update(check_values(step, values, known))
+    namespace.update(read_values(step, passed, known))

@@ -151,6 +151,7 @@ def run_pipeline(settings: Iterable[str] = (), name: str = "intel-nb", watch: bo
 def _start(name: str, parameters: dict[str, str], data: str, say: Callable[[str], None]) -> str:
     if data and parameters:
         raise InputError("an upload starts the pipeline with its own parameters; give --data or --parameter, not both")
+    pipeline.check_step_values(parameters)
     check_credentials()
     return start_upload(name, data, say) if data else start_execution(name, start_values(name, parameters))
 

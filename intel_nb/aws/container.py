@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .pipeline import KEEP, KEPT, NEW, code_files, digest_code
+from .pipeline import KEEP, KEPT, NEW, code_files, digest_code, read_settings
 from ..chain.execution import execute
 from ..chain.parameters import read_parameters
 from ..chain.plan import notebooks_folder
-from ..parameters import Parameter, as_declared, check_values
+from ..parameters import Parameter, read_values
 from ..registry import Registry, metrics_of, open_registry
 from ..storage import InputError, files_of, read_json, write_json, write_text
 
@@ -39,17 +39,6 @@ class JobArguments:
     notebook: str  # file name
     values: dict[str, Any]
     declared: dict[str, Parameter] = field(repr=False)  # all parameters of the notebook
-
-# %% ../../nbs/aws/10_container.ipynb #aa16a466
-def _read_settings(text: str) -> dict[str, Any]:
-    "Return the JSON object in `text`; raise `InputError` for anything else."
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise InputError(f'the settings {text!r} are no JSON object such as {{"epochs": 3}}')
-    return found
 
 # %% ../../nbs/aws/10_container.ipynb #95e63bd9
 def read_hyperparameters(base: Path) -> dict[str, str]:
@@ -77,10 +66,9 @@ def read_arguments(arguments: Sequence[str], notebooks: Path, hyperparameters: M
         usage = "NOTEBOOK [--param NAME=VALUE]… [--settings JSON]"
         raise InputError(f"the container knows no argument {unknown[0]}; it takes {usage}")
     declared = read_parameters(notebooks / parsed.notebook)
-    values = {**hyperparameters, **_read_settings(parsed.settings)}
+    values = {**hyperparameters, **read_settings(parsed.settings)}
     values |= {name: text for name, _, text in (pair.partition("=") for pair in parsed.param)}
-    read = {name: as_declared(value, declared[name]) if name in declared else value for name, value in values.items()}
-    return JobArguments(parsed.notebook, check_values(parsed.notebook, read, declared), declared)
+    return JobArguments(parsed.notebook, read_values(parsed.notebook, values, declared), declared)
 
 # %% ../../nbs/aws/10_container.ipynb #4f35d1f3
 JOB_FOLDERS = {
