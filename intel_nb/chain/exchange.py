@@ -100,9 +100,9 @@ def imported_evaluation(evaluation: dict[str, Any], package: Package, origin: st
     return {"multiclass_classification_metrics": {}, **evaluation, "imported": elsewhere,
             "fingerprints": {"package": package.fingerprint}}
 
-def import_reason(evaluation: dict[str, Any], package: Package, origin: str) -> str:
+def import_reason(evaluation: dict[str, Any], package: Package, origin: str, time: str) -> str:
     "Return the reason that an imported `package` is registered with: where it came from, and what is claimed of it."
-    came = f"imported from {printable(origin)[:100]} (package {package.fingerprint[:12]}) at {utc_now()}"
+    came = f"imported from {printable(origin)[:100]} (package {package.fingerprint[:12]}) at {time}"
     if not evaluation:
         return f"{came}; it came without an evaluation"
     if gate := evaluation.get("gate"):
@@ -146,6 +146,6 @@ def import_package(workspace: Workspace, path: str, evaluation: str = "") -> tup
             return known, False
         version = registry.register(
             package.path, imported_evaluation(claim, package, origin), status="PendingManualApproval",
-            reason=import_reason(claim, package, origin), params={},
+            reason=import_reason(claim, package, origin, utc_now()), params={},
             artifacts=write_samples(package, Path(scratch)))
     return registry.get(version), True
