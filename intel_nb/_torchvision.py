@@ -1,4 +1,4 @@
-"""Let torchvision be imported beside a torch that was built without its operators. The one module that is written by hand.
+"""Let torchvision be imported beside a torch that was built without its operators. Written by hand, as `__main__` is.
 
 timm and lightning import torchvision; beside a processor-only torch it dies with `operator torchvision::nms does not exist`.
 Declaring the two operators mends that; their implementations are never called here. They are declared only where the import

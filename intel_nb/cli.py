@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import intel_nb
 from .storage import InputError, absolute_keys, cloud_module, printable
 
 if TYPE_CHECKING:  # each command imports what it needs, so that --help does not wait for all of it
@@ -24,28 +26,39 @@ if TYPE_CHECKING:  # each command imports what it needs, so that --help does not
 __all__ = ['app', 'aws_app', 'INTERRUPTED', 'JsonOption', 'VersionArgument', 'StageArgument', 'EXIT_STATUS', 'Setting', 'Profile',
            'Engine', 'Approve', 'ImagesArgument', 'ModelArgument', 'NameOption', 'PipelineOption', 'StackOption',
            'YesOption', 'Reason', 'print_line', 'print_error', 'call', 'main', 'format_table', 'print_json',
-           'print_rows', 'PlainProgress', 'BarProgress', 'show_progress', 'data_lines', 'annotation_lines',
-           'describe_run', 'exit_with_outcome', 'request_from', 'check_given', 'run_command', 'runs_command',
-           'report_command', 'version_row', 'print_versions', 'models_command', 'trace_command', 'describe_shadow',
-           'describe_drift', 'drift_and_shadow', 'endpoints_command', 'captures_command', 'carry_out_decision',
-           'approve_command', 'reject_command', 'promote_command', 'rollback_command', 'shadow_command',
-           'start_command', 'stop_command', 'print_predictions', 'predict_file', 'predict_command', 'serve_command',
-           'sign_command', 'watch_command', 'prune_command', 'confirm_unless', 'aws_template_command',
-           'aws_definition_command', 'aws_rehearse_command', 'aws_cost_command', 'aws_deploy_command',
-           'aws_start_command', 'aws_status_command', 'aws_models_command', 'aws_approve_command',
-           'aws_promote_command', 'aws_reject_command', 'aws_rollback_command', 'aws_invoke_command',
-           'aws_logs_command', 'aws_destroy_command']
+           'print_rows', 'complete_with', 'complete_versions', 'complete_runs', 'complete_steps', 'complete_profiles',
+           'complete_settings', 'PlainProgress', 'BarProgress', 'show_progress', 'data_lines', 'annotation_lines',
+           'describe_version', 'describe_run', 'exit_with_outcome', 'request_from', 'check_given', 'run_command',
+           'runs_command', 'report_command', 'version_row', 'print_versions', 'models_command', 'trace_command',
+           'describe_shadow', 'describe_drift', 'drift_and_shadow', 'endpoints_command', 'captures_command',
+           'carry_out_decision', 'approve_command', 'reject_command', 'promote_command', 'rollback_command',
+           'shadow_command', 'start_command', 'stop_command', 'print_predictions', 'predict_file', 'predict_command',
+           'serve_command', 'sign_command', 'export_command', 'import_command', 'watch_command', 'prune_command',
+           'confirm_unless', 'aws_template_command', 'aws_definition_command', 'aws_rehearse_command',
+           'aws_cost_command', 'aws_deploy_command', 'aws_start_command', 'aws_status_command', 'aws_models_command',
+           'aws_approve_command', 'aws_promote_command', 'aws_reject_command', 'aws_rollback_command',
+           'aws_invoke_command', 'aws_logs_command', 'aws_destroy_command']
 
 # %% ../nbs/20_cli.ipynb #d6fdda1b
-app = typer.Typer(name="intel-nb", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+app = typer.Typer(name="intel-nb", no_args_is_help=True, rich_markup_mode=None,
                   pretty_exceptions_enable=False, help="Keep an image classifier alive: data, training, approval, "
                   "a live endpoint, drift, and back. Exit status: 0 done, 1 the work failed, 2 the input was wrong, "
                   "3 waiting for a decision.")
 aws_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Run the same chain on SageMaker.")
 app.add_typer(aws_app, name="aws")
 
+def _print_version(asked: bool) -> None:
+    "Print the version of the package and end the command, if it was `asked` for."
+    if asked:
+        print_line(f"intel-nb {intel_nb.__version__}")
+        raise typer.Exit()
+
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version of intel-nb.", is_eager=True,
+                                          callback=_print_version)] = False,
+) -> None:
     "Declare what every command takes. `call` looks for --debug itself, so it may stand anywhere."
 
 # %% ../nbs/20_cli.ipynb #b4ad7e54
@@ -132,13 +145,65 @@ def print_rows(rows: Iterable[dict[str, Any]], as_json: bool, empty: str) -> Non
 
 # %% ../nbs/20_cli.ipynb #c1880262
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
-VersionArgument = Annotated[str, typer.Argument(metavar="VERSION", help="A version, as intel-nb models lists them.")]
-StageArgument = Annotated[str, typer.Argument(metavar="STAGE", help="staging or production.")]
 
 def _workspace() -> Workspace:
     "Open the workspace that the environment names."
     from intel_nb.chain.plan import open_workspace
     return open_workspace()
+
+# %% ../nbs/20_cli.ipynb #9fb05ad7
+def complete_with(find: Callable[[str], Iterable[Any]]) -> Callable[[str], list[Any]]:
+    "Return a function for typer that offers what `find` returns for the beginning of a word, as texts or with help."
+    def complete(incomplete: str) -> list[Any]:
+        with suppress(Exception):  # an error in the middle of a line that somebody types would be in the way
+            found = list(find(incomplete))
+            return [one for one in found if (one if isinstance(one, str) else one[0]).startswith(incomplete)]
+        return []
+    return complete
+
+def complete_versions(incomplete: str) -> list[tuple[str, str]]:
+    "Return the versions in the workspace with their statuses."
+    return [(version.version, version.status) for version in _workspace().registry().versions()]
+
+def complete_runs(incomplete: str) -> list[tuple[str, str]]:
+    "Return the runs with their statuses, newest first."
+    from intel_nb.chain.runs import list_runs
+    return [(run.run_id, run.status) for run in list_runs(_workspace().executed)]
+
+def complete_steps(incomplete: str) -> list[str]:
+    "Return the steps of the chain."
+    from intel_nb.chain.plan import PLAN
+    return [step.name for step in PLAN]
+
+def complete_profiles(incomplete: str) -> list[str]:
+    "Return the training profiles that the notebooks declare."
+    from intel_nb.chain.plan import PLAN, declared_parameters
+    from intel_nb.parameters import choices_of
+    return choices_of(declared_parameters(PLAN[1:2], _workspace().notebooks)["train"]["profile"].limits)
+
+def complete_settings(incomplete: str) -> list[str]:
+    """Return the parameters that a run may set, as `step.name=`.
+
+    The only one that fits is also offered with its default, so that the shell stops after the equals sign."""
+    from intel_nb.chain.plan import PLAN, declared_parameters, settable_parameters
+    steps = [step for step in PLAN if step.name.startswith(incomplete.partition(".")[0])]
+    declared = declared_parameters(PLAN, _workspace().notebooks)
+    found = {f"{step.name}.{name}=": parameter.default for step in steps
+             for name, parameter in settable_parameters(step, declared[step.name]).items()}
+    fitting = [setting for setting in found if setting.startswith(incomplete) or incomplete.startswith(setting)]
+    return [*fitting, f"{fitting[0]}{_default(found[fitting[0]])}"] if len(fitting) == 1 else fitting
+
+def _default(value: Any) -> str:
+    "Return a default as it is typed after `--param step.name=`; `…` where there is none to type."
+    import json
+    text = value if isinstance(value, str) else json.dumps(value)
+    return "…" if value is None or not text or any(one in text for one in " \"'") else text
+
+# %% ../nbs/20_cli.ipynb #2f316f2c
+VersionArgument = Annotated[str, typer.Argument(metavar="VERSION", help="A version, as intel-nb models lists them.",
+                                                autocompletion=complete_with(complete_versions))]
+StageArgument = Annotated[str, typer.Argument(metavar="STAGE", help="staging or production.",
+                                              autocompletion=complete_with(lambda word: ["staging", "production"]))]
 
 # %% ../nbs/20_cli.ipynb #45e5d068
 class PlainProgress:
@@ -211,14 +276,18 @@ def annotation_lines(run: Run) -> list[str]:
     return [f"annotated {', '.join(f'{n:,} {kind}' for kind, n in counts.items())}: {details}", *why]
 
 # %% ../nbs/20_cli.ipynb #76abee36
+def describe_version(version: ModelVersion) -> str:
+    "Return the accuracy of `version` in words. That of an imported version was measured elsewhere, or not at all."
+    from intel_nb.registry import describe_accuracy
+    described = describe_accuracy(version.accuracy, version.images)
+    return f"{described}, measured elsewhere" if "imported" in version.tags and described != "unknown" else described
+
 def describe_run(workspace: Workspace, run: Run) -> str:
     "Return the lines that end a command about `run`."
-    from intel_nb.registry import describe_accuracy
     lines = [f"run {run.run_id} {run.status}", *data_lines(run), *annotation_lines(run)]
     if run.model_version:
         version = workspace.registry().get(run.model_version)
-        described = describe_accuracy(version.accuracy, version.images)
-        lines.append(f"version   {version.version}, accuracy {described}, {version.status}")
+        lines.append(f"version   {version.version}, accuracy {describe_version(version)}, {version.status}")
         if run.status in ("rejected", "waiting"):
             lines.append(f"reason    {version.reason}")
             evaluate = run.step("evaluate")
@@ -260,9 +329,12 @@ def check_given(options: dict[str, str | list[str] | None]) -> None:
             raise InputError(f"{name} is empty; give a path, or leave it out")
 
 # %% ../nbs/20_cli.ipynb #feceeab4
-Setting = Annotated[list[str] | None, typer.Option(metavar="STEP.NAME=VALUE", help="Set a parameter of a step.")]
-Profile = Annotated[str | None, typer.Option(help="How to train: quick, full or original.")]
-Engine = Annotated[str | None, typer.Option(help="What serves: process or ray.")]
+Setting = Annotated[list[str] | None, typer.Option(metavar="STEP.NAME=VALUE", help="Set a parameter of a step.",
+                                                   autocompletion=complete_with(complete_settings))]
+Profile = Annotated[str | None, typer.Option(help="How to train: quick, full or original.",
+                                             autocompletion=complete_with(complete_profiles))]
+Engine = Annotated[str | None, typer.Option(help="What serves: process or ray.",
+                                            autocompletion=complete_with(lambda word: ["process", "ray"]))]
 Approve = Annotated[bool, typer.Option("--approve", help="Approve a version that passes its gate.")]
 
 @app.command("run")
@@ -274,9 +346,12 @@ def run_command(
         "COCO or tables, with their images. May be given more than once.")] = None,
     profile: Profile = None,
     param: Setting = None,
-    run_id: Annotated[str, typer.Option(help="Continue this run, or start one under this id.")] = "",
-    first: Annotated[str, typer.Option("--from", metavar="STEP", help="Do this step and all later ones again.")] = "",
-    last: Annotated[str, typer.Option("--to", metavar="STEP", help="Stop after this step.")] = "",
+    run_id: Annotated[str, typer.Option(help="Continue this run, or start one under this id.",
+                                        autocompletion=complete_with(complete_runs))] = "",
+    first: Annotated[str, typer.Option("--from", metavar="STEP", help="Do this step and all later ones again.",
+                                       autocompletion=complete_with(complete_steps))] = "",
+    last: Annotated[str, typer.Option("--to", metavar="STEP", help="Stop after this step.",
+                                      autocompletion=complete_with(complete_steps))] = "",
     engine: Engine = None,
     approve: Approve = False,
 ) -> None:
@@ -299,11 +374,12 @@ def runs_command(as_json: JsonOption = False) -> None:
     from intel_nb.chain.runs import list_runs
     workspace = _workspace()
     rows = map(asdict, list_runs(workspace.executed)) if as_json else map(run_row, run_summaries(workspace))
-    print_rows(rows, as_json, "no runs yet: intel-nb run starts one")
+    print_rows(rows, as_json, f"no runs yet in {workspace.executed}: intel-nb run starts one")
 
 # %% ../nbs/20_cli.ipynb #cb3d2956
 @app.command("report")
-def report_command(run: Annotated[str, typer.Argument(metavar="RUN", help="A run id.")],
+def report_command(run: Annotated[str, typer.Argument(metavar="RUN", help="A run id.", autocompletion=complete_with(
+        complete_runs))],
                    as_json: JsonOption = False) -> None:
     "Show what a run did, and write its page."
     from intel_nb.chain.history import run_summary, run_summary_html
@@ -322,17 +398,18 @@ def report_command(run: Annotated[str, typer.Argument(metavar="RUN", help="A run
 
 # %% ../nbs/20_cli.ipynb #1f2906fa
 def version_row(version: ModelVersion, as_json: bool) -> dict[str, Any]:
-    "Return what is shown of a version: for a person the accuracy in words and the reason, in JSON the figures."
-    from intel_nb.registry import describe_accuracy, wilson_interval
+    "Return what is shown of a version: for a person the accuracy in words, in JSON the figures."
+    from intel_nb.registry import wilson_interval
     names = ("version", "status", "accuracy", "aliases", "run_id")
     row: dict[str, Any] = {name: getattr(version, name) for name in names}
-    if version.accuracy != version.accuracy:
-        why = "; ".join(filter(None, (version.reason, version.tags.get("unreadable", ""))))
-        return row | ({"accuracy": None} if as_json else {"accuracy": "unreadable", "reason": why})
+    unreadable = version.tags.get("unreadable", "")
+    reason = "; ".join(filter(None, (version.reason, unreadable)))
     if not as_json:
-        return row | {"accuracy": describe_accuracy(version.accuracy, version.images), "reason": version.reason}
-    interval = wilson_interval(version.accuracy, version.images) if version.images else None
-    return row | {"images": version.images or None, "interval": interval}
+        return row | {"accuracy": "unreadable" if unreadable else describe_version(version), "reason": reason}
+    is_known = version.accuracy == version.accuracy  # of an imported version it may be unknown
+    interval = wilson_interval(version.accuracy, version.images) if is_known and version.images else None
+    return row | {"accuracy": version.accuracy if is_known else None, "images": version.images or None,
+                  "interval": interval, "reason": reason, "imported": version.tags.get("imported")}
 
 def print_versions(registry: Registry, as_json: bool, empty: str) -> None:
     "Print the versions in `registry`, newest first (the text `empty` if there are none)."
@@ -342,7 +419,8 @@ def print_versions(registry: Registry, as_json: bool, empty: str) -> None:
 @app.command("models")
 def models_command(as_json: JsonOption = False) -> None:
     "List the versions, newest first."
-    print_versions(_workspace().registry(), as_json, "no versions yet: intel-nb run makes one")
+    workspace = _workspace()
+    print_versions(workspace.registry(), as_json, f"no versions yet in {workspace.home}: intel-nb run makes one")
 
 # %% ../nbs/20_cli.ipynb #8e818ea5
 @app.command("trace")
@@ -383,21 +461,23 @@ def drift_and_shadow(endpoint: Any, endpoints: Any) -> dict[str, str]:
 @app.command("endpoints")
 def endpoints_command(as_json: JsonOption = False) -> None:
     "List the endpoints of the stages, with the state of their drift detectors and shadows."
-    endpoints = _workspace().endpoints()
+    workspace = _workspace()
+    endpoints = workspace.endpoints()
     fields = ("stage", "url", "version", "status", *([] if as_json else ["engine"]), "pid")
     rows = [{name: getattr(e, name) for name in fields} | ({} if as_json else drift_and_shadow(e, endpoints))
             for e in endpoints.list()]
-    print_rows(rows, as_json, "no endpoints yet: intel-nb run --approve makes one")
+    print_rows(rows, as_json, f"no endpoints yet in {workspace.home}: intel-nb run --approve makes one")
 
 # %% ../nbs/20_cli.ipynb #3d4c7085
 @app.command("captures")
 def captures_command(as_json: JsonOption = False) -> None:
     "List the images that endpoints kept at drift alarms, newest first."
     from intel_nb.serving.captures import list_captures, next_step
-    found = list_captures(_workspace().home / "captures")
+    kept = _workspace().home / "captures"
+    found = list_captures(kept)
     rows = [{name: getattr(capture, name) for name in ("stage", "time", "version", "images")}
             | {"where": str(capture.where)} for capture in found]
-    print_rows(rows, as_json, "no captures yet: an endpoint keeps images when it alarms")
+    print_rows(rows, as_json, f"no captures yet in {kept}: an endpoint keeps images when it alarms")
     if found and not as_json:
         print_line(f"to do: {next_step(found[0])}")
 
@@ -568,6 +648,41 @@ def sign_command(model: ModelArgument, key: Annotated[str, typer.Option(
         sign_package(copy, key)
         print_line(f"{copy} is signed")
 
+# %% ../nbs/20_cli.ipynb #7c354e42
+@app.command("export")
+def export_command(
+    version: VersionArgument,
+    output: Annotated[str, typer.Option(help="The file to write, or a folder. Without it: model-VERSION.tar.gz here.",
+                                        show_default=False)] = ".",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+) -> None:
+    "Write the package of a version as one file, and its evaluation beside it, for another workspace."
+    import shlex
+
+    from intel_nb.chain.exchange import export_package
+    workspace = _workspace()
+    status = workspace.registry().get(version).status
+    package, *evaluations = map(str, export_package(workspace, version, output, overwrite))
+    print_line(f"version {version} ({status}) is written to {package}")
+    options = [word for path in evaluations for word in ("--evaluation", path)]
+    print_line(f"elsewhere: {shlex.join(['intel-nb', 'import', package, *options])}")
+
+# %% ../nbs/20_cli.ipynb #91257bf2
+@app.command("import")
+def import_command(
+    package: Annotated[str, typer.Argument(metavar="PACKAGE", help="A package (folder or model.tar.gz).")],
+    evaluation: Annotated[str, typer.Option(help="The evaluation that was exported with it. Without it the accuracy is "
+                                            "unknown.", show_default=False)] = "",
+) -> None:
+    "Check a package from elsewhere, and register it as a version that waits for approval."
+    from intel_nb.chain.exchange import import_package
+    version, is_new = import_package(_workspace(), package, evaluation)
+    print_line(f"{package} is version {version.version}{'' if is_new else ' already'}, {version.status}")
+    if is_new:
+        print_line(f"reason    {version.reason}")
+    if version.status == "PendingManualApproval":
+        print_line(f"waiting   for approval: intel-nb approve {version.version}")
+
 # %% ../nbs/20_cli.ipynb #45aae6c0
 @app.command("watch")
 def watch_command(
@@ -605,7 +720,8 @@ def prune_command(
     workspace = _workspace()
     found = unneeded_entries(workspace, keep)
     size = total_bytes(found) / 1e6
-    print_rows([{"step": e.step, "key": e.key, "made": e.created[:19]} for e in found], False, "nothing can go")
+    print_rows([{"step": e.step, "key": e.key, "made": e.created[:19]} for e in found], False,
+               f"nothing can go from {workspace.home / 'store'}")
     if found and yes:
         remove_entries(workspace, found)
     if found:

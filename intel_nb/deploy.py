@@ -5,6 +5,7 @@
 # %% ../nbs/03_deploy.ipynb #a2ee0379
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from .registry import ModelVersion, Registry
@@ -28,8 +29,9 @@ def deploy(registry: Registry, endpoints: Endpoints, version: str, stage: str, e
     "Serve `version` on `stage` and return what serves now; raise `InputError` or `EndpointError`."
     found = check_approved(registry.get(version))
     endpoint = endpoints.deploy(stage, registry.package(version), found.version, engine=engine, back=back)
+    accuracy = None if math.isnan(found.accuracy) else found.accuracy  # of an imported version it may be unknown
     return {"stage": stage, "url": endpoint.url, "version": endpoint.version, "engine": endpoint.engine,
-            "accuracy": found.accuracy, "images": found.images, "history": endpoints.history(stage)}
+            "accuracy": accuracy, "images": found.images, "history": endpoints.history(stage)}
 
 # %% ../nbs/03_deploy.ipynb #a03f8d7f
 def sample_version(registry: Registry, folder: Path) -> str:

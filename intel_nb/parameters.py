@@ -122,7 +122,9 @@ def closest(name: str, known: Iterable[str]) -> str:
 def check_known(kind: str, name: str, known: Iterable[str]) -> str:
     "Return `name` if it is `known`. Raise `InputError` otherwise, which says that there is no such `kind`."
     if name not in (known := list(known)):
-        raise InputError(f"there is no {kind} {name}{closest(name, known)}")
+        hint = closest(name, known)
+        others = f" The {kind}s: {', '.join(known)}" if hint.endswith("?") else ""
+        raise InputError(f"there is no {kind} {name}{hint}{others}")
     return name
 
 # %% ../nbs/11_parameters.ipynb #808f63e9

@@ -57,13 +57,16 @@ def check_status(status: str) -> str:
     return status
 
 # %% ../nbs/19_registry.ipynb #6528f939
-def find_version(versions: list[ModelVersion], version: str) -> ModelVersion:
-    "Return the one of `versions` that is called `version`. Raise `InputError`, which lists the versions, when none is."
+def find_version(versions: list[ModelVersion], version: str, where: str = "") -> ModelVersion:
+    """Return the one of `versions` that is called `version`.
+
+    Raise `InputError` when none is. It lists the versions, and names `where` they are: a person may be in the wrong
+    folder."""
     for known in versions:
         if known.version == str(version):
             return known
-    there = ", ".join(v.version for v in versions[:20]) or "none yet: run the chain first"
-    raise InputError(f"there is no version {version}; there are: {there}")
+    there = ", ".join(v.version for v in versions[:20]) or "none yet; run the chain first"
+    raise InputError(f"there is no version {version}{where and f' in {where}'}; there are: {there}")
 
 # %% ../nbs/19_registry.ipynb #9a503a91
 def metrics_of(evaluation: dict) -> dict[str, float]:
@@ -74,7 +77,7 @@ def metrics_of(evaluation: dict) -> dict[str, float]:
 # %% ../nbs/19_registry.ipynb #feee39b0
 def images_of(evaluation: dict) -> int:
     "Return how many test images an `evaluation.json` is of; 0 when it does not say."
-    beside = evaluation["multiclass_classification_metrics"]["accuracy"].get("images")
+    beside = evaluation["multiclass_classification_metrics"].get("accuracy", {}).get("images")
     return int(beside or evaluation.get("images", 0))
 
 # %% ../nbs/19_registry.ipynb #b7a636ff
@@ -236,9 +239,11 @@ class LocalRegistry(Registry):
         from intel_nb.model import load_package  # with numpy, which commands that only read versions do without
 
         loaded = load_package(package)
-        tags = {"fingerprint": loaded.fingerprint, "accuracy": repr(metrics_of(evaluation)["accuracy"]),
+        tags = {"fingerprint": loaded.fingerprint, "accuracy": repr(metrics_of(evaluation).get("accuracy", math.nan)),
                 "images": str(images_of(evaluation)), "data": data_fingerprint(evaluation),
                 **decision_tags(status, reason)}
+        if "imported" in evaluation:  # it was not measured here
+            tags["imported"] = evaluation["imported"]["from"]
         client = _open_client(create_database(self.database))
         run = client.create_run(client.get_experiment_by_name(MODEL).experiment_id).info.run_id
         copied = copy_files(artifact_folder(self.database, run), loaded.path, evaluation, artifacts)
@@ -249,7 +254,7 @@ class LocalRegistry(Registry):
         return read_versions(self.database)
 
     def get(self, version: str) -> ModelVersion:
-        return find_version(self.versions(), version)
+        return find_version(self.versions(), version, str(self.database.parent))
 
     def find(self, fingerprint: str, data: str = "") -> ModelVersion | None:
         return next((v for v in self.versions() if v.fingerprint == fingerprint and data in ("", v.data)), None)

@@ -11,10 +11,13 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
-from conftest import COMMAND
+from conftest import COMMAND, House
+
+from intel_nb.cli import call
 
 COMMANDS = ("run", "runs", "report", "models", "trace", "endpoints", "captures", "approve", "reject", "promote",
-            "rollback", "shadow", "start", "stop", "predict", "serve", "sign", "watch", "prune", "aws")
+            "rollback", "shadow", "start", "stop", "predict", "serve", "sign", "export", "import", "watch", "prune",
+            "aws")
 AWS_COMMANDS = ("template", "definition", "rehearse", "cost", "deploy", "start", "status", "models", "approve",
                 "promote", "reject", "rollback", "invoke", "logs", "destroy")
 
@@ -31,13 +34,90 @@ def endpoints_of(house) -> dict[str, dict]:
 # Help
 
 
-def test_help_imports_nothing_heavy():
-    code = ("import sys, intel_nb.cli\nstatus = intel_nb.cli.call(['--help'])\n"
-            "heavy = {'torch', 'mlflow', 'onnxruntime', 'papermill', 'numpy', 'rich', 'fastapi', 'pyarrow'}\n"
-            "heavy &= set(sys.modules)\n"
-            "sys.exit(f'imported {heavy}' if heavy else status)")
-    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
-    subprocess.run([COMMAND, "--help"], stdout=subprocess.DEVNULL, check=True)
+LIGHT = """
+import sys, intel_nb.cli
+try:
+    status = intel_nb.cli.call(sys.argv[1:])
+except SystemExit as end:  # of a completion
+    status = end.code
+heavy = {"torch", "mlflow", "onnxruntime", "papermill", "numpy", "rich", "fastapi", "pyarrow"} & set(sys.modules)
+sys.exit(f"imported {heavy}" if heavy else status)
+"""
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_import_nothing_heavy(option):
+    assert subprocess.run([sys.executable, "-c", LIGHT, option], stdout=subprocess.DEVNULL).returncode == 0
+    subprocess.run([COMMAND, option], stdout=subprocess.DEVNULL, check=True)
+
+
+def test_the_version_of_the_command_and_of_the_module():
+    from intel_nb import __version__
+    for command in ([COMMAND], [sys.executable, "-m", "intel_nb"]):
+        for line in (["--version"], ["--debug", "--version"], ["--version", "nonsense"]):
+            done = subprocess.run([*command, *line], capture_output=True, text=True)
+            assert (done.returncode, done.stdout, done.stderr) == (0, f"intel-nb {__version__}\n", "")
+    wrong = subprocess.run([sys.executable, "-m", "intel_nb", "nonsense"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "nonsense" in wrong.stderr
+
+
+# Completion
+
+
+def asked(words: str) -> dict[str, str]:
+    "What bash puts into the environment to complete the last of `words`."
+    return {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" ")), "_INTEL_NB_COMPLETE": "complete_bash"}
+
+
+def complete(words: str, house: House, monkeypatch, capsys) -> list[str]:
+    "Return what is offered for the last of `words`."
+    for name, value in (house.environ | asked(words)).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        call([])
+    return sorted(capsys.readouterr().out.split())
+
+
+COMPLETED = {
+    "intel-nb ex": ["export"], "intel-nb aws app": ["approve"], "intel-nb run --fr": ["--from"],
+    "intel-nb models --j": ["--json"], "intel-nb run --from e": ["evaluate"], "intel-nb start p": ["production"],
+    "intel-nb run --profile ": ["full", "original", "quick"], "intel-nb run --engine r": ["ray"],
+    "intel-nb run --param train.e": ["train.epochs=", "train.ert="],
+    "intel-nb run --param train.se": ["train.seed=", "train.seed=0"], "intel-nb run --param nothing.x": [],
+    "intel-nb run --param evaluate.reg": ["evaluate.register=", "evaluate.register=true"],  # the chain sets .registry
+    "intel-nb approve ": ["1"], "intel-nb report ": ["first"], "intel-nb export 7": [],
+}
+
+
+@pytest.mark.parametrize("words", COMPLETED)
+def test_completion(words, waiting_once, monkeypatch, capsys):
+    assert complete(words, waiting_once, monkeypatch, capsys) == COMPLETED[words]
+
+
+@pytest.mark.parametrize("words", ["intel-nb ", "intel-nb run --param ", "intel-nb approve "])
+def test_completion_imports_nothing_heavy(words, waiting_once):
+    done = subprocess.run([sys.executable, "-c", LIGHT], env=waiting_once.environ | asked(words), capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"") and done.stdout
+
+
+def test_completion_in_an_empty_or_broken_workspace(empty, monkeypatch, capsys):
+    assert complete("intel-nb approve ", empty, monkeypatch, capsys) == []
+    empty.home.mkdir()
+    (empty.home / "mlflow.db").write_text("no database")
+    assert complete("intel-nb approve ", empty, monkeypatch, capsys) == []
+    monkeypatch.setenv("INTEL_NB_NOTEBOOKS", "nowhere")
+    assert complete("intel-nb run --param tr", empty, monkeypatch, capsys) == []
+
+
+def test_bash_completes():
+    "A real bash, with the function that the command prints for it."
+    script = subprocess.run([COMMAND], env=os.environ | {"_INTEL_NB_COMPLETE": "source_bash"}, capture_output=True,
+                            text=True, check=True).stdout
+    ask = f"""{script}
+COMP_WORDS=(intel-nb run --to st) COMP_CWORD=3
+_intel_nb_completion {COMMAND}
+echo "${{COMPREPLY[@]}}" """
+    assert subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True).stdout == "staging\n"
 
 
 def test_every_command_is_listed(empty):
@@ -68,15 +148,23 @@ def test_every_command_and_every_option_has_help(path):
 @pytest.mark.parametrize("line", ["models", "runs", "endpoints"])
 def test_lists_of_nothing(empty, line):
     assert empty(line, "--json").json == []
-    assert "no " in empty(line).out and empty(line).status == 0
+    answer = empty(line)
+    where = empty.executed if line == "runs" else empty.home
+    assert f"no {line if line != 'models' else 'versions'} yet in {where}" in answer.out and answer.status == 0
     assert list(empty.root.iterdir()) == []
 
 
-UNKNOWN = {
-    "approve 7": "no version 7", "promote 7": "no version 7", "reject 7": "no version 7", "trace 7": "no version 7",
-    "report 7": "no run 7",
-    "rollback staging": "no endpoint staging", "start staging": "no endpoint staging",
-    "stop staging": "no endpoint staging", "predict x.jpg": "no endpoint staging",
+STEPS = "The steps: data, train, evaluate, deploy, drift, staging"
+UNKNOWN = {  # a person may be in the wrong folder, so the message names it
+    **dict.fromkeys(("approve 7", "promote 7", "reject 7", "trace 7", "export 7", "serve 7"),
+                    "no version 7 in {home}; "),
+    "report 7": "no run 7 in {executed}; ",
+    **dict.fromkeys(("rollback staging", "start staging", "stop staging", "predict x.jpg"),
+                    "no endpoint staging in {home}; "),
+    "run --from evalute": f"no step evalute; did you mean evaluate? {STEPS}",
+    "run --to x": "no step x; there are: data, train, evaluate, deploy, drift, staging",
+    "run --param trian.seed=1": f"no step trian; did you mean train? {STEPS}",
+    "import x.tar.gz": "x.tar.gz does not exist",
     "watch inbox": "is no folder", "aws cost --option runs=x": "must be a number",
     "approve": "VERSION", "models --jsn": "--jsn", "nonsense": "nonsense",
 }
@@ -86,7 +174,8 @@ UNKNOWN = {
 def test_wrong_input_is_exit_2_in_one_sentence(empty, line):
     answer = empty(*line.split())
     assert answer.status == 2 and answer.out == ""
-    assert UNKNOWN[line] in answer.err and "Traceback" not in answer.err
+    expected = UNKNOWN[line].format(home=empty.home, executed=empty.executed)
+    assert expected in answer.err and "Traceback" not in answer.err
     assert list(empty.root.iterdir()) == []
 
 
@@ -103,7 +192,8 @@ def test_the_documents(staged_once):
     (version,) = staged_once("models", "--json").json
     low, high = version["interval"]
     assert version == {"version": "1", "status": "Approved", "accuracy": version["accuracy"], "aliases": ["staging"],
-                       "run_id": "first", "images": version["images"], "interval": [low, high]}
+                       "run_id": "first", "images": version["images"], "interval": [low, high],
+                       "reason": "approved with intel-nb approve", "imported": None}
     assert 0 <= low <= version["accuracy"] <= high <= 1 and version["images"] > 0
     (endpoint,) = staged_once("endpoints", "--json").json
     assert list(endpoint) == ["stage", "url", "version", "status", "pid"]

@@ -95,6 +95,15 @@ def test_a_version_is_signed_before_it_is_deployed(waiting, keys, monkeypatch):
     assert waiting("approve", "1").status == 0
 
 
+def test_an_unsigned_package_is_not_imported(package, keys, monkeypatch, empty):
+    monkeypatch.setenv("INTEL_NB_VERIFY_KEY", str(keys["ours.pub"]))
+    for spoil, message in REFUSED.items():
+        spoil(package, keys)
+        answer = empty("import", str(pack(package, package.with_name("model.tar.gz"))))
+        assert answer.status == 2 and message in answer.err
+    assert not empty.home.exists()
+
+
 def test_what_was_verified_is_what_is_used(package, keys, monkeypatch):
     "Somebody swaps the manifest between two looks at it: only the bytes that were verified count."
     import intel_nb.model as model

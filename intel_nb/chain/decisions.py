@@ -6,18 +6,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from .history import version_entries
-from .plan import MOVE, PLAN, RunRequest, Workspace
+from .plan import IMPORTED, MOVE, PLAN, RunRequest, Workspace
 from .run import DONE, RunEvent, Tell, request_of, run_chain
 from .runs import Run, list_runs, lock_run, write_run
 from .store import Entry
+from ..registry import ModelVersion
 from ..serving.endpoints import Endpoint
 from ..storage import InputError, utc_now
 
 # %% auto #0
-__all__ = ['NotAllowed', 'find_endpoint', 'finished_entries', 'approve', 'deploy_request', 'promote', 'earlier_version',
-           'rollback', 'reject_waiting_runs', 'reject', 'start_shadow', 'start_stage']
+__all__ = ['NotAllowed', 'find_endpoint', 'finished_entries', 'imported_samples', 'approve', 'deploy_request', 'imported_request',
+           'promote', 'earlier_version', 'rollback', 'reject_waiting_runs', 'reject', 'start_shadow', 'start_stage']
 
 # %% ../../nbs/chain/08_decisions.ipynb #79f6a52c
 class NotAllowed(RuntimeError):
@@ -28,7 +30,8 @@ def find_endpoint(workspace: Workspace, stage: str) -> Endpoint:
     "Return the endpoint of `stage`. Raise `InputError` if nothing was ever deployed there."
     stages = {e.stage: e for e in workspace.endpoints().list()}
     if stage not in stages:
-        raise InputError(f"there is no endpoint {stage}; there are: {', '.join(stages) or 'none yet'}")
+        there = ", ".join(stages) or "none yet"
+        raise InputError(f"there is no endpoint {stage} in {workspace.home}; there are: {there}")
     return stages[stage]
 
 # %% ../../nbs/chain/08_decisions.ipynb #d38fde3f
@@ -42,6 +45,12 @@ def finished_entries(workspace: Workspace, run: Run) -> dict[str, Entry]:
         entries[step.name] = entry
     return entries
 
+# %% ../../nbs/chain/08_decisions.ipynb #0e421141
+def imported_samples(workspace: Workspace, version: ModelVersion) -> Path | None:
+    "Return the folder of the drawn images that an imported version is tested with, or None if it was made here."
+    predictions = workspace.registry().predictions(version.version) if "imported" in version.tags else None
+    return predictions.parent if predictions else None
+
 # %% ../../nbs/chain/08_decisions.ipynb #95f65776
 def approve(workspace: Workspace, version: str, reason: str = "", tell: Tell = lambda event: None) -> list[Run]:
     """Approve `version`, and bring it to a tested staging endpoint. Return the runs that did so.
@@ -54,6 +63,8 @@ def approve(workspace: Workspace, version: str, reason: str = "", tell: Tell = l
     if found.status != "Approved":
         registry.set_status(version, "Approved", reason or "approved with intel-nb approve")
     waiting = [r for r in list_runs(workspace.executed) if r.status == "waiting" and r.model_version == version]
+    if not waiting and (samples := imported_samples(workspace, found)):
+        return [run_chain(workspace, imported_request(workspace, version, samples), IMPORTED, tell)]
     if not waiting:
         entries = version_entries(workspace, found)
         return [run_chain(workspace, RunRequest(trigger="approve"), PLAN, tell, known=entries)]
@@ -68,6 +79,13 @@ def deploy_request(workspace: Workspace, trigger: str, stage: str, version: str,
     engines = {e.stage: e.engine for e in workspace.endpoints().list()}
     engine = engines.get(stage) or engines.get("staging") or "process"
     return RunRequest({"deploy": {"version": version, "stage": stage, "engine": engine, "back": back}}, trigger)
+
+# %% ../../nbs/chain/08_decisions.ipynb #8acbca8f
+def imported_request(workspace: Workspace, version: str, samples: Path) -> RunRequest:
+    "Return the request that deploys an imported version to staging, and tests it there with the images in `samples`."
+    request = deploy_request(workspace, "approve", "staging", version)
+    inputs = {"dataset": str(samples), "predictions": str(samples / "predictions.parquet")}
+    return replace(request, parameters=request.parameters | {"staging": inputs})
 
 # %% ../../nbs/chain/08_decisions.ipynb #6a9de06b
 def promote(workspace: Workspace, version: str, tell: Tell = lambda event: None) -> Run:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import os
 import shlex
 from collections.abc import Iterable, Mapping
@@ -164,11 +165,14 @@ def trace_version(workspace: Workspace, version: str) -> dict[str, Any]:
     request = workspace.executed / found.run_id / "request.json"
     parameters = read_json(request)["parameters"] if found.run_id and request.is_file() else None
     command = "" if parameters is None else shlex.join(["intel-nb", "run", *run_options(parameters)])
-    gate = workspace.registry().evaluation(version).get("gate", {}).get("reason", "")
+    accuracy = None if math.isnan(found.accuracy) else found.accuracy  # of an imported version it may be unknown
+    evaluation = workspace.registry().evaluation(version)
+    gate, elsewhere = evaluation.get("gate", {}).get("reason", ""), evaluation.get("imported", {})
+    cause = f"imported from {elsewhere['from']}" if elsewhere else made_by.get("cause", "")
     return {"version": version, "status": found.status, "reason": found.reason, "gate": gate, "aliases": found.aliases,
-            "created": found.created, "accuracy": found.accuracy, "images": found.images or None,
-            "package": found.fingerprint, "dataset": found.data,
-            "run_id": found.run_id, "cause": made_by.get("cause", ""), "data": made_by.get("data"),
+            "created": found.created, "accuracy": accuracy, "images": found.images or None,
+            "package": found.fingerprint, "dataset": found.data or elsewhere.get("data", ""),
+            "run_id": found.run_id, "cause": cause, "data": made_by.get("data"),
             "runs": [run.run_id for run in runs if run.model_version == version], "steps": steps, "again": command}
 
 # %% ../../nbs/chain/06_history.ipynb #9085fc5b
@@ -177,10 +181,11 @@ def trace_in_words(trace: dict[str, Any]) -> str:
     stages = f" in {' and '.join(trace['aliases'])}" if trace["aliases"] else ""
     runs = f"{trace['run_id'] or '-'} ({trace['cause'] or 'unknown'}); all runs: {', '.join(trace['runs']) or '-'}"
     facts = {"version": f"{trace['version']}, {trace['status']}{stages}",
-             **{name: trace[name] for name in ("gate", "reason", "package", "dataset")},
+             **{name: trace[name] or "-" for name in ("gate", "reason", "package", "dataset")},
              "data": data_in_words(trace["data"]), "run": runs, "again": trace["again"] or "-"}
     steps = [_step_in_words(name, step) for name, step in trace["steps"].items()]
-    missing = "\nthe store has lost the steps; the package is kept in the registry"
+    lost = "the store has lost the steps" if trace["run_id"] else "no run of this workspace made it"
+    missing = f"\n{lost}; the package is kept in the registry"
     return "\n".join([*(f"{name:<9} {text}" for name, text in facts.items()), *(steps or [missing])])
 
 def _step_in_words(name: str, origin: dict[str, Any]) -> str:

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from intel_nb.serving.endpoints import LocalEndpoints
 
 # %% auto #0
-__all__ = ['FOLDERS', 'DATASET', 'MODEL', 'PLAN', 'MOVE', 'Declared', 'STAGE_PARAMETERS', 'Workspace', 'notebooks_folder',
-           'open_workspace', 'check_workspace', 'Effect', 'Registration', 'Deployment', 'StagingTest', 'Step',
-           'look_up_network', 'RunRequest', 'read_settings', 'declared_parameters', 'settable_parameters',
-           'look_up_values', 'check_step_values', 'check_range', 'check_request', 'make_absolute']
+__all__ = ['FOLDERS', 'DATASET', 'MODEL', 'PLAN', 'MOVE', 'IMPORTED', 'Declared', 'STAGE_PARAMETERS', 'Workspace',
+           'notebooks_folder', 'open_workspace', 'check_workspace', 'Effect', 'Registration', 'Deployment',
+           'StagingTest', 'Step', 'look_up_network', 'RunRequest', 'read_settings', 'declared_parameters',
+           'settable_parameters', 'look_up_values', 'check_step_values', 'check_range', 'check_request',
+           'make_absolute']
 
 # %% ../../nbs/chain/05_plan.ipynb #49f7f10e
 @dataclass(frozen=True)
@@ -200,6 +201,13 @@ PLAN = (
 
 # %% ../../nbs/chain/05_plan.ipynb #99d41a97
 MOVE = (Step("deploy", "03_deploy.ipynb", places=("registry", "endpoints"), effect=Deployment()),)
+
+# %% ../../nbs/chain/05_plan.ipynb #3279c65f
+IMPORTED = (
+    *MOVE,
+    Step("staging", "05_test_staging.ipynb", sources=("dataset", "predictions"),
+         values={"url": ("deploy", "url"), "version": ("deploy", "version")}, effect=StagingTest(), after="deploy"),
+)
 
 # %% ../../nbs/chain/05_plan.ipynb #365934b4
 @dataclass(frozen=True)
