@@ -288,8 +288,7 @@ def check_replacement(found: Replacement, may_replace: bool, ask: Ask | None) ->
         return
     newer, older = version_in_words(found.known), version_in_words(found.version)
     if ask is None:
-        raise InputError(f"{older}, is older than what {found.stage} has: {newer}; "
-                         "nothing was replaced, and --replace replaces it")
+        raise InputError(f"{found.stage} has {newer}, and {older}, is older; --replace puts it there all the same")
     if not ask(f"{found.stage} has {newer}. Replace it with the older {older}?"):
         raise Declined(f"nothing was replaced; {found.stage} stays at version {found.before}")
 
@@ -372,7 +371,7 @@ def _remove_empty_folders(workspace: Workspace) -> None:
 # %% ../../nbs/chain/07_run.ipynb #f06c9ef7
 def run_chain(workspace: Workspace, request: RunRequest, plan: tuple[Step, ...] = PLAN,
               tell: Tell = lambda event: None, known: Mapping[str, Entry] = {}, ask: Ask | None = None) -> Run:
-    """Carry out `request`, in a new run or in the run of its `run_id`. Take the entries in `known` as they are.
+    """Carry out `request`, in a new run or in the run of its `run_id`. Take the entries in `known` whose effects hold.
 
     Raise `NotebookFailed` if a notebook fails, `InputError` for a wrong input, and `Declined` if a person who is asked
     does not agree. After the last two a new run leaves no record, unless it has registered or deployed something."""
