@@ -1,5 +1,6 @@
 # make run            the whole loop on drawn sample scenes, to a live staging endpoint
 # make run DATA=intel.zip [PROFILE=full] [ARGS="--param evaluate.min_accuracy=0.9"]
+#                     make itself ends with 2 whatever went wrong; the status of the command is in the last line but one
 # make test           every notebook, and the tests that take seconds
 # make slow           the tests that kill, wait or rehearse: within an hour
 # make long           the tests that take longer still
@@ -22,7 +23,11 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 .PHONY: run test slow long export check hooks image lock sbom clean
 
 run: .venv/run.stamp
-	@$(BIN)/intel-nb run --approve $(if $(DATA),--data "$(DATA)") $(if $(PROFILE),--profile "$(PROFILE)") $(ARGS)
+	@$(BIN)/intel-nb run --approve $(if $(DATA),--data "$(DATA)") $(if $(PROFILE),--profile "$(PROFILE)") $(ARGS) || { \
+	  status=$$?; case $$status in \
+	    1) why="the work failed";; 2) why="the input was wrong";; 3) why="waiting for a decision";; \
+	    130) why="interrupted";; *) why="it was ended";; esac; \
+	  echo "intel-nb ended with $$status: $$why" >&2; exit $$status; }
 
 # The notebooks, then the tests; each on two cores, and a file of tests on one of them.
 test: .venv/test.stamp

@@ -24,17 +24,17 @@ if TYPE_CHECKING:  # each command imports what it needs, so that --help does not
 
 # %% auto #0
 __all__ = ['app', 'aws_app', 'INTERRUPTED', 'JsonOption', 'VersionArgument', 'StageArgument', 'EXIT_STATUS', 'Setting', 'Profile',
-           'Engine', 'Approve', 'ImagesArgument', 'ModelArgument', 'NameOption', 'PipelineOption', 'StackOption',
-           'YesOption', 'Reason', 'print_line', 'print_error', 'call', 'main', 'format_table', 'print_json',
-           'print_rows', 'complete_with', 'complete_versions', 'complete_runs', 'complete_steps', 'complete_profiles',
-           'complete_settings', 'PlainProgress', 'BarProgress', 'show_progress', 'data_lines', 'annotation_lines',
-           'describe_version', 'describe_run', 'exit_with_outcome', 'request_from', 'check_given', 'run_command',
-           'runs_command', 'report_command', 'version_row', 'print_versions', 'models_command', 'trace_command',
-           'describe_shadow', 'describe_drift', 'drift_and_shadow', 'endpoints_command', 'captures_command',
-           'carry_out_decision', 'approve_command', 'reject_command', 'promote_command', 'rollback_command',
-           'shadow_command', 'start_command', 'stop_command', 'print_predictions', 'predict_file', 'predict_command',
-           'serve_command', 'sign_command', 'export_command', 'import_command', 'watch_command', 'prune_command',
-           'confirm_unless', 'aws_template_command', 'aws_definition_command', 'aws_rehearse_command',
+           'Engine', 'Approve', 'Replace', 'ImagesArgument', 'ModelArgument', 'NameOption', 'PipelineOption',
+           'StackOption', 'YesOption', 'Reason', 'print_line', 'print_error', 'call', 'main', 'format_table',
+           'print_json', 'print_rows', 'complete_with', 'complete_versions', 'complete_runs', 'complete_steps',
+           'complete_profiles', 'complete_settings', 'PlainProgress', 'BarProgress', 'show_progress', 'data_lines',
+           'annotation_lines', 'describe_version', 'describe_run', 'exit_with_outcome', 'request_from', 'check_given',
+           'run_command', 'runs_command', 'report_command', 'version_row', 'print_versions', 'models_command',
+           'trace_command', 'describe_shadow', 'describe_drift', 'drift_and_shadow', 'endpoints_command',
+           'captures_command', 'carry_out_decision', 'approve_command', 'reject_command', 'promote_command',
+           'rollback_command', 'shadow_command', 'start_command', 'stop_command', 'print_predictions', 'predict_file',
+           'predict_command', 'serve_command', 'sign_command', 'export_command', 'import_command', 'watch_command',
+           'prune_command', 'confirm_unless', 'aws_template_command', 'aws_definition_command', 'aws_rehearse_command',
            'aws_cost_command', 'aws_deploy_command', 'aws_start_command', 'aws_status_command', 'aws_models_command',
            'aws_approve_command', 'aws_promote_command', 'aws_reject_command', 'aws_rollback_command',
            'aws_invoke_command', 'aws_logs_command', 'aws_destroy_command']
@@ -210,11 +210,21 @@ class PlainProgress:
     "Shows a run's events as plain lines."
     def __init__(self, write: Callable[[str], None] = print_line):
         self.write = write
+        # A bar wraps standard error in something that is no terminal, so this is looked at before one starts.
+        at_terminal = all(stream and stream.isatty() for stream in (sys.stdin, sys.stderr))
+        self.ask = self.confirm if at_terminal else None
 
     def __call__(self, event: RunEvent) -> None:
         if event.kind != "cell":
             seconds = f" in {event.seconds:.1f} s" if event.seconds else ""
             self.write(f"{event.step:<9} {event.text or event.kind}{seconds}".strip())
+
+    def confirm(self, question: str) -> bool:
+        "Ask a person a question. Return whether they agree. Raise `KeyboardInterrupt` for Ctrl-C and Ctrl-D."
+        try:
+            return typer.confirm(question, err=True)
+        except typer.Abort:
+            raise KeyboardInterrupt from None
 
     def close(self) -> None: pass
 
@@ -222,11 +232,11 @@ class PlainProgress:
 class BarProgress(PlainProgress):
     "Shows plain lines, and below them a bar for the step that runs."
     def __init__(self, console: Any = None) -> None:
+        super().__init__(lambda text: self.progress.console.print(text, highlight=False, markup=False))
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
         self.progress = Progress(TextColumn("{task.description:<9}"), BarColumn(), MofNCompleteColumn(),
                                  TextColumn("cells"), TimeElapsedColumn(), transient=True, console=console)
         self.progress.start()
-        super().__init__(lambda text: self.progress.console.print(text, highlight=False, markup=False))
 
     def __call__(self, event: RunEvent) -> None:
         if event.kind == "started":
@@ -238,11 +248,18 @@ class BarProgress(PlainProgress):
         if event.kind != "started":
             super().__call__(event)
 
+    def confirm(self, question: str) -> bool:
+        self.progress.stop()
+        try:
+            return super().confirm(question)
+        finally:
+            self.progress.start()
+
     def close(self) -> None: self.progress.stop()
 
 # %% ../nbs/20_cli.ipynb #36b6cf71
-def show_progress(work: Callable[[Callable[[RunEvent], None]], Any]) -> Any:
-    "Call `work` with a function that shows events. Return what it returns."
+def show_progress(work: Callable[[PlainProgress], Any]) -> Any:
+    "Call `work` with a function that shows events, and that has an `ask`. Return what it returns."
     progress = BarProgress() if sys.stdout.isatty() else PlainProgress()
     try:
         return work(progress)
@@ -336,6 +353,8 @@ Profile = Annotated[str | None, typer.Option(help="How to train: quick, full or 
 Engine = Annotated[str | None, typer.Option(help="What serves: process or ray.",
                                             autocompletion=complete_with(lambda word: ["process", "ray"]))]
 Approve = Annotated[bool, typer.Option("--approve", help="Approve a version that passes its gate.")]
+Replace = Annotated[bool, typer.Option("--replace", help="Let an older version take the place of a newer one. "
+                                        "Without it a person is asked.")]
 
 @app.command("run")
 def run_command(
@@ -354,6 +373,7 @@ def run_command(
                                       autocompletion=complete_with(complete_steps))] = "",
     engine: Engine = None,
     approve: Approve = False,
+    may_replace: Replace = False,
 ) -> None:
     "Run the chain. Steps that are done come from the store. Without --approve the run waits before staging."
     from intel_nb.chain.run import run_chain
@@ -361,8 +381,9 @@ def run_command(
     check_given({"--data": data, "--annotations": annotations})
     options = {"data.archive": data, "data.annotations": annotations or None, "train.profile": profile,
                "deploy.engine": engine}
-    request = request_from(workspace, param or [], options, run_id=run_id, first=first, last=last, approve=approve)
-    exit_with_outcome(workspace, [show_progress(lambda tell: run_chain(workspace, request, tell=tell))])
+    request = request_from(workspace, param or [], options, run_id=run_id, first=first, last=last, approve=approve,
+                           may_replace=may_replace)
+    exit_with_outcome(workspace, [show_progress(lambda tell: run_chain(workspace, request, tell=tell, ask=tell.ask))])
 
 # %% ../nbs/20_cli.ipynb #a84f762d
 @app.command("runs")
@@ -482,16 +503,16 @@ def captures_command(as_json: JsonOption = False) -> None:
         print_line(f"to do: {next_step(found[0])}")
 
 # %% ../nbs/20_cli.ipynb #73d6a2ce
-def carry_out_decision(decision: Callable[[Workspace, Callable[[RunEvent], None]], list[Run]]) -> None:
+def carry_out_decision(decision: Callable[[Workspace, PlainProgress], list[Run]]) -> None:
     "Call `decision` with the workspace and a function that shows events. Exit with the outcome of its runs."
     workspace = _workspace()
     exit_with_outcome(workspace, show_progress(lambda tell: decision(workspace, tell)))
 
 @app.command("approve")
-def approve_command(version: VersionArgument) -> None:
+def approve_command(version: VersionArgument, may_replace: Replace = False) -> None:
     "Approve a version, and bring it to a tested staging endpoint."
     from intel_nb.chain.decisions import approve
-    carry_out_decision(lambda workspace, tell: approve(workspace, version, tell=tell))
+    carry_out_decision(lambda workspace, tell: approve(workspace, version, "", tell, may_replace, tell.ask))
 
 # %% ../nbs/20_cli.ipynb #824e8b7a
 @app.command("reject")
@@ -506,10 +527,10 @@ def reject_command(version: VersionArgument,
 
 # %% ../nbs/20_cli.ipynb #ca7668c2
 @app.command("promote")
-def promote_command(version: VersionArgument) -> None:
+def promote_command(version: VersionArgument, may_replace: Replace = False) -> None:
     "Deploy a version to production. This is refused unless the version has passed its staging test."
     from intel_nb.chain.decisions import promote
-    carry_out_decision(lambda workspace, tell: [promote(workspace, version, tell)])
+    carry_out_decision(lambda workspace, tell: [promote(workspace, version, tell, may_replace, tell.ask)])
 
 # %% ../nbs/20_cli.ipynb #b50b2cac
 @app.command("rollback")
@@ -705,7 +726,7 @@ def watch_command(
                              declared_parameters(PLAN, workspace.notebooks), PLAN)
     try:
         watch_inbox(inbox, workspace, template, times=Times(rest), poll=poll,
-                    tell=lambda text: print_line(f"{utc_now()} {text}"))
+                    tell=lambda text: print_line(f"{utc_now()} {printable(text)}"))
     except KeyboardInterrupt:
         print_line(f"{utc_now()} ended; the next watcher continues from here")
 

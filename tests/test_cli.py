@@ -342,3 +342,19 @@ def test_a_reader_that_goes_away_is_no_error(staged_once):
     assert b"Traceback" not in command.stderr.read()
     command.stderr.close()
     command.wait()
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 3])
+def test_make_says_what_the_status_means(tmp_path, status):
+    "make itself knows only 2. A script stands for the command: what is tested is the Makefile."
+    from intel_nb.cli import app
+    shutil.copy(Path(__file__).parents[1] / "Makefile", tmp_path)
+    for name in ("pyproject.toml", ".venv/run.stamp", "bin/intel-nb"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"#!/bin/sh\necho $@\nexit {status}\n")
+    (tmp_path / "bin" / "intel-nb").chmod(0o755)
+    made = subprocess.run(["make", "run", "BIN=bin", "DATA=a b.zip"], cwd=tmp_path, capture_output=True, text=True)
+    assert made.stdout == "run --approve --data a b.zip\n" and bool(made.returncode) == bool(status)
+    meanings = dict(re.findall(r"(\d) ([a-z ]+)", app.info.help.partition("Exit status: ")[2]))
+    lines = [f"intel-nb ended with {status}: {meanings[str(status)]}"] if status else []
+    assert made.stderr.splitlines()[:-1] == lines, "and make's own line is the last"

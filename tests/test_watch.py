@@ -4,12 +4,14 @@ import json
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 import zipfile
 from collections import Counter
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -66,13 +68,28 @@ class Scene:
     def __init__(self, root: Path, pause: float = 0.3):
         self.root, self.inbox, self.record, self.watchers = root, root / "inbox", root / "record.jsonl", []
         (self.inbox / "annotations").mkdir(parents=True)
-        self.add_run("before", "run", data={})
+        (root / "workspace").mkdir()
+        self.add_version("1", approval="Approved", fingerprint="f1")
+        self.add_run("before", "run", "1", data={})
         self.command = [sys.executable, "-c", STAND_IN, str(self.record), str(pause)]
 
-    def add_run(self, run_id: str, trigger: str, **parameters: dict) -> None:
-        "Record a run with the `parameters` of its steps."
+    def add_version(self, version: str, **tags: str) -> None:
+        "Write a version as the registry reads it. MLflow would take seconds to make its database."
+        tables = {"model_versions": "name, version, creation_time, run_id, current_stage",
+                  "model_version_tags": "name, version, key, value", "registered_model_aliases": "name, version, alias"}
+        with closing(sqlite3.connect(self.root / "workspace" / "mlflow.db")) as db, db:
+            for table, columns in tables.items():
+                db.execute(f"create table if not exists {table} ({columns})")
+            db.execute("insert into model_versions values ('intel-nb', ?, 1769860800000, '', 'None')", [int(version)])
+            rows = [(int(version), *tag) for tag in tags.items()]
+            db.executemany("insert into model_version_tags values ('intel-nb', ?, ?, ?)", rows)
+
+    def add_run(self, run_id: str, trigger: str, version: str | None = None, **parameters: dict) -> None:
+        "Record a run with the `parameters` of its steps, and the `version` that it made."
         steps = [StepRecord(name, "") for name in parameters]
-        write_run(self.root / "executed", Run(run_id, "succeeded", utc_now(), utc_now(), trigger, steps=steps))
+        steps += [StepRecord("evaluate", "", result={"fingerprint": f"f{version}"})] if version else []
+        run = Run(run_id, "succeeded", utc_now(), utc_now(), trigger, version, steps=steps)
+        write_run(self.root / "executed", run)
         write_json(self.root / "executed" / run_id / "request.json", asdict(RunRequest(parameters, trigger)))
 
     def watch(self, rest: float = 0.2, patience: float = 15, poll: bool = False,
@@ -298,16 +315,21 @@ def test_labels_of_a_capture_get_its_images(scene):
     assert {digest(image), digest(content(1))} <= set(scene.notes()[1]["digests"])
 
 
-def test_labels_add_to_what_the_last_run_was_built_on(scene):
-    "A promotion after that run builds nothing. Without a run there is nothing to add to."
+def test_labels_add_to_what_an_approved_version_was_made_of(scene):
+    "An experiment is no base, and what waits or was rejected is none where a version is approved."
     for run in (scene.root / "executed").iterdir():
         shutil.rmtree(run)
+    scene.add_run("promoted", "promote", deploy={"version": "1"})
+    scene.add_run("experiment", "run", data={"archive": "/photos/other.zip"})
     scene.watch()
     (scene.inbox / "annotations" / "1.csv").write_bytes(content(1))
-    until(lambda: "the labels have no photographs to add to" in scene.log())
+    until(lambda: "the labels have no photographs to add to, because no run has a version" in scene.log())
     assert scene.batches() == []
-    scene.add_run("built", "run", data={"archive": "/photos/intel.zip", "annotations": ["/photos/by_hand.zip"]})
-    scene.add_run("promoted", "promote", deploy={"version": "1"})
+    scene.add_version("2", approval="PendingManualApproval", fingerprint="f2")
+    scene.add_version("3", approval="Rejected", fingerprint="f3")
+    scene.add_run("built", "run", "1", data={"archive": "/photos/intel.zip", "annotations": ["/photos/by_hand.zip"]})
+    for run_id, version in (("waits", "2"), ("rejected", "3"), ("newer-experiment", None)):
+        scene.add_run(run_id, "run", version, data={"archive": f"/photos/{run_id}.zip"})
     until(lambda: scene.notes() and scene.idle())
     (batch,) = scene.batches()
     request = json.loads((scene.root / "executed" / batch.run_id / "request.json").read_text())
@@ -360,5 +382,6 @@ def test_an_upload_becomes_a_run_and_an_approval_a_live_endpoint(empty):
     finally:
         watcher.kill()
     log = (empty.root / "watch.log").read_text()
-    assert "is waiting, version 1; intel-nb approve 1" in log and "trouble" not in log
+    assert "is waiting, version 1: accuracy " in log and "; no champion yet; intel-nb approve 1" in log
+    assert "trouble" not in log
     assert f"approve {run['run_id']} for version 1" in log

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from .history import version_entries
-from .plan import IMPORTED, MOVE, PLAN, RunRequest, Workspace
-from .run import DONE, RunEvent, Tell, request_of, run_chain
+from .plan import IMPORTED, MOVE, PLAN, Deployment, RunRequest, Workspace
+from .run import DONE, Ask, RunEvent, Tell, check_replacement, request_of, run_chain
 from .runs import Run, list_runs, lock_run, write_run
 from .store import Entry
 from ..registry import ModelVersion
@@ -52,24 +53,30 @@ def imported_samples(workspace: Workspace, version: ModelVersion) -> Path | None
     return predictions.parent if predictions else None
 
 # %% ../../nbs/chain/08_decisions.ipynb #95f65776
-def approve(workspace: Workspace, version: str, reason: str = "", tell: Tell = lambda event: None) -> list[Run]:
+def approve(workspace: Workspace, version: str, reason: str = "", tell: Tell = lambda event: None,
+            may_replace: bool = False, ask: Ask | None = None) -> list[Run]:
     """Approve `version`, and bring it to a tested staging endpoint. Return the runs that did so.
 
-    Raise `NotAllowed` for a rejected version, and `InputError` if no run waits and the store cannot continue one."""
+    Raise `NotAllowed` for a rejected version, `InputError` if no run waits and the store cannot continue one, and as
+    `check_replacement` does."""
     registry = workspace.registry()
     found = registry.get(version)
     if found.status == "Rejected":
         raise NotAllowed(f"version {version} is rejected ({found.reason}) and stays so; run the chain for another one")
+    ask = ask and cache(ask)
+    if replaced := Deployment().replacement(workspace, {"stage": "staging", "version": version, "back": False}):
+        check_replacement(replaced, may_replace, ask)
     if found.status != "Approved":
         registry.set_status(version, "Approved", reason or "approved with intel-nb approve")
     waiting = [r for r in list_runs(workspace.executed) if r.status == "waiting" and r.model_version == version]
     if not waiting and (samples := imported_samples(workspace, found)):
-        return [run_chain(workspace, imported_request(workspace, version, samples), IMPORTED, tell)]
+        request = replace(imported_request(workspace, version, samples), may_replace=may_replace)
+        return [run_chain(workspace, request, IMPORTED, tell, ask=ask)]
     if not waiting:
         entries = version_entries(workspace, found)
-        return [run_chain(workspace, RunRequest(trigger="approve"), PLAN, tell, known=entries)]
-    return [run_chain(workspace, replace(request_of(workspace, run.run_id), first=""), PLAN, tell,
-                      known=finished_entries(workspace, run)) for run in reversed(waiting)]
+        return [run_chain(workspace, RunRequest(trigger="approve", may_replace=may_replace), PLAN, tell, entries, ask)]
+    return [run_chain(workspace, replace(request_of(workspace, run.run_id), first="", may_replace=may_replace), PLAN,
+                      tell, finished_entries(workspace, run), ask) for run in reversed(waiting)]
 
 # %% ../../nbs/chain/08_decisions.ipynb #1840a201
 def deploy_request(workspace: Workspace, trigger: str, stage: str, version: str, back: bool = False) -> RunRequest:
@@ -88,8 +95,11 @@ def imported_request(workspace: Workspace, version: str, samples: Path) -> RunRe
     return replace(request, parameters=request.parameters | {"staging": inputs})
 
 # %% ../../nbs/chain/08_decisions.ipynb #6a9de06b
-def promote(workspace: Workspace, version: str, tell: Tell = lambda event: None) -> Run:
-    "Deploy `version` to production. Raise `NotAllowed` unless it is approved and has passed its staging test."
+def promote(workspace: Workspace, version: str, tell: Tell = lambda event: None, may_replace: bool = False,
+            ask: Ask | None = None) -> Run:
+    """Deploy `version` to production. Raise `NotAllowed` unless it is approved and has passed its staging test.
+
+    Raise as `check_replacement` does if a newer version is in production."""
     found = workspace.registry().get(version)
     if found.status != "Approved":
         pending = found.status == "PendingManualApproval"
@@ -98,7 +108,8 @@ def promote(workspace: Workspace, version: str, tell: Tell = lambda event: None)
     if found.staging_test != "passed":
         state = "failed its staging test" if found.staging_test else "has not been through the staging test"
         raise NotAllowed(f"version {version} {state}; intel-nb approve {version} runs it")
-    run = run_chain(workspace, deploy_request(workspace, "promote", "production", version), MOVE, tell)
+    request = replace(deploy_request(workspace, "promote", "production", version), may_replace=may_replace)
+    run = run_chain(workspace, request, MOVE, tell, ask=ask)
     _stop_shadows(workspace, version)
     return run
 

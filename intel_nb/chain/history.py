@@ -24,10 +24,10 @@ from ..serving.shadow import shadow_in_words
 from ..storage import InputError, files_of, read_json, remove
 
 # %% auto #0
-__all__ = ['StepKey', 'named_cause', 'data_summary', 'data_in_words', 'run_outcome', 'run_summary', 'run_summaries', 'run_row',
-           'shadow_tallies', 'run_summary_html', 'version_entries', 'entry_origin', 'run_options', 'trace_version',
-           'trace_in_words', 'needed_by_runs', 'needed_by_versions', 'unneeded_entries', 'total_bytes',
-           'remove_entries']
+__all__ = ['StepKey', 'named_cause', 'data_summary', 'data_in_words', 'labels_in_words', 'run_outcome', 'run_summary',
+           'run_summaries', 'run_row', 'shadow_tallies', 'run_summary_html', 'version_entries', 'entry_origin',
+           'run_options', 'trace_version', 'trace_in_words', 'needed_by_runs', 'needed_by_versions', 'unneeded_entries',
+           'total_bytes', 'remove_entries']
 
 # %% ../../nbs/chain/06_history.ipynb #350224e3
 def named_cause(environ: Mapping[str, str] = os.environ) -> str:
@@ -56,6 +56,15 @@ def data_in_words(data: dict[str, Any] | None) -> str:
     counts = ", ".join(f"{n} {kind}" for kind, n in data["annotations"].items() if n)
     same = f", as in {data['same_as']}" if data["same_as"] else ""
     return f"{data['images']} images" + (f" (annotations: {counts})" if counts else "") + same
+
+# %% ../../nbs/chain/06_history.ipynb #2cf66f61
+def labels_in_words(run: Run) -> str:
+    "Return the counts of the annotations of `run`, with the file of those that were quarantined. Empty if it had none."
+    step, data = run.step("data"), data_summary(run)
+    if step is None or data is None or not any(data["annotations"].values()):
+        return ""
+    where = f" ({step.out_dir}/quarantine.csv)" if data["annotations"].get("quarantined") else ""
+    return ", ".join(f"{n:,} {kind}" for kind, n in data["annotations"].items()) + where
 
 # %% ../../nbs/chain/06_history.ipynb #9d7390cb
 def run_outcome(run: Run, versions: Mapping[str, ModelVersion]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,18 +17,27 @@ from .parameters import read_parameters
 from .runs import Run
 from .store import CHECKPOINTS, OUTPUTS, Store
 from ..parameters import Parameter, check_known, check_values, read_value
-from ..registry import Registry, note_stage, note_test, open_registry
-from ..storage import InputError, absolute_keys, each_source
+from intel_nb.registry import (
+    ModelVersion,
+    Registry,
+    describe_accuracy,
+    find_version,
+    note_stage,
+    note_test,
+    open_registry,
+)
+from ..storage import InputError, absolute_keys, each_source, sha256_file
 
 if TYPE_CHECKING:
     from intel_nb.serving.endpoints import LocalEndpoints
+    from intel_nb.serving.supervisor import StageRecord
 
 # %% auto #0
 __all__ = ['FOLDERS', 'DATASET', 'MODEL', 'PLAN', 'MOVE', 'IMPORTED', 'Declared', 'STAGE_PARAMETERS', 'Workspace',
-           'notebooks_folder', 'open_workspace', 'check_workspace', 'Effect', 'Registration', 'Deployment',
-           'StagingTest', 'Step', 'look_up_network', 'RunRequest', 'read_settings', 'declared_parameters',
-           'settable_parameters', 'look_up_values', 'check_step_values', 'check_range', 'check_request',
-           'make_absolute']
+           'notebooks_folder', 'open_workspace', 'check_workspace', 'Replacement', 'version_in_words',
+           'find_replacement', 'Effect', 'Registration', 'Deployment', 'StagingTest', 'Step', 'look_up_network',
+           'RunRequest', 'read_settings', 'declared_parameters', 'settable_parameters', 'look_up_values',
+           'check_step_values', 'check_range', 'check_request', 'make_absolute']
 
 # %% ../../nbs/chain/05_plan.ipynb #49f7f10e
 @dataclass(frozen=True)
@@ -78,6 +87,47 @@ def check_workspace(workspace: Workspace) -> None:
             raise InputError(f"{folder} cannot be written ({there} {why}); set {name} to a folder of yours")
     workspace.registry()
 
+# %% ../../nbs/chain/05_plan.ipynb #eaa80797
+@dataclass(frozen=True)
+class Replacement:
+    "A `version` that is about to serve in `stage`, and the one whose place it takes."
+    stage: str
+    version: ModelVersion
+    before: str = ""  # the version that the stage serves, or served last; empty: it never served one
+    known: ModelVersion | None = None  # that version in this registry; None: the registry does not have it
+
+    @property
+    def is_older(self) -> bool:
+        "Tell whether the version is older than the one whose place it takes. What was rejected may be replaced by any."
+        return (self.known is not None and self.known.status != "Rejected"
+                and int(self.version.version) < int(self.known.version))
+
+    def __str__(self) -> str:
+        before = f"version {self.before} of an earlier registry" if self.before else ""
+        before = version_in_words(self.known) if self.known else before
+        return f"{self.stage}: {version_in_words(self.version)}, " + (f"replaces {before}" if before else "the first")
+
+def version_in_words(found: ModelVersion) -> str:
+    "Return the number and the accuracy of a version in words."
+    return f"version {found.version}, accuracy {describe_accuracy(found.accuracy, found.images)}"
+
+# %% ../../nbs/chain/05_plan.ipynb #123ff8b2
+def find_replacement(versions: Sequence[ModelVersion], record: StageRecord, version: str) -> Replacement | None:
+    """Return what `version` replaces in the stage of `record`, or None where the stage served that version last.
+
+    Raise `InputError` if `version` is not among the `versions` of the registry."""
+    known = next((v for v in versions if v.version == record.version and _is_served(v, record)), None)
+    if known and known.version == version:
+        return None
+    return Replacement(record.stage, find_version(list(versions), version), record.version, known)
+
+def _is_served(found: ModelVersion, record: StageRecord) -> bool:
+    "Return whether the stage of `record` serves `found`, and not a version of another registry with the same number."
+    manifest = Path(record.package) / "manifest.json"
+    # The alias moves after the hand-over, so after a kill in between the package alone tells. A workspace that was
+    # moved has the alias alone.
+    return record.stage in found.aliases or (manifest.is_file() and sha256_file(manifest) == found.fingerprint)
+
 # %% ../../nbs/chain/05_plan.ipynb #ef792adf
 class Effect:
     "The effect of a step besides its outputs. The base class does nothing."
@@ -95,6 +145,10 @@ class Effect:
     def still_holds(self, workspace: Workspace, result: Mapping[str, Any]) -> bool:
         "Tell whether the effect that gave `result` is still there."
         return True
+
+    def replacement(self, workspace: Workspace, parameters: Mapping[str, Any]) -> Replacement | None:
+        "Return what the step replaces when it is done with `parameters` (value by name), or None for nothing."
+        return None
 
     def note_success(self, workspace: Workspace, run: Run, result: Mapping[str, Any]) -> None:
         "Write to the registry what `result` says about the version of `run`."
@@ -134,6 +188,13 @@ class Deployment(Effect):
     def still_holds(self, workspace: Workspace, result: Mapping[str, Any]) -> bool:
         return any((e.stage, e.version, e.status) == (result["stage"], result["version"], "running")
                    for e in workspace.endpoints().list())
+
+    def replacement(self, workspace: Workspace, parameters: Mapping[str, Any]) -> Replacement | None:
+        from intel_nb.serving.supervisor import read_record
+        if parameters["back"]:  # whoever goes back has said so, and to which version
+            return None
+        record = read_record(Path(workspace.places["endpoints"]) / parameters["stage"])
+        return find_replacement(workspace.registry().versions(), record, parameters["version"])
 
     def note_success(self, workspace: Workspace, run: Run, result: Mapping[str, Any]) -> None:
         note_stage(workspace.registry(), result["stage"], result["version"])
@@ -217,6 +278,7 @@ class RunRequest:
     trigger: str = "run"
     run_id: str = ""  # empty: a new one
     approve: bool = False  # approve a version that passed the gate
+    may_replace: bool = False  # deploy it also where a newer version serves
     first: str = ""  # run this step and those after it again; empty: run what the store lacks
     last: str = ""  # stop after this step; empty: go to the end
     cause: str = ""  # the event behind the run; empty: a person's command

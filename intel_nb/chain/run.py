@@ -20,6 +20,7 @@ from intel_nb.chain.plan import (
     FOLDERS,
     PLAN,
     Declared,
+    Replacement,
     RunRequest,
     Step,
     Workspace,
@@ -27,6 +28,7 @@ from intel_nb.chain.plan import (
     check_workspace,
     declared_parameters,
     look_up_values,
+    version_in_words,
 )
 from .runs import Run, StepRecord, lock_run, new_run_id, read_run, with_step, write_report, write_run
 from .store import CHECKPOINTS, OUTPUTS, Entry, empty_outputs, git_revision, key_of, publish, recipe_of
@@ -36,10 +38,12 @@ from ..labels.members import source_digest
 from ..storage import InputError, check_extra, each_source, fetch, locked, read_json, remove, utc_now, write_json
 
 # %% auto #0
-__all__ = ['Tell', 'DONE', 'RunEvent', 'RunContext', 'local_source', 'resolved_parameters', 'supplied_parameters',
-           'notebook_parameters', 'input_contents', 'step_recipe', 'is_current', 'find_reusable', 'take_entry',
-           'publish_outputs', 'record_failure', 'prepare_later', 'execute_step', 'run_step', 'note_effect',
-           'check_approval', 'follow_plan', 'request_of', 'open_run', 'close_run', 'has_lasting_effects', 'run_chain']
+__all__ = ['Tell', 'Ask', 'DONE', 'REFUSALS', 'RunEvent', 'RunContext', 'local_source', 'resolved_parameters',
+           'supplied_parameters', 'notebook_parameters', 'input_contents', 'step_recipe', 'is_current', 'find_reusable',
+           'take_entry', 'publish_outputs', 'record_failure', 'prepare_later', 'execute_step', 'run_step',
+           'note_effect', 'check_approval', 'waits_for_approval', 'grant_approval', 'Declined', 'check_replacement',
+           'announce_replacement', 'follow_plan', 'request_of', 'open_run', 'close_run', 'has_lasting_effects',
+           'status_after', 'run_chain']
 
 # %% ../../nbs/chain/07_run.ipynb #175f2326
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class RunEvent:
 
 # %% ../../nbs/chain/07_run.ipynb #e3c7201e
 Tell = Callable[[RunEvent], None]
+Ask = Callable[[str], bool]  # asks a person a question, and returns whether they agree
 
 @dataclass
 class RunContext:
@@ -67,6 +72,7 @@ class RunContext:
     known: Mapping[str, Entry] = field(default_factory=dict)  # step: the entry to take, whatever its key
     entries: dict[str, Entry] = field(default_factory=dict)  # step: its entry, once the step is done
     resolved: dict[str, dict[str, Any]] = field(default_factory=dict)  # step: its parameters, resolved once
+    ask: Ask | None = None  # None: nobody can be asked
 
     @property
     def folder(self) -> Path: return self.workspace.executed / self.run.run_id
@@ -240,8 +246,9 @@ def execute_step(context: RunContext, step: Step, recipe: dict[str, Any]) -> Ent
 # %% ../../nbs/chain/07_run.ipynb #4a9d3397
 def run_step(context: RunContext, step: Step) -> Entry:
     "Take `step` from the store, or execute it. Return its entry. No two runs execute a step at the same time."
-    if step.name in context.known:
-        return take_entry(context, step, context.known[step.name])
+    known = context.known.get(step.name)
+    if known and is_current(context, step, known):
+        return take_entry(context, step, known)
     recipe = step_recipe(context, step)
     key = key_of(recipe)
     lock = context.workspace.store.lock(step.name, key)
@@ -259,16 +266,48 @@ def note_effect(context: RunContext, step: Step, entry: Entry) -> None:
 
 # %% ../../nbs/chain/07_run.ipynb #ffdbadff
 def check_approval(context: RunContext) -> str:
-    "Return `approved`, `waiting`, `rejected`, or `unregistered` where the run has no version. Approve on request."
+    "Return `approved`, `waiting`, `rejected`, or `unregistered` where the run has no version."
     version = context.run.model_version
     if not version:
         return "unregistered"
-    registry = context.workspace.registry()
-    status = registry.get(version).status
+    status = context.workspace.registry().get(version).status
     if status == "PendingManualApproval" and context.request.approve:
-        registry.set_status(version, "Approved", "approved by the command that ran the chain (--approve)")
-        status = "Approved"
+        return "approved"
     return {"Approved": "approved", "Rejected": "rejected"}.get(status, "waiting")
+
+def waits_for_approval(context: RunContext) -> bool:
+    "Return whether the version of the run is one that a person has yet to decide about."
+    return any((v.version, v.status) == (context.run.model_version, "PendingManualApproval")
+               for v in context.workspace.registry().versions())
+
+def grant_approval(context: RunContext) -> None:
+    "Approve the version of the run, if the request says so and nobody has decided about it."
+    if context.request.approve and context.run.model_version and waits_for_approval(context):
+        context.workspace.registry().set_status(context.run.model_version, "Approved",
+                                                "approved by the command that ran the chain (--approve)")
+
+# %% ../../nbs/chain/07_run.ipynb #7e78e768
+class Declined(RuntimeError):
+    "A person was asked, and did not agree. The message says what stays as it was."
+
+def check_replacement(found: Replacement, may_replace: bool, ask: Ask | None) -> None:
+    """Return if `found` may be done. Raise `Declined` if `ask` returns False, and `InputError` if there is no `ask`.
+
+    Only an older version in the place of a newer one is asked about, and not if it `may_replace` any."""
+    if may_replace or found.known is None or not found.is_older:
+        return
+    newer, older = version_in_words(found.known), version_in_words(found.version)
+    if ask is None:
+        raise InputError(f"{found.stage} has {newer}, and {older}, is older; --replace puts it there all the same")
+    if not ask(f"{found.stage} has {newer}. Replace it with the older {older}?"):
+        raise Declined(f"nothing was replaced; {found.stage} stays at version {found.before}")
+
+def announce_replacement(context: RunContext, step: Step) -> None:
+    "Tell what `step` replaces. Raise as `check_replacement` does if it may not."
+    parameters = resolved_parameters(context, step) | supplied_parameters(context, step)
+    if found := step.effect.replacement(context.workspace, parameters):
+        check_replacement(found, context.request.may_replace, context.ask)
+        context.note(step, str(found))
 
 # %% ../../nbs/chain/07_run.ipynb #1b2a36c5
 def follow_plan(context: RunContext) -> str:
@@ -281,6 +320,8 @@ def follow_plan(context: RunContext) -> str:
                 stage = resolved_parameters(context, step)[step.effect.stage_parameter]
                 lock = context.workspace.store.root / ".work" / f"stage-{stage}.lock"
                 until_the_end.enter_context(locked(lock, on_wait=partial(context.note, step, "waiting for the stage")))
+                announce_replacement(context, step)
+                grant_approval(context)
             context.entries[step.name] = run_step(context, step)
             note_effect(context, step, context.entries[step.name])
             if step.name == context.request.last:
@@ -316,10 +357,18 @@ def close_run(context: RunContext, status: str) -> Run:
     return context.run
 
 # %% ../../nbs/chain/07_run.ipynb #47872af6
+REFUSALS = (InputError, Declined)  # the run itself did not fail
+
 def has_lasting_effects(context: RunContext) -> bool:
     "Tell whether the run itself registered or deployed something. The record of such a run has to stay."
     lasting = {step.name for step in context.plan if step.effect.is_lasting}
     return any(record.status == "succeeded" and record.name in lasting for record in context.run.steps)
+
+def status_after(context: RunContext, error: BaseException) -> str:
+    "Return the status of a run that `error` ended."
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return "waiting" if isinstance(error, REFUSALS) and waits_for_approval(context) else "failed"
 
 # %% ../../nbs/chain/07_run.ipynb #47c42335
 def _remove_empty_folders(workspace: Workspace) -> None:
@@ -331,11 +380,11 @@ def _remove_empty_folders(workspace: Workspace) -> None:
 
 # %% ../../nbs/chain/07_run.ipynb #f06c9ef7
 def run_chain(workspace: Workspace, request: RunRequest, plan: tuple[Step, ...] = PLAN,
-              tell: Tell = lambda event: None, known: Mapping[str, Entry] = {}) -> Run:
-    """Carry out `request`, in a new run or in the run of its `run_id`. Take the entries in `known` as they are.
+              tell: Tell = lambda event: None, known: Mapping[str, Entry] = {}, ask: Ask | None = None) -> Run:
+    """Carry out `request`, in a new run or in the run of its `run_id`. Take the entries in `known` whose effects hold.
 
-    Raise `NotebookFailed` if a notebook fails, and `InputError` for a wrong input. After an `InputError` a new run
-    leaves no record, unless it has registered or deployed something."""
+    Raise `NotebookFailed` if a notebook fails, `InputError` for a wrong input, and `Declined` if a person who is asked
+    does not agree. After the last two a new run leaves no record, unless it has registered or deployed something."""
     check_workspace(workspace)
     declared = declared_parameters(plan, workspace.notebooks)
     request = check_request(request, declared, plan)
@@ -343,13 +392,13 @@ def run_chain(workspace: Workspace, request: RunRequest, plan: tuple[Step, ...] 
     with lock_run(workspace.executed, run_id) as folder:
         is_new = not (folder / "run.json").exists()
         run = open_run(workspace, request, run_id, plan)
-        context = RunContext(workspace, plan, request, declared, run, tell, known)
+        context = RunContext(workspace, plan, request, declared, run, tell, known, ask=ask)
         try:
             return close_run(context, follow_plan(context))
         except BaseException as error:
-            if is_new and isinstance(error, InputError) and not has_lasting_effects(context):
+            if is_new and isinstance(error, REFUSALS) and not has_lasting_effects(context):
                 remove(folder)
                 _remove_empty_folders(workspace)
             else:
-                close_run(context, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+                close_run(context, status_after(context, error))
             raise

@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .execution import end_process
-from .history import run_options
+from .history import labels_in_words, run_options
 from .inbox import Inbox, take_snapshot
-from .plan import RunRequest, Workspace
+from .plan import RunRequest, Workspace, version_in_words
 from .run import request_of
-from .runs import list_runs, new_run_id, queue_run, read_run, write_run
+from .runs import Run, list_runs, new_run_id, queue_run, read_run, write_run
 from ..labels.captured import add_captured_images
+from ..registry import ModelVersion
 from intel_nb.storage import (
     InputError,
     is_locked,
@@ -42,12 +43,12 @@ from intel_nb.storage import (
 )
 
 # %% auto #0
-__all__ = ['ARCHIVE', 'LABELS', 'STARTS', 'UPLOADS', 'UNFINISHED', 'KEEP', 'COMMAND', 'Start', 'TriggerEvent', 'upload_events',
-           'name_events', 'approval_events', 'alarm_events', 'retrain_proposal', 'UploadBatch', 'read_batches',
-           'recorded_status', 'events_of_orders', 'watch_folder', 'UploadQueue', 'remove_old_snapshots', 'base_data',
-           'upload_request', 'run_arguments', 'wanted_files', 'queue_uploads', 'start_process', 'RunProcess',
-           'record_end', 'release_run', 'report_alarms', 'Times', 'Watcher', 'remembered_interrupts', 'inbox_changes',
-           'follow_changes', 'check_inbox', 'watch_inbox']
+__all__ = ['ARCHIVE', 'LABELS', 'STARTS', 'UPLOADS', 'UNFINISHED', 'KEEP', 'BASES', 'COMMAND', 'Start', 'TriggerEvent',
+           'upload_events', 'name_events', 'approval_events', 'alarm_events', 'retrain_proposal', 'UploadBatch',
+           'read_batches', 'recorded_status', 'events_of_orders', 'watch_folder', 'UploadQueue', 'remove_old_snapshots',
+           'base_run', 'base_data', 'upload_request', 'run_arguments', 'wanted_files', 'queue_uploads', 'start_process',
+           'RunProcess', 'end_in_words', 'record_end', 'release_run', 'report_alarms', 'Times', 'Watcher',
+           'remembered_interrupts', 'inbox_changes', 'follow_changes', 'check_inbox', 'watch_inbox']
 
 # %% ../../nbs/chain/10_watch.ipynb #d9f46744
 ARCHIVE, LABELS = "intel.zip", "annotations/"  # the keys of uploads
@@ -211,11 +212,24 @@ def remove_old_snapshots(queue: UploadQueue) -> None:
     for batch in [batch for batch in queue.batches if batch not in unfinished][:-KEEP]:
         remove(queue.snapshot_of(batch))
 
+# %% ../../nbs/chain/10_watch.ipynb #5b116194
+BASES = ("Approved", "PendingManualApproval", "Rejected")  # status of a version whose data labels add to; best first
+
+def base_run(runs: Sequence[Run], versions: Iterable[ModelVersion]) -> Run | None:
+    """Return the one of `runs` (newest first) whose data new labels add to, by the status of its version, or None.
+
+    A version counts if it is among the `versions` of the registry: after that was deleted, numbers start again at 1."""
+    known = {(v.version, v.fingerprint): v.status for v in versions}
+    def status_of(run: Run) -> str | None:
+        made = (step.result if (step := run.step("evaluate")) else None) or {}
+        return known.get((run.model_version or "", made.get("fingerprint", "")))
+    builds = [run for run in runs if run.trigger != "approve"]  # such a run was given no data
+    return next((run for status in BASES for run in builds if status_of(run) == status), None)
+
 # %% ../../nbs/chain/10_watch.ipynb #a9c066d0
 def base_data(workspace: Workspace) -> tuple[str, list[str]] | None:
-    "Return archive (empty: drawn scenes) and annotations that the newest run on data was given by hand, or None."
-    builds = (run for run in list_runs(workspace.executed) if run.step("data") and run.trigger != "approve")
-    run = next(builds, None)
+    "Return archive (empty: drawn scenes) and annotations that the base of new labels was given by hand, or None."
+    run = base_run(list_runs(workspace.executed), workspace.registry().versions())
     if run is None:
         return None
     data = request_of(workspace, run.run_id).parameters.get("data", {})
@@ -257,7 +271,8 @@ def queue_uploads(queue: UploadQueue, inbox: Inbox, template: RunRequest) -> Upl
     Raise `InputError` if there are labels and no photographs that they could add to."""
     wanted, base = wanted_files(queue, inbox), base_data(queue.workspace)
     if base is None and ARCHIVE not in wanted:
-        raise InputError(f"the labels have no photographs to add to; upload {ARCHIVE}, or run intel-nb run --data once")
+        raise InputError("the labels have no photographs to add to, because no run has a version; "
+                         f"upload {ARCHIVE}, or run intel-nb run --data once")
     last, run_id = queue.last(), new_run_id()
     before, draft = queue.snapshot_of(last), queue.drafts / run_id / "inbox"
     try:
@@ -302,20 +317,31 @@ class RunProcess:
         return is_locked(self.folder / ".process.lock") or is_locked(self.folder / ".lock")
 
 # %% ../../nbs/chain/10_watch.ipynb #d12a1d2b
+def end_in_words(workspace: Workspace, run: Run, error: str) -> str:
+    "Return how `run` ended: its version with the reason, its labels, and the `error` that its command ended with."
+    found = next((v for v in workspace.registry().versions() if v.version == run.model_version), None)
+    version = f", version {run.model_version}" if run.model_version else ""
+    if found and run.status in ("rejected", "waiting"):
+        version += f": {found.reason}"
+    elif found:
+        version = f", {version_in_words(found)}"
+    labels = f"; labels: {words}" if (words := labels_in_words(run)) else ""
+    return f"run {run.run_id} is {run.status}{version}{error and f': {error}'}{labels}"
+
 def record_end(workspace: Workspace, ended: RunProcess) -> str:
     "Record a run that its process left unfinished as failed. Return a line on how it ended, and what to do next."
     status, log = recorded_status(workspace.executed, ended.run_id), ended.folder / "watch.log"
     run, command = read_run(workspace.executed, ended.run_id), ended.arguments[0]
-    died = status in ("queued", "running")
+    last, died = last_line(log)[:500], status in ("queued", "running")
     if died and not is_locked(ended.folder / ".lock"):
         write_run(workspace.executed, replace(run, status="failed", finished=utc_now()))
     if ended.process and (died or (command, status) == ("approve", "waiting")):
-        return f"{command} {run.run_id} ended with {ended.process.returncode}: {last_line(log)[:500]}"
-    version = f", version {run.model_version}" if run.model_version else ""
+        return f"{command} {run.run_id} ended with {ended.process.returncode}: {last}"
     todo = {"waiting": f"; intel-nb approve {run.model_version}",
             "interrupted": f"; the next watcher continues it, or intel-nb {shlex.join(ended.arguments)}",
             "failed": f"; see {log}, and continue it with intel-nb {shlex.join(ended.arguments)}"}
-    return f"run {run.run_id} is {run.status}{version}{todo.get(run.status, '')}"
+    error = last.removeprefix("error: ") if last.startswith("error: ") else ""
+    return end_in_words(workspace, run, error) + todo.get(run.status, "")
 
 # %% ../../nbs/chain/10_watch.ipynb #5b310153
 def release_run(workspace: Workspace, working: RunProcess, patience: float = 30) -> None:
