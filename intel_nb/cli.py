@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import intel_nb
-from .storage import InputError, absolute_keys, cloud_module, printable
+from .storage import InputError, absolute_keys, cloud_module, explain_missing, printable
 
 if TYPE_CHECKING:  # each command imports what it needs, so that --help does not wait for all of it
     from intel_nb.chain.plan import RunRequest, Workspace
@@ -100,6 +100,8 @@ def call(arguments: list[str]) -> int:
             return error.exit_code
         if debug:
             raise
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            return print_error(explain_missing(error.name.partition(".")[0]), 2)
         return print_error(str(error) or type(error).__name__, 2 if isinstance(error, InputError) else 1)
 
 # %% ../nbs/20_cli.ipynb #bdb32bf0

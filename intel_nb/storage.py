@@ -26,7 +26,7 @@ import intel_nb
 __all__ = ['InputError', 'remove', 'written_aside', 'write_bytes', 'write_text', 'write_json', 'read_json', 'printable',
            'last_line', 'sha256_file', 'files_of', 'tree_digest', 'is_remote', 'cloud_module', 'fetch', 'each_source',
            'put', 'link', 'utc_text', 'utc_now', 'output_folder', 'check_all_or_none', 'absolute_keys', 'python_path',
-           'missing_packages', 'check_extra', 'whole_number', 'locked', 'is_locked']
+           'missing_packages', 'check_extra', 'explain_missing', 'whole_number', 'locked', 'is_locked']
 
 # %% ../nbs/10_storage.ipynb #57c23216
 class InputError(ValueError):
@@ -227,6 +227,14 @@ def check_extra(extra: str, what: str) -> None:
     if missing := missing_packages(extra):
         raise InputError(f"{what} needs {', '.join(missing[:3])}{' and more' if missing[3:] else ''}, which "
                          f"{'is' if len(missing) == 1 else 'are'} not installed here: pip install 'intel-nb[{extra}]'")
+
+def explain_missing(module: str) -> str:
+    "Return what to tell a person who lacks `module`: the extra that brings it, if one does."
+    plain = lambda name: name.lower().replace("_", "-")
+    extras = (extra for extra in ("steps", "aws", "ray", "sign", "alibi")
+              if plain(module) in map(plain, missing_packages(extra)))
+    extra = next(extras, "")
+    return f"{module} is not installed here" + (f": pip install 'intel-nb[{extra}]'" if extra else "")
 
 # %% ../nbs/10_storage.ipynb #5d0f6a22
 def whole_number(name: str, text: str, least: int = 0, most: float = math.inf) -> int:
