@@ -36,7 +36,7 @@ def test_a_trace_outlives_the_store(waiting):
 
 def test_prune_removes_what_nothing_needs(waiting):
     "A version that waits keeps what it was made from, however old its run. A rejected one keeps its package and trace."
-    assert waiting("prune", "--keep", "0", "--yes").out.strip() == "nothing can go"
+    assert waiting("prune", "--keep", "0", "--yes").out == f"nothing can go from {waiting.home / 'store'}\n"
     assert waiting("reject", "1").status == 0
     listed = waiting("prune", "--keep", "0")
     assert listed.status == 0 and all(step in listed.out for step in ("data", "train", "evaluate", "MB can go"))

@@ -69,7 +69,7 @@ def test_an_empty_registry_answers_and_creates_nothing(tmp_path):
     registry = open_registry(f"sqlite:///{tmp_path}/home/mlflow.db")
     assert registry.versions() == []
     assert registry.champion() is None
-    with pytest.raises(InputError, match="there is no version 1; there are: none yet"):
+    with pytest.raises(InputError, match=f"there is no version 1 in {tmp_path}/home; there are: none yet"):
         registry.get("1")
     assert not (tmp_path / "home").exists()
 
