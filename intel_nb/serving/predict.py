@@ -35,8 +35,8 @@ R = TypeVar("R")
 # %% auto #0
 __all__ = ['Row', 'T', 'R', 'REQUESTS', 'TRIES', 'COLUMNS', 'ImageFile', 'files_below', 'match_pattern', 'expand_name',
            'split_names', 'find_files', 'read_bytes', 'content_type', 'in_order', 'make_row', 'classify',
-           'predict_package', 'open_version', 'EndpointClient', 'predict_endpoint', 'json_text', 'csv_text',
-           'table_rows']
+           'predict_package', 'open_version', 'comes_back', 'EndpointClient', 'predict_endpoint', 'json_text',
+           'csv_text', 'table_rows', 'Tally']
 
 # %% ../../nbs/serving/16_predict.ipynb #eb086d88
 class ImageFile(NamedTuple):
@@ -180,6 +180,14 @@ def open_version(registry: Registry, version: str) -> Package:
 REQUESTS = 8  # at a time
 TRIES = 10    # for an image, while the endpoint has no room
 
+def comes_back(url: str, checks: int = 3) -> bool:
+    "Return whether the endpoint at `url` answers at one of `checks`, a second apart: a worker that died is replaced."
+    for check in range(checks):
+        time.sleep(min(check, 1))
+        if is_answering(url):
+            return True
+    return False
+
 class EndpointClient:
     "Asks the endpoint at `url` for the row of a file. With `test` its requests are marked as those of a test."
     def __init__(self, url: str, test: bool = True):
@@ -197,22 +205,20 @@ class EndpointClient:
             return make_row(file.path, str(e))
 
     def _ask(self, data: bytes) -> Row:
-        failures = 0
-        for left in reversed(range(TRIES)):
-            if self.gone:
-                break
+        "Return the prediction for an image. Raise `EndpointError` after two failures, or `TRIES` without room."
+        tries = TRIES
+        while not self.gone:
             try:
                 return invoke(self.url, data, content_type(data), test=self.test)["predictions"][0]
             except Busy as e:
-                if not left:
+                if (tries := tries - 1) <= 0:
                     raise
                 time.sleep(min(e.seconds, 30))
             except EndpointError:
-                failures += 1
-                self.gone = self.gone or not is_answering(self.url)
-                if failures == 2 or self.gone:
+                self.gone = self.gone or not comes_back(self.url)
+                if (tries := tries - TRIES // 2) <= 0 and not self.gone:
                     raise
-        raise EndpointError("not sent: the endpoint is gone")
+        raise EndpointError("the endpoint does not answer")
 
 def predict_endpoint(url: str, files: Iterable[ImageFile], test: bool = True) -> Iterator[Row]:
     "Yield a row for each of `files`, in their order, as the endpoint at `url` answers. Raise as `EndpointClient` does."
@@ -241,9 +247,18 @@ def _csv_line(values: Iterable[Any]) -> str:
     return out.getvalue()
 
 # %% ../../nbs/serving/16_predict.ipynb #d96a5152
-def table_rows(rows: Iterable[Row]) -> list[Row]:
-    "Return `rows` for a table in a terminal: without probabilities, and with a column of errors if there are any."
-    shown = [{name: printable(value) if isinstance(value := row.get(name), str) else value for name in COLUMNS}
-             for row in rows]
-    failed = any(row["error"] for row in shown)
-    return shown if failed else [{name: row[name] for name in COLUMNS[:3]} for row in shown]
+def table_rows(rows: Iterable[Row]) -> Iterator[Row]:
+    "Yield the `COLUMNS` of `rows` as a terminal may show them; None where a row has nothing."
+    for row in rows:
+        yield {name: printable(value) if isinstance(value := row.get(name), str) else value for name in COLUMNS}
+
+# %% ../../nbs/serving/16_predict.ipynb #c95b3f3b
+class Tally:
+    "Passes `rows` on, and counts them: how many were `seen` until now, and how many of them `failed`."
+    def __init__(self, rows: Iterable[Row]):
+        self.rows, self.seen, self.failed = rows, 0, 0
+
+    def __iter__(self) -> Iterator[Row]:
+        for row in self.rows:
+            self.seen, self.failed = self.seen + 1, self.failed + ("error" in row)
+            yield row
