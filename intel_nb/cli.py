@@ -537,7 +537,7 @@ def _running_url(stage: str) -> str:
 
 # %% ../nbs/20_cli.ipynb #84244fb2
 ImagesArgument = Annotated[list[str], typer.Argument(
-    metavar="IMAGE...", help="Files, folders, 'patterns' in quotes, or - for a list of names on standard input.")]
+    metavar="IMAGE", help="Files, folders, 'patterns' in quotes, or - for a list of names on standard input.")]
 CsvOption = Annotated[bool, typer.Option("--csv", help="Print a table in CSV, and nothing else.")]
 ObserveOption = Annotated[bool, typer.Option("--observe", help="Count the images as traffic, which the drift detector "
                                              "sees. Without it they are marked as a test.")]
@@ -545,7 +545,7 @@ ObserveOption = Annotated[bool, typer.Option("--observe", help="Count the images
 @app.command("predict")
 def predict_command(
     images: ImagesArgument,
-    stage: Annotated[str | None, typer.Option(help="The stage that answers.", show_default="staging")] = None,
+    stage: Annotated[str | None, typer.Option(help="The stage that answers; by default staging.")] = None,
     version: Annotated[str | None, typer.Option(help="Ask this version, without an endpoint.")] = None,
     package: Annotated[str | None, typer.Option(
         metavar="PATH", help="Ask this package, a folder or a model.tar.gz, without an endpoint.")] = None,
