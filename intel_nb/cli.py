@@ -473,12 +473,13 @@ def stop_command(
         print_line(f"{name} is stopped")
 
 # %% ../nbs/20_cli.ipynb #785518cf
-def with_bar(rows: Iterable[dict[str, Any]], total: int) -> Iterable[dict[str, Any]]:
+def with_bar(rows: Iterable[dict[str, Any]], total: int, console: Any = None) -> Iterable[dict[str, Any]]:
     "Yield `rows`, `total` in number, and show on standard error how far they are."
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as progress:
+    console = console or Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False) as progress:
         yield from progress.track(rows, total)
 
 # %% ../nbs/20_cli.ipynb #6a0b704d
