@@ -24,17 +24,18 @@ if TYPE_CHECKING:  # each command imports what it needs, so that --help does not
 
 # %% auto #0
 __all__ = ['app', 'aws_app', 'INTERRUPTED', 'JsonOption', 'VersionArgument', 'StageArgument', 'EXIT_STATUS', 'Setting', 'Profile',
-           'Engine', 'Approve', 'Replace', 'ImagesArgument', 'ModelArgument', 'NameOption', 'PipelineOption',
-           'StackOption', 'YesOption', 'Reason', 'print_line', 'print_error', 'call', 'main', 'format_table',
-           'print_json', 'print_rows', 'complete_with', 'complete_versions', 'complete_runs', 'complete_steps',
-           'complete_profiles', 'complete_settings', 'PlainProgress', 'BarProgress', 'show_progress', 'data_lines',
-           'annotation_lines', 'describe_version', 'describe_run', 'exit_with_outcome', 'request_from', 'check_given',
-           'run_command', 'runs_command', 'report_command', 'version_row', 'print_versions', 'models_command',
-           'trace_command', 'describe_shadow', 'describe_drift', 'drift_and_shadow', 'endpoints_command',
-           'captures_command', 'carry_out_decision', 'approve_command', 'reject_command', 'promote_command',
-           'rollback_command', 'shadow_command', 'start_command', 'stop_command', 'print_predictions', 'predict_file',
-           'predict_command', 'serve_command', 'sign_command', 'export_command', 'import_command', 'watch_command',
-           'prune_command', 'confirm_unless', 'aws_template_command', 'aws_definition_command', 'aws_rehearse_command',
+           'Engine', 'Approve', 'Replace', 'BAR_FROM', 'ImagesArgument', 'CsvOption', 'ObserveOption', 'ModelArgument',
+           'NameOption', 'PipelineOption', 'StackOption', 'YesOption', 'Reason', 'print_line', 'print_error', 'call',
+           'main', 'format_table', 'print_json', 'print_rows', 'complete_with', 'complete_versions', 'complete_runs',
+           'complete_steps', 'complete_profiles', 'complete_settings', 'PlainProgress', 'BarProgress', 'show_progress',
+           'data_lines', 'annotation_lines', 'describe_version', 'describe_run', 'exit_with_outcome', 'request_from',
+           'check_given', 'run_command', 'runs_command', 'report_command', 'version_row', 'print_versions',
+           'models_command', 'trace_command', 'describe_shadow', 'describe_drift', 'drift_and_shadow',
+           'endpoints_command', 'captures_command', 'carry_out_decision', 'approve_command', 'reject_command',
+           'promote_command', 'rollback_command', 'shadow_command', 'start_command', 'stop_command', 'with_bar',
+           'print_predictions', 'print_prediction_table', 'print_data', 'check_at_most_one', 'predict_command',
+           'serve_command', 'sign_command', 'export_command', 'import_command', 'watch_command', 'prune_command',
+           'confirm_unless', 'aws_template_command', 'aws_definition_command', 'aws_rehearse_command',
            'aws_cost_command', 'aws_deploy_command', 'aws_start_command', 'aws_status_command', 'aws_models_command',
            'aws_approve_command', 'aws_promote_command', 'aws_reject_command', 'aws_rollback_command',
            'aws_invoke_command', 'aws_logs_command', 'aws_destroy_command']
@@ -90,8 +91,8 @@ def call(arguments: list[str]) -> int:
     try:
         status = app([a for a in arguments if a != "--debug"], prog_name="intel-nb", standalone_mode=False) or 0
         return print_error(INTERRUPTED, status) if status == 130 else status  # typer's status for a KeyboardInterrupt
-    except (KeyboardInterrupt, typer.Abort):
-        return print_error(INTERRUPTED, 130)
+    except (KeyboardInterrupt, typer.Abort) as error:
+        return print_error(str(error) or INTERRUPTED, 130)
     except BrokenPipeError:
         return _drop_output()
     except Exception as error:
@@ -583,41 +584,100 @@ def stop_command(
         print_line(f"{name} is stopped")
 
 # %% ../nbs/20_cli.ipynb #785518cf
-def print_predictions(url: str, images: list[str], as_json: bool) -> None:
-    "Print what the endpoint at `url` predicts for image files."
-    rows = [{"image": image, **predict_file(url, image)} for image in images]
-    columns = ("image", "label", "confidence")
-    print_rows(rows if as_json else [{name: row[name] for name in columns} for row in rows], as_json, "")
+def with_bar(rows: Iterable[dict[str, Any]], total: int, console: Any = None) -> Iterable[dict[str, Any]]:
+    "Yield `rows`, `total` in number, and show on standard error how far they are."
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    console = console or Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False) as progress:
+        yield from progress.track(rows, total)
 
-def predict_file(url: str, image: str) -> dict[str, Any]:
-    "Return an endpoint's prediction for an image file. Raise `InputError` if it is missing or refused."
-    from pathlib import Path
+# %% ../nbs/20_cli.ipynb #6a0b704d
+BAR_FROM = 200  # images; fewer take seconds
 
-    from intel_nb.images import FORMATS, media_type
-    from intel_nb.serving.endpoints import invoke
-    if not Path(image).is_file():
-        raise InputError(f"{image} does not exist")
+def print_predictions(rows: Iterable[dict[str, Any]], total: int, as_json: bool, as_csv: bool) -> None:
+    "Print `rows`, `total` in number, as `intel_nb.serving.predict` makes them. Exit with 1 if one has an error."
+    from intel_nb.serving.predict import Tally, csv_text, json_text
+    tally, streams = Tally(rows), as_json or as_csv
+    has_bar = total >= BAR_FROM and sys.stderr.isatty() and not (streams and sys.stdout.isatty())
+    shown = with_bar(tally, total) if has_bar else tally
     try:
-        kind = media_type(data := Path(image).read_bytes())
-    except ValueError:
-        raise InputError(f"{image} is no image that the endpoint takes; it takes {', '.join(FORMATS)}") from None
-    return invoke(url, data, kind)["predictions"][0]
+        if streams:
+            print_data(csv_text(shown) if as_csv else json_text(shown))
+        else:
+            print_prediction_table(shown)
+    except KeyboardInterrupt:
+        raise typer.Abort(f"interrupted after {tally.seen:,} of {total:,} images") from None
+    if tally.failed:
+        raise typer.Exit(print_error(f"{tally.failed:,} of {total:,} images have no prediction", 1))
 
-# %% ../nbs/20_cli.ipynb #84244fb2
-ImagesArgument = Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files.")]
+# %% ../nbs/20_cli.ipynb #f19c74b4
+def print_prediction_table(rows: Iterable[dict[str, Any]]) -> None:
+    "Print `rows` as a table when they end, or break off. The column of errors is there if there are any."
+    from intel_nb.serving.predict import COLUMNS, table_rows
+    seen: list[dict[str, Any]] = []
+    try:
+        seen.extend(table_rows(rows))
+    finally:
+        columns = COLUMNS if any(row["error"] for row in seen) else COLUMNS[:3]
+        if seen:
+            print_line(format_table([{name: row[name] for name in columns} for row in seen], ""))
 
-@app.command("predict")
-def predict_command(
-    images: ImagesArgument,
-    stage: Annotated[str, typer.Option(help="The stage that answers.")] = "staging",
-    as_json: JsonOption = False,
-) -> None:
-    "Classify images with a live endpoint."
+def print_data(texts: Iterable[str]) -> None:
+    "Print each of `texts` at once: exactly as it is, but for a terminal without what it would obey."
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a file's name may be any bytes
+    for text in texts:
+        shown = "\n".join(map(printable, text.split("\n"))) if sys.stdout.isatty() else text
+        print(shown, end="", flush=True)
+
+# %% ../nbs/20_cli.ipynb #89d30a71
+def check_at_most_one(given: dict[str, bool]) -> None:
+    "Raise `InputError` if more than one of the options is `given`."
+    names = [name for name, is_given in given.items() if is_given]
+    if len(names) > 1:
+        raise InputError(f"{' and '.join(names)} exclude each other; leave one out")
+
+def _running_url(stage: str) -> str:
+    "Return the URL of the endpoint of `stage`. Raise `InputError` if it does not run."
     from intel_nb.chain.decisions import find_endpoint
     endpoint = find_endpoint(_workspace(), stage)
     if endpoint.status != "running":
         raise InputError(f"{stage} is {endpoint.status}; intel-nb start {stage}")
-    print_predictions(endpoint.url, images, as_json)
+    return endpoint.url
+
+# %% ../nbs/20_cli.ipynb #84244fb2
+ImagesArgument = Annotated[list[str], typer.Argument(
+    metavar="IMAGE", help="Files, folders, 'patterns' in quotes, or - for a list of names on standard input.")]
+CsvOption = Annotated[bool, typer.Option("--csv", help="Print a table in CSV, and nothing else.")]
+ObserveOption = Annotated[bool, typer.Option("--observe", help="Count the images as traffic, which the drift detector "
+                                             "sees. Without it they are marked as a test.")]
+
+@app.command("predict")
+def predict_command(
+    images: ImagesArgument,
+    stage: Annotated[str | None, typer.Option(help="The stage that answers; by default staging.")] = None,
+    version: Annotated[str | None, typer.Option(help="Ask this version, without an endpoint.")] = None,
+    package: Annotated[str | None, typer.Option(
+        metavar="PATH", help="Ask this package, a folder or a model.tar.gz, without an endpoint.")] = None,
+    observe: ObserveOption = False,
+    as_csv: CsvOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    "Classify images. Each gets a row; the exit status is 1 if one has no prediction."
+    from intel_nb.model import load_package
+    from intel_nb.serving.predict import find_files, open_version, predict_endpoint, predict_package
+    asked = {"--version": version is not None, "--package": package is not None}
+    for other in {"--stage": stage is not None}, {"--observe": observe}:
+        check_at_most_one(asked | other)
+    check_at_most_one({"--csv": as_csv, "--json": as_json})
+    if any(asked.values()):
+        found = load_package(package) if package is not None else open_version(_workspace().registry(), str(version))
+        rows = predict_package(found, files := find_files(images))
+    else:
+        rows = predict_endpoint(_running_url(stage or "staging"), files := find_files(images), not observe)
+    print_predictions(rows, len(files), as_json, as_csv)
 
 # %% ../nbs/20_cli.ipynb #c2cda8be
 def _find_package(model: str) -> tuple[str, str]:
@@ -857,10 +917,16 @@ def aws_invoke_command(
     images: ImagesArgument,
     stage: Annotated[str, typer.Option(help="The stage that answers.")] = "staging",
     name: NameOption = "intel-nb",
+    observe: ObserveOption = False,
+    as_csv: CsvOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    "Classify images with an endpoint on SageMaker."
-    print_predictions(cloud_module("commands").stage_url(stage, name), images, as_json)
+    "Classify images with an endpoint on SageMaker. Each gets a row; the exit status is 1 if one has no prediction."
+    from intel_nb.serving.predict import find_files, predict_endpoint
+    check_at_most_one({"--csv": as_csv, "--json": as_json})
+    url = cloud_module("commands").stage_url(stage, name)
+    rows = predict_endpoint(url, files := find_files(images), not observe)
+    print_predictions(rows, len(files), as_json, as_csv)
 
 # %% ../nbs/20_cli.ipynb #fade1daf
 @aws_app.command("logs")

@@ -24,9 +24,10 @@ import intel_nb
 
 # %% auto #0
 __all__ = ['InputError', 'remove', 'written_aside', 'write_bytes', 'write_text', 'write_json', 'read_json', 'printable',
-           'last_line', 'sha256_file', 'files_of', 'tree_digest', 'is_remote', 'cloud_module', 'fetch', 'each_source',
-           'put', 'link', 'utc_text', 'utc_now', 'output_folder', 'check_all_or_none', 'absolute_keys', 'python_path',
-           'missing_packages', 'check_extra', 'explain_missing', 'whole_number', 'locked', 'is_locked']
+           'last_line', 'sha256_file', 'is_hidden_name', 'files_of', 'tree_digest', 'is_remote', 'cloud_module',
+           'fetch', 'each_source', 'put', 'link', 'utc_text', 'utc_now', 'output_folder', 'check_all_or_none',
+           'absolute_keys', 'python_path', 'missing_packages', 'check_extra', 'explain_missing', 'whole_number',
+           'locked', 'is_locked']
 
 # %% ../nbs/10_storage.ipynb #57c23216
 class InputError(ValueError):
@@ -97,6 +98,14 @@ def sha256_file(path: str | Path) -> str:
     "Return the SHA-256 of the file's bytes in hexadecimal."
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+# %% ../nbs/10_storage.ipynb #c74cf6ac
+_TOOLS = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "@recycle", "#recycle", "#snapshot",
+          "$recycle.bin", "system volume information", "lost+found"}
+
+def is_hidden_name(name: str) -> bool:
+    "Return whether a file or folder of this name is hidden, or was left behind by a tool."
+    return name.startswith(".") or name.casefold() in _TOOLS
 
 # %% ../nbs/10_storage.ipynb #372d1ed1
 def files_of(folder: str | Path) -> list[str]:

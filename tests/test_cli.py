@@ -231,7 +231,8 @@ def test_the_endpoint_answers(staged_once, tmp_path):
     assert staged_once("predict", str(tmp_path / "none.jpg")).status == 2
     images[0].write_bytes(b"no image")
     refused = staged_once("predict", str(images[0]))
-    assert refused.status == 2 and "Traceback" not in refused.err
+    assert refused.status == 1 and "Traceback" not in refused.err
+    assert "not one of JPEG" in refused.out
 
 
 def test_the_same_command_again_is_all_cached(staged_once):

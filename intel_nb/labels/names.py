@@ -11,11 +11,10 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-from ..storage import InputError
+from ..storage import InputError, is_hidden_name
 
 # %% auto #0
-__all__ = ['MAX_DEPTH', 'ENCODINGS', 'normal_name', 'inner_path', 'is_hidden_name', 'is_hidden', 'likeliest_readings',
-           'read_names']
+__all__ = ['MAX_DEPTH', 'ENCODINGS', 'normal_name', 'inner_path', 'is_hidden', 'likeliest_readings', 'read_names']
 
 # %% ../../nbs/labels/01_names.ipynb #586b631d
 def normal_name(name: str) -> str:
@@ -39,13 +38,6 @@ def inner_path(written: str, where: str) -> str:
     return posixpath.normpath(path)
 
 # %% ../../nbs/labels/01_names.ipynb #bcd18c2d
-_TOOLS = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "@recycle", "#recycle", "#snapshot",
-          "$recycle.bin", "system volume information", "lost+found"}
-
-def is_hidden_name(name: str) -> bool:
-    "Return whether a file or folder of this name is hidden, or was left behind by a tool."
-    return name.startswith(".") or name.casefold() in _TOOLS
-
 def is_hidden(path: str) -> bool:
     "Return whether a file is hidden or lies in a folder that is."
     return any(map(is_hidden_name, path.split("/")))

@@ -15,8 +15,8 @@ import numpy as np
 from ..dataset import SPLITS
 from .layout import Layout, folder_of
 from .members import Files
-from .names import is_hidden, is_hidden_name, normal_name
-from ..storage import InputError
+from .names import is_hidden, normal_name
+from ..storage import InputError, is_hidden_name
 
 # %% auto #0
 __all__ = ['Ledger', 'Named', 'check_names', 'name_by_folders', 'choose_classes']

@@ -26,10 +26,10 @@ from .supervisor import ENGINES, StageRequest, is_alive, read_record, supervisor
 from ..storage import InputError, absolute_keys, cloud_module, last_line, locked, python_path, write_json
 
 # %% auto #0
-__all__ = ['SHADOW_ENV', 'Endpoint', 'EndpointError', 'Endpoints', 'open_endpoints', 'Refused', 'as_refusal', 'request_json',
-           'invoke', 'drift_status', 'is_answering', 'read_endpoint', 'check_stage', 'check_engine', 'stage_folder',
-           'captures_folder', 'start_supervisor', 'is_gone', 'send_request', 'wait_for_endpoint', 'end_processes',
-           'LocalEndpoints', 'throwaway']
+__all__ = ['SHADOW_ENV', 'Endpoint', 'EndpointError', 'Endpoints', 'open_endpoints', 'Refused', 'Busy', 'as_refusal',
+           'request_json', 'invoke', 'drift_status', 'is_answering', 'read_endpoint', 'check_stage', 'check_engine',
+           'stage_folder', 'captures_folder', 'start_supervisor', 'is_gone', 'send_request', 'wait_for_endpoint',
+           'end_processes', 'LocalEndpoints', 'throwaway']
 
 # %% ../../nbs/serving/12_endpoints.ipynb #1630776e
 @dataclass(frozen=True)
@@ -76,19 +76,27 @@ def open_endpoints(uri: str | Path) -> Endpoints:
 
 # %% ../../nbs/serving/12_endpoints.ipynb #2c0588a4
 class Refused(InputError):
-    "The endpoint refused a request with an HTTP `status` and an error `code`."
+    "The endpoint refused a request with an HTTP `status`, an error `code` and a `message`."
     def __init__(self, status: int, code: str, message: str):
         super().__init__(f"the endpoint refused it ({status} {code}): {message}")
-        self.status, self.code = status, code
+        self.status, self.code, self.message = status, code, message
 
-def as_refusal(status: int, body: bytes) -> Exception:
-    "Return the error for an HTTP error: `EndpointError` from status 500 up, `Refused` below."
+class Busy(EndpointError):
+    "The endpoint has no room for a request now; the same request may be sent again after some `seconds`."
+    def __init__(self, message: str, retry_after: str):
+        super().__init__(message)
+        self.seconds = int(retry_after) if retry_after.isdecimal() else 1  # it may be a date
+
+def as_refusal(status: int, body: bytes, retry_after: str = "") -> Exception:
+    "Return the error for an HTTP error: `EndpointError` from status 500 up (`Busy` if it will pass), `Refused` below."
     try:
         error = json.loads(body)["error"]
     except (ValueError, KeyError, TypeError):
         error = {"code": "unknown", "message": body[:200].decode(errors="replace")}
     if status >= 500:
-        return EndpointError(f"the endpoint cannot answer now ({status} {error['code']}): {error['message']}")
+        message = f"the endpoint cannot answer now ({status} {error['code']}): {error['message']}"
+        passes = error["code"] in ("overloaded", "not_ready")
+        return Busy(message, retry_after) if passes else EndpointError(message)
     return Refused(status, error["code"], error["message"])
 
 # %% ../../nbs/serving/12_endpoints.ipynb #e30a184c
@@ -106,7 +114,7 @@ def request_json(url: str, body: bytes | None = None, content_type: str | None =
         with urlopen(Request(url, body, {k: v for k, v in headers.items() if v}), timeout=timeout) as reply:
             return json.load(reply)
     except HTTPError as e:
-        raise as_refusal(e.code, e.read()) from None
+        raise as_refusal(e.code, e.read(), e.headers.get("Retry-After", "")) from None
     except (OSError, HTTPException, ValueError) as e:
         raise EndpointError(f"{url} does not answer ({e}); intel-nb endpoints shows what runs") from None
 
