@@ -186,10 +186,11 @@ def shows(tab: Tab, prediction: dict) -> None:
 CARRIED = """const bytes = Uint8Array.from(atob(%r), c => c.charCodeAt(0)), carried = new DataTransfer();
 carried.items.add(new File([bytes], %r, {type: %r}));"""
 DROP = 'dispatchEvent(new DragEvent("drop", {dataTransfer: carried, bubbles: true, cancelable: true}))'
-WAYS = {
-    "drop": f'document.getElementById("drop").{DROP}',
-    "drop beside the frame": f"document.body.{DROP}",
-    "paste": 'document.body.dispatchEvent(new ClipboardEvent("paste", {clipboardData: carried, bubbles: true}))',
+WAYS = {  # what is done, and what the browser takes the file for: its bytes say that it is an image
+    "drop": (f'document.getElementById("drop").{DROP}', "scene.jpg", "image/jpeg"),
+    "drop beside the frame": (f"document.body.{DROP}", "scene", ""),
+    "paste": ('document.body.dispatchEvent(new ClipboardEvent("paste", {clipboardData: carried, bubbles: true}))',
+              "scene.txt", "text/plain"),
 }
 
 
@@ -219,11 +220,10 @@ def test_an_image_is_chosen(tab, url, tmp_path):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name,kind", [("scene.jpg", "image/jpeg"), ("scene", ""), ("scene.txt", "text/plain")])
-def test_an_image_comes_otherwise(tab, url, way, name, kind):
-    "Its bytes say that it is an image, whatever the browser takes it for."
+def test_an_image_comes_otherwise(tab, url, way):
+    done, name, kind = WAYS[way]
     tab.open(url)
-    tab.js("{" + CARRIED % (base64.b64encode(SCENES[5]).decode(), name, kind) + WAYS[way] + "}")
+    tab.js("{" + CARRIED % (base64.b64encode(SCENES[5]).decode(), name, kind) + done + "}")
     shows(tab, invoke(url, SCENES[5]).json()["predictions"][0])
 
 

@@ -34,22 +34,23 @@ SCHEMAS: dict[str, Any] = {
     "Drift": _object(observations={"type": "integer", "minimum": 0, "description": "Images seen; it only grows."},
                      **_READING, alarms={"type": "integer", "minimum": 0}, last_alarm={"type": ["string", "null"]}),
     "History": _object(readings={"type": "array", "maxItems": 300, "items": {
-        "type": "array", "prefixItems": [{"type": "number"}, {"type": "number"}, {"type": "boolean"}], "items": False,
-        "minItems": 3, "description": "Statistic, threshold, and whether it is drift."}}),
+        "type": "array", "items": {"type": ["number", "boolean"]}, "minItems": 3, "maxItems": 3,
+        "description": "Statistic, threshold, and whether it is drift."}}),
     "Ready": _object(status={"const": "ready"}, model=_object(**_MODEL)),
     "Pixels": {"type": "array", "minItems": 1, "description": "H×W×3 numbers; not all within 0 and 1, unless whole.",
                "items": {"type": "array", "minItems": 1, "items": {
                    "type": "array", "minItems": 3, "maxItems": 3, "items": {
                        "type": "number", "minimum": 0, "maximum": 255}}}},
     "Files": {"type": "array", "minItems": 1, "maxItems": 64, "items": {
-        "type": "string", "contentEncoding": "base64", "contentMediaType": "image/*",
+        "type": "string", "format": "base64-image", "contentEncoding": "base64", "contentMediaType": "image/*",
         "description": "In either alphabet, with or without padding and line breaks; also as a URL data:…;base64,…"}},
     "Images": {"type": "object", "description": "One of the two fields; other fields are ignored.", "oneOf": [
         {"required": ["inputs"], "properties": {"inputs": {"$ref": "#/components/schemas/Pixels"}, "instances": False}},
         {"required": ["instances"], "properties": {
             "instances": {"$ref": "#/components/schemas/Files"}, "inputs": False}}]},
-    "Form": {"type": "object", "minProperties": 1, "description": "Files, under any names.", "additionalProperties": {
-        "type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}},
+    "Form": {"type": "object", "required": ["file"], "additionalProperties": False, "properties": {"file": {
+        "type": "array", "minItems": 1, "maxItems": 64, "items": {"type": "string", "format": "binary"},
+        "description": "Files; any name of the field will do."}}},
 }
 
 # %% ../../nbs/serving/00_openapi.ipynb #0c9ff439
