@@ -1,4 +1,5 @@
 """Images that an alarm keeps: a real endpoint, scenes in fog, and a folder that Label Studio imports."""
+import asyncio
 import base64
 import hashlib
 import io
@@ -14,7 +15,12 @@ from PIL import Image
 from intel_nb.images import encode_jpeg
 from intel_nb.scenes import SAMPLE_CLASSES, sample_scene
 from intel_nb.serving.captures import CaptureRecord, list_captures
+from intel_nb.serving.dataplane import InferenceRequest, Service, Settings
 from intel_nb.serving.endpoints import LocalEndpoints, drift_status, invoke
+
+
+def photo(number: int) -> bytes:
+    return encode_jpeg(sample_scene(number % 6, np.random.default_rng([5, number])))
 
 
 def fogged(number: int) -> bytes:
@@ -65,7 +71,7 @@ def test_a_test_is_no_traffic(tmp_path, sample_model):
 
 def test_an_alarm_keeps_its_window_and_what_follows(tmp_path, sample_model):
     endpoints, url = serve(tmp_path, sample_model, INTEL_NB_CAPTURE="30")
-    calm = [encode_jpeg(sample_scene(k % 6, np.random.default_rng([5, k]))) for k in range(20)]
+    calm = [photo(k) for k in range(20)]
     assert not any(invoke(url, image, "image/jpeg")["drift"][0]["is_drift"] for image in calm)
     sent = send_until_alarm(url)
     deadline = time.monotonic() + 30
@@ -155,3 +161,30 @@ def test_on_a_cluster_the_front_keeps_them(tmp_path, sample_model):
     tasks = json.loads((capture.where / "tasks.json").read_text())
     assert tasks[-1]["data"]["image"] == f"images/{hashlib.sha256(sent[-1]).hexdigest()}.jpg"
     assert capture.where.name in {alarm.stem for alarm in alarms_in(tmp_path)}
+
+
+@pytest.mark.slow
+def test_probes_change_no_alarm(package, tmp_path):
+    "Two thousand scenes, the last in fog, alone and with a probe at every tenth: the same readings and alarms."
+    images = [InferenceRequest("image/jpeg", photo(k) if k < 1500 else fogged(k)) for k in range(2000)]
+    probe = InferenceRequest("image/jpeg", photo(0), is_test=True)
+
+    async def readings(name: str, every: int | None) -> list[dict]:
+        service, found = Service(package, tmp_path / name, "1", Settings(threads=2)), []
+        service.warm()
+        service.start()
+        for k, image in enumerate(images):
+            together = [image, probe] if every and k % every == 0 else [image]
+            answer, *probed = await asyncio.gather(*map(service.submit, together))
+            found += json.loads(answer)["drift"]
+            assert all(json.loads(one)["drift"] == [] for one in probed)
+        await service.release()
+        assert service.monitor.status()["observations"] == len(images)
+        service.batcher.close()
+        return found
+
+    alone, probed = asyncio.run(readings("alone", None)), asyncio.run(readings("probed", 10))
+    alarms = [[k for k, reading in enumerate(run) if reading["is_drift"]] for run in (alone, probed)]
+    assert alarms[0] == alarms[1] and max(alarms[0]) >= 1500
+    assert [r["time"] for r in alone] == [r["time"] for r in probed]
+    assert [r["statistic"] for r in probed] == pytest.approx([r["statistic"] for r in alone], abs=1e-3)

@@ -10,7 +10,7 @@ import threading
 import time
 from contextlib import contextmanager
 from functools import partial
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 from urllib.request import urlopen
 
 import httpx
@@ -88,10 +88,10 @@ class Tab:
         self.call("Page.navigate", url=url)
         self.when("document.getElementById('model')?.textContent.includes('Model')")
 
-    def choose(self, path) -> None:
-        "Choose a file, as a person does in the dialog."
+    def choose(self, *paths) -> None:
+        "Choose files, as a person does in the dialog."
         field = self.call("Runtime.evaluate", expression="document.getElementById('file')")["result"]["objectId"]
-        self.call("DOM.setFileInputFiles", files=[str(path)], objectId=field)
+        self.call("DOM.setFileInputFiles", files=list(map(str, paths)), objectId=field)
 
     def key(self, name: str, code: int) -> None:
         "Press a key and let it go."
@@ -261,6 +261,23 @@ def test_what_the_endpoint_refuses_is_said(tab, url, tmp_path):
     tab.choose(tmp_path / "scene.jpg")
     tab.when("document.getElementById('label').textContent")
     assert tab.text("error") == ""
+
+
+def test_a_form_of_ones_own_is_answered(tab, url, tmp_path):
+    "A page of somebody else posts its form, without a script."
+    for name, content in (("a.jpg", SCENES[3]), ("b", SCENES[4])):
+        (tmp_path / name).write_bytes(content)
+    html = (f"<form action='{url}/invocations' method=post enctype=multipart/form-data>"
+            "<input type=file name=photos multiple id=file></form>")
+    tab.call("Page.navigate", url="data:text/html," + quote(html))
+    tab.when("document.getElementById('file')")
+    tab.choose(tmp_path / "a.jpg", tmp_path / "b")
+    tab.js("document.forms[0].submit()")
+    shown, end = "", time.monotonic() + SECONDS
+    while "predictions" not in shown and time.monotonic() < end:  # the old document goes at any moment
+        shown = tab.call("Runtime.evaluate", expression="document.body?.innerText")["result"].get("value") or ""
+    assert [p["label"] for p in json.loads(shown)["predictions"]] == [
+        invoke(url, scene).json()["predictions"][0]["label"] for scene in SCENES[3:5]]
 
 
 def test_it_works_under_any_path(tab, url):
