@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from xml.etree import ElementTree
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -109,7 +110,7 @@ def test_an_alarm_keeps_its_window_and_what_follows(tmp_path, sample_model):
 
 
 @pytest.mark.slow
-def test_images_in_json_and_arrays_are_kept_too(tmp_path, sample_model):
+def test_images_of_every_form_are_kept(tmp_path, sample_model):
     endpoints, url = serve(tmp_path, sample_model, INTEL_NB_CAPTURE="200", INTEL_NB_CAPTURES="3")
     send_until_alarm(url)
     texts = [base64.b64encode(fogged(500 + k)).decode() for k in range(3)]
@@ -119,12 +120,19 @@ def test_images_in_json_and_arrays_are_kept_too(tmp_path, sample_model):
     invoke(url, json.dumps({"instances": texts}).encode(), "application/json")
     invoke(url, array.getvalue(), "application/x-npy")
     invoke(url, json.dumps({"inputs": pixels[0].tolist()}).encode(), "application/json")
+    sent = [fogged(700 + k) for k in range(4)]
+    body = httpx.Request("POST", url, files=[("file", sent[0]), ("file", sent[1])])
+    invoke(url, body.read(), body.headers["content-type"])
+    invoke(url, sent[2], "application/octet-stream")
+    invoke(url, json.dumps({"instances": [f"data:;base64,{base64.encodebytes(sent[3]).decode()}"]}).encode(),
+           "application/json")
     endpoints.stop("staging")
     capture, = captures_in(tmp_path)
-    names = [t["data"]["image"] for t in json.loads((capture.where / "tasks.json").read_text())][-5:]
+    names = [t["data"]["image"] for t in json.loads((capture.where / "tasks.json").read_text())][-9:]
     assert [(capture.where / n).read_bytes() for n in names[:3]] == [base64.b64decode(t) for t in texts]
-    assert [n.rpartition(".")[2] for n in names[3:]] == ["png", "png"]  # the same pixels as JSON are not kept again
-    stored = [np.asarray(Image.open(capture.where / name)) for name in names[3:]]
+    assert [(capture.where / n).read_bytes() for n in names[5:]] == sent
+    assert [n.rpartition(".")[2] for n in names[3:5]] == ["png", "png"]  # the same pixels as JSON are not kept again
+    stored = [np.asarray(Image.open(capture.where / name)) for name in names[3:5]]
     assert [np.array_equal(image, p) for image, p in zip(stored, pixels)] == [True, True]
 
 

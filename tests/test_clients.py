@@ -23,6 +23,7 @@ from PIL import Image
 from intel_nb.images import encode_jpeg, encode_png
 from intel_nb.scenes import sample_scene
 from intel_nb.serving.endpoints import drift_status, throwaway
+from intel_nb.serving.shadow import Copy, ShadowClient, Tally
 
 SCENE = sample_scene(3, np.random.default_rng(0))
 PHOTO, PICTURE = encode_jpeg(SCENE), encode_png(SCENE)
@@ -412,6 +413,19 @@ def test_java(url, files, tmp_path):
     assert {version for version, _, _ in replies} == {"HTTP_1_1"}
     for (_, status, text), wanted in zip(replies, [(200, 1)] * 4 + [(400, "no bytes"), (405, "by POST")], strict=True):
         assert Reply(int(status), text).is_as(*wanted), text
+
+
+def test_a_shadow_reads_whatever_production_read(url):
+    client, tally, copies = ShadowClient(), Tally("2", url), []
+    for name, (_, boundary, body, status, _) in BROWSER.items():
+        if status == 200:
+            copies.append((f"multipart/form-data; boundary={boundary}" if boundary else PLAIN[name][1], body))
+    for kind, body in [("", PHOTO), *copies]:
+        answer = httpx.post(f"{url}/invocations", content=body, headers={"content-type": kind}, timeout=60)
+        client.compare(Copy(kind, body, answer.content, 0.1), tally)
+    client.close()
+    assert (tally.failed, tally.requests, tally.agreed) == (0, 1 + len(copies), tally.images)
+    assert tally.images > tally.requests > 4
 
 
 def test_there_are_forty_of_six_kinds():

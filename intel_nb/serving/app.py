@@ -239,7 +239,7 @@ class Application(FastAPI):
                 status = message["status"]
                 leaving = [(b"connection", b"close")] if self.service.leaving else []
                 message["headers"] = [*message["headers"], (b"x-request-id", name.encode()), *leaving]
-            size += len(message.get("body", b""))
+            size += len(message.get("body", b"")) if scope["method"] != "HEAD" else 0
             await send(message)
 
         try:
