@@ -229,8 +229,7 @@ class Application(FastAPI):
             await super().__call__(scope, receive, send)
             return
         began, headers = time.perf_counter(), dict(scope["headers"])
-        if scope["path"].endswith("/"):
-            scope.update(path=scope["path"].rstrip("/") or "/", raw_path=scope["raw_path"].rstrip(b"/") or b"/")
+        scope["path"] = scope["path"].rstrip("/") or "/"
         name, status, size = choose_request_id(headers.get(b"x-request-id", b"")), 0, 0
 
         async def send_named(message: Message) -> None:
