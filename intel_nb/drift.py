@@ -291,7 +291,7 @@ def plot_traffic(seen: list[dict], change: int, path: Path) -> Path:
 
 # %% ../nbs/04_drift.ipynb #12001dfb
 def send_for_readings(url: str, images: Sequence[bytes]) -> list[dict]:
-    "Send images one by one, and return the `drift` entry of each answer."
+    "Send images one by one, not as tests, and return the `drift` entry of each answer."
     return [invoke(url, data, media_type(data))["drift"][0] for data in images]
 
 # %% ../nbs/04_drift.ipynb #9aee5207

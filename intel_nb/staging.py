@@ -21,7 +21,7 @@ from .serving.endpoints import Refused, invoke
 from .storage import InputError
 
 # %% auto #0
-__all__ = ['BAD_REQUESTS', 'spread_indices', 'check_rows', 'differences', 'Answered', 'send_images', 'latency',
+__all__ = ['BAD_REQUESTS', 'OBSERVED', 'spread_indices', 'check_rows', 'differences', 'Answered', 'send_images', 'latency',
            'send_wrong_requests', 'detector_faults']
 
 # %% ../nbs/05_test_staging.ipynb #d2659060
@@ -59,11 +59,11 @@ class Answered(NamedTuple):
     seconds: float
 
 # %% ../nbs/05_test_staging.ipynb #454c349a
-def send_images(url: str, images: Sequence[bytes], at_once: int) -> list[Answered]:
+def send_images(url: str, images: Sequence[bytes], at_once: int, test: bool = True) -> list[Answered]:
     "Send `images` to the endpoint, `at_once` at a time, and return the answers in order."
     def one(data: bytes) -> Answered:
         began = time.perf_counter()
-        return Answered(invoke(url, data, media_type(data), test=True), time.perf_counter() - began)
+        return Answered(invoke(url, data, media_type(data), test=test), time.perf_counter() - began)
     with ThreadPoolExecutor(at_once) as pool:
         return list(pool.map(one, images))
 
@@ -81,6 +81,7 @@ BAD_REQUESTS: dict[str, tuple[str, bytes, int]] = {  # mistake: content type, bo
     "too many bytes": ("image/png", bytes(MAX_BYTES + 1), 413),
     "not an image type": ("text/plain", b"hello", 415),
     "malformed pixels": ("application/json", json.dumps({"inputs": [[0, 1], [2, 3]]}).encode(), 422),
+    "pixels from 0 to 1": ("application/json", json.dumps({"inputs": [[[0.2, 0.5, 1.0]]]}).encode(), 422),
 }
 
 def send_wrong_requests(url: str) -> dict[str, tuple[int, int]]:
@@ -94,13 +95,18 @@ def send_wrong_requests(url: str) -> dict[str, tuple[int, int]]:
     return {name: (expected, status(kind, body)) for name, (kind, body, expected) in BAD_REQUESTS.items()}
 
 # %% ../nbs/05_test_staging.ipynb #806241f3
-def detector_faults(before: dict[str, Any], after: dict[str, Any], answers: Sequence[Answered]) -> list[str]:
-    "List what is wrong with the detector's counts `before` and `after` these `answers`, and with their readings."
-    faults, seen = [], after["observations"] - before["observations"]
-    if seen < len(answers):
-        faults.append(f"the detector saw {seen} of {len(answers)} images")
-    for i, (answer, _) in enumerate(answers):
-        reading = answer["drift"][0]
-        if not (reading["time"] >= 1 and math.isfinite(reading["statistic"]) and math.isfinite(reading["threshold"])):
-            faults.append(f"reading {i} is {reading}")
+OBSERVED = 4  # images that are sent without the mark of a test
+
+def detector_faults(counts: tuple[int, int, int], tests: Sequence[Answered], observed: Sequence[Answered]) -> list[str]:
+    "List what is wrong with the detector's `counts` before and after the `tests` and after the `observed` images."
+    before, between, after = counts
+    faults = [f"the detector saw test {i}" for i, (answer, _) in enumerate(tests) if answer["drift"]]
+    if between - before >= len(tests) and after - between == len(observed):
+        faults.append(f"the detector counted {between - before} images during {len(tests)} tests")
+    if after - between < len(observed):
+        faults.append(f"the detector saw {after - between} of {len(observed)} images")
+    for i, (answer, _) in enumerate(observed):
+        found = [r for r in answer["drift"] if r["time"] >= 1 and math.isfinite(r["statistic"] - r["threshold"])]
+        if not found:
+            faults.append(f"reading {i} is {answer['drift']}")
     return faults

@@ -133,8 +133,8 @@ class Cloud:
             endpoint.endpoint_config_name = endpoint.endpoint_config_name if name in self.alarmed else config
         self.pending.clear()
 
-    def capture(self, endpoint: str, content_type: str, body: bytes, answer: bytes) -> None:
-        "Record a request and its answer as SageMaker does."
+    def capture(self, endpoint: str, content_type: str, body: bytes, answer: bytes, custom: list[str]) -> None:
+        "Record a request with its custom attributes, and its answer, as SageMaker does."
         sent = {"observedContentType": content_type, "mode": "INPUT", "encoding": "BASE64",
                 "data": base64.b64encode(body).decode()}
         got = {"observedContentType": "application/json", "mode": "OUTPUT", "encoding": "JSON", "data": answer.decode()}
@@ -143,7 +143,8 @@ class Cloud:
         when = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         self.captured.setdefault(endpoint, []).append({
             "captureData": {"endpointInput": sent, "endpointOutput": got},
-            "eventMetadata": {"eventId": str(uuid.uuid4()), "inferenceTime": when}, "eventVersion": "0"})
+            "eventMetadata": {"eventId": str(uuid.uuid4()), "inferenceTime": when,
+                              **({"customAttributes": custom} if custom else {})}, "eventVersion": "0"})
 
     def flush(self, endpoint: str, instances: int = 1) -> None:
         "Write the captured requests to S3, as so many instances would that share the traffic."
@@ -381,7 +382,7 @@ def invoke_endpoint(self, cloud: Cloud):
         return error_answer(424, "ModelError", {
             "Message": f"Received status {e.code} from primary", "OriginalStatusCode": e.code,
             "OriginalMessage": e.read().decode(), "LogStreamArn": ""})
-    cloud.capture(endpoint, content_type, body, answer)
+    cloud.capture(endpoint, content_type, body, answer, [*custom.values()])
     return 200, {"Content-Type": "application/json", "x-Amzn-Invoked-Production-Variant": "AllTraffic"}, answer
 
 

@@ -1,4 +1,5 @@
 """Images that an alarm keeps: a real endpoint, scenes in fog, and a folder that Label Studio imports."""
+import asyncio
 import base64
 import hashlib
 import io
@@ -7,6 +8,7 @@ import time
 from pathlib import Path
 from xml.etree import ElementTree
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,7 +16,12 @@ from PIL import Image
 from intel_nb.images import encode_jpeg
 from intel_nb.scenes import SAMPLE_CLASSES, sample_scene
 from intel_nb.serving.captures import CaptureRecord, list_captures
+from intel_nb.serving.dataplane import InferenceRequest, Service, Settings
 from intel_nb.serving.endpoints import LocalEndpoints, drift_status, invoke
+
+
+def photo(number: int) -> bytes:
+    return encode_jpeg(sample_scene(number % 6, np.random.default_rng([5, number])))
 
 
 def fogged(number: int) -> bytes:
@@ -47,12 +54,14 @@ def send_until_alarm(url: str, first: int = 0) -> list[bytes]:
     raise AssertionError("no alarm in fog")
 
 
-def test_images_of_a_test_are_observed_but_not_kept_or_reported(tmp_path, sample_model):
+def test_a_test_is_no_traffic(tmp_path, sample_model):
+    "It is answered; the detector does not see it, and nothing of it is kept or reported."
     endpoints, url = serve(tmp_path, sample_model, INTEL_NB_CAPTURE="5")
-    readings = [invoke(url, fogged(k), "image/jpeg", test=True)["drift"][0] for k in range(40)]
-    known = drift_status(url)
-    assert known["observations"] == 40 and known["alarms"] == sum(r["is_drift"] for r in readings) > 0
-    sent = send_until_alarm(url, first=500)  # within the same minute: it is reported all the same
+    answers = [invoke(url, fogged(k), "image/jpeg", test=True) for k in range(40)]
+    assert all(len(answer["predictions"]) == 1 and answer["drift"] == [] for answer in answers)
+    assert (drift_status(url)["observations"], drift_status(url)["alarms"]) == (0, 0)
+    sent = send_until_alarm(url, first=500)
+    assert drift_status(url)["observations"] == len(sent)
     endpoints.stop("staging")
     capture, = captures_in(tmp_path)
     digests = {hashlib.sha256(image).hexdigest() for image in sent}
@@ -63,7 +72,7 @@ def test_images_of_a_test_are_observed_but_not_kept_or_reported(tmp_path, sample
 
 def test_an_alarm_keeps_its_window_and_what_follows(tmp_path, sample_model):
     endpoints, url = serve(tmp_path, sample_model, INTEL_NB_CAPTURE="30")
-    calm = [encode_jpeg(sample_scene(k % 6, np.random.default_rng([5, k]))) for k in range(20)]
+    calm = [photo(k) for k in range(20)]
     assert not any(invoke(url, image, "image/jpeg")["drift"][0]["is_drift"] for image in calm)
     sent = send_until_alarm(url)
     deadline = time.monotonic() + 30
@@ -101,7 +110,7 @@ def test_an_alarm_keeps_its_window_and_what_follows(tmp_path, sample_model):
 
 
 @pytest.mark.slow
-def test_images_in_json_and_arrays_are_kept_too(tmp_path, sample_model):
+def test_images_of_every_form_are_kept(tmp_path, sample_model):
     endpoints, url = serve(tmp_path, sample_model, INTEL_NB_CAPTURE="200", INTEL_NB_CAPTURES="3")
     send_until_alarm(url)
     texts = [base64.b64encode(fogged(500 + k)).decode() for k in range(3)]
@@ -111,12 +120,19 @@ def test_images_in_json_and_arrays_are_kept_too(tmp_path, sample_model):
     invoke(url, json.dumps({"instances": texts}).encode(), "application/json")
     invoke(url, array.getvalue(), "application/x-npy")
     invoke(url, json.dumps({"inputs": pixels[0].tolist()}).encode(), "application/json")
+    sent = [fogged(700 + k) for k in range(4)]
+    body = httpx.Request("POST", url, files=[("file", sent[0]), ("file", sent[1])])
+    invoke(url, body.read(), body.headers["content-type"])
+    invoke(url, sent[2], "application/octet-stream")
+    invoke(url, json.dumps({"instances": [f"data:;base64,{base64.encodebytes(sent[3]).decode()}"]}).encode(),
+           "application/json")
     endpoints.stop("staging")
     capture, = captures_in(tmp_path)
-    names = [t["data"]["image"] for t in json.loads((capture.where / "tasks.json").read_text())][-5:]
+    names = [t["data"]["image"] for t in json.loads((capture.where / "tasks.json").read_text())][-9:]
     assert [(capture.where / n).read_bytes() for n in names[:3]] == [base64.b64decode(t) for t in texts]
-    assert [n.rpartition(".")[2] for n in names[3:]] == ["png", "png"]  # the same pixels as JSON are not kept again
-    stored = [np.asarray(Image.open(capture.where / name)) for name in names[3:]]
+    assert [(capture.where / n).read_bytes() for n in names[5:]] == sent
+    assert [n.rpartition(".")[2] for n in names[3:5]] == ["png", "png"]  # the same pixels as JSON are not kept again
+    stored = [np.asarray(Image.open(capture.where / name)) for name in names[3:5]]
     assert [np.array_equal(image, p) for image, p in zip(stored, pixels)] == [True, True]
 
 
@@ -153,3 +169,30 @@ def test_on_a_cluster_the_front_keeps_them(tmp_path, sample_model):
     tasks = json.loads((capture.where / "tasks.json").read_text())
     assert tasks[-1]["data"]["image"] == f"images/{hashlib.sha256(sent[-1]).hexdigest()}.jpg"
     assert capture.where.name in {alarm.stem for alarm in alarms_in(tmp_path)}
+
+
+@pytest.mark.slow
+def test_probes_change_no_alarm(package, tmp_path):
+    "Two thousand scenes, the last in fog, alone and with a probe at every tenth: the same readings and alarms."
+    images = [InferenceRequest("image/jpeg", photo(k) if k < 1500 else fogged(k)) for k in range(2000)]
+    probe = InferenceRequest("image/jpeg", photo(0), is_test=True)
+
+    async def readings(name: str, every: int | None) -> list[dict]:
+        service, found = Service(package, tmp_path / name, "1", Settings(threads=2)), []
+        service.warm()
+        service.start()
+        for k, image in enumerate(images):
+            together = [image, probe] if every and k % every == 0 else [image]
+            answer, *probed = await asyncio.gather(*map(service.submit, together))
+            found += json.loads(answer)["drift"]
+            assert all(json.loads(one)["drift"] == [] for one in probed)
+        await service.release()
+        assert service.monitor.status()["observations"] == len(images)
+        service.batcher.close()
+        return found
+
+    alone, probed = asyncio.run(readings("alone", None)), asyncio.run(readings("probed", 10))
+    alarms = [[k for k, reading in enumerate(run) if reading["is_drift"]] for run in (alone, probed)]
+    assert alarms[0] == alarms[1] and max(alarms[0]) >= 1500
+    assert [r["time"] for r in alone] == [r["time"] for r in probed]
+    assert [r["statistic"] for r in probed] == pytest.approx([r["statistic"] for r in alone], abs=1e-3)

@@ -62,6 +62,15 @@ def turned(orientation: int) -> Image.Exif:
     return exif
 
 
+FORM = "multipart/form-data; boundary=xYz"
+FILE_HEAD = 'form-data; name="file"; filename="a.jpg"'
+
+
+def as_form(*contents: bytes, head: str = FILE_HEAD, end: bytes = b"--xYz--\r\n") -> bytes:
+    start = f"--xYz\r\nContent-Disposition: {head}\r\n\r\n".encode()
+    return b"".join(start + data + b"\r\n" for data in contents) + end
+
+
 IMAGE = Image.fromarray(SCENE)
 FRAMES = {"save_all": True, "append_images": [IMAGE.rotate(90), IMAGE.rotate(180)]}
 GREY16 = Image.fromarray(SCENE[..., 0].astype(np.uint16) * 256)
@@ -86,6 +95,8 @@ VALID: list[tuple[str, bytes]] = [
     ("application/json", as_json(inputs=(SCENE[:5, :5] / 2).tolist())),
     ("application/json", as_json(instances=[as_text(encoded(IMAGE, "PNG")), as_text(encode_jpeg(SCENE))])),
     ("application/json; charset=utf-8", as_json(instances=[as_text(encode_jpeg(SCENE))])),
+    ("", encode_jpeg(SCENE)),
+    (FORM, as_form(encode_jpeg(SCENE), encoded(IMAGE, "PNG"))),
 ]
 KINDS = [*sorted(CONTENT_TYPES), "", "text/html", "image/gif", "application/json, image/png",
          "multipart/form-data; boundary=x", "image/*", "\xff\xfe", "application/x-npy;" + "x" * 3000]
@@ -172,6 +183,14 @@ def known_cases() -> dict[str, tuple[str, bytes, int]]:
         "a text that unpacks to 20 MB": ("image/png", png(8, 8, chunks=chunk(b"zTXt", b"x\0\0" + NOTHING)), 200),
         "pixels that unpack to 20 MB": ("image/png", png(8, 8, pixels=NOTHING), 200),
         "a mark of byte order": ("application/json", b"\xef\xbb\xbf" + inputs("2"), 200),
+        "no content type": ("", encode_jpeg(SCENE), 200),
+        "two types in one": ("image/jpeg, image/png", encode_jpeg(SCENE), 200),
+        **{f"base64 {name}": ("application/json", as_json(instances=[text]), 200) for name, text in (
+            ("in lines", GOOD[:76] + "\n" + GOOD[76:]), ("without padding", GOOD.rstrip("=")),
+            ("in blanks", " ".join(GOOD)), ("as data: URL", "data:image/jpeg;base64," + GOOD))},
+        "a form of 64 images": (FORM, as_form(*[png(1, 1)] * 64), 200),
+        "a name that looks like a boundary": (
+            FORM, as_form(png(1, 1), head='form-data; name="--xYz"; filename="\\"--xYz\\";;"'), 200),
         # Images that are refused
         "zero bytes": ("image/png", b"", 400),
         "GIF called PNG": ("image/png", encoded(IMAGE, "GIF"), 400),
@@ -200,7 +219,8 @@ def known_cases() -> dict[str, tuple[str, bytes, int]]:
         "too many bytes": ("image/jpeg", encode_jpeg(SCENE) + bytes(MAX_BYTES), 413),
         # JSON
         **{f"the number {n}": ("application/json", inputs(n), status) for n, status in (
-            ("NaN", 400), ("Infinity", 400), ("-Infinity", 400), ("01", 400), ("+1", 400), ("0x1", 400),
+            ("1", 200), ("0.5", 422), ("1e-9", 422), ("NaN", 400), ("Infinity", 400), ("-Infinity", 400),
+            ("01", 400), ("+1", 400), ("0x1", 400),
             ("9" * 5000, 400), ("1e400", 422), ("-1", 422), ("-0.0", 200), ("255.0", 200), ("255.1", 422),
             ("256", 422), ('"1"', 422), ("true", 422), ("null", 422), ("[]", 422),
             ("{}", 422), ("1" + "0" * 400, 422), ("1." + "0" * 10**6 + "1", 200))},
@@ -226,10 +246,10 @@ def known_cases() -> dict[str, tuple[str, bytes, int]]:
         "half a surrogate": ("application/json", b'{"instances": ["\\ud800"]}', 400),
         "NUL": ("application/json", b"\0" * 100, 400),
         **{f"base64 {name}": ("application/json", as_json(instances=[text]), 400) for name, text in (
-            ("without padding", GOOD[:-3]), ("in lines", GOOD[:76] + "\n" + GOOD[76:]),
-            ("of the other alphabet", "_-_-" + GOOD),
-            ("as data: URL", "data:image/jpeg;base64," + GOOD), ("of nothing", ""), ("of padding", "===="),
-            ("with more", GOOD + "AAAA="))},
+            ("cut off", GOOD.rstrip("=")[:len(GOOD) // 8 * 4 + 1]), ("with a dot", GOOD[:76] + "." + GOOD[76:]),
+            ("as data: URL without base64", "data:image/jpeg," + GOOD),
+            ("as half a data: URL", "data:image/jpeg;base64"),
+            ("of nothing", ""), ("of padding", "===="), ("with more", GOOD + "AAAA="))},
         "a bad one among good ones": ("application/json", as_json(instances=[GOOD, GOOD, "AAAA", GOOD]), 400),
         "65 images": ("application/json", as_json(instances=[GOOD] * 65), 413),
         "36 megapixels in four images": ("application/json", as_json(instances=[LARGE] * 4), 413),
@@ -248,9 +268,23 @@ def known_cases() -> dict[str, tuple[str, bytes, int]]:
         "npy whose header is a program": ("application/x-npy", npy("__import__('os').abort()", bytes(3)), 400),
         "npy whose header does not end": ("application/x-npy", npy("((((", bytes(3)), 400),
         "npz": ("application/x-npy", b"PK\3\4" + bytes(100), 400),
+        # Forms
+        "a form of 65 images": (FORM, as_form(*[png(1, 1)] * 65), 413),
+        "two million boundaries": (FORM, b"\r\n--xYz" * 2_000_000, 413),
+        "blanks behind a boundary": (FORM, b"--xYz" + b" \t" * 8_000_000, 400),
+        "a header of 15 MB": (FORM, as_form(png(1, 1), head="x" * 15_000_000), 400),
+        "a thousand headers": (FORM, as_form(png(1, 1), head="form-data" + "\r\nx: y" * 1000), 400),
+        "a form without its end": (FORM, as_form(png(1, 1), end=b""), 400),
+        "a form of another boundary": (f"{FORM}z", as_form(png(1, 1)), 400),
+        "no boundary": ("multipart/form-data", as_form(png(1, 1)), 400),
+        "a boundary of 300": (f"multipart/form-data; boundary={'x' * 300}", as_form(png(1, 1)), 400),
+        "a thousand quotes": ("multipart/form-data; " + 'a=";' * 10_000, as_form(png(1, 1)), 400),
+        "36 megapixels in a form": (FORM, as_form(*[png(3000, 3000)] * 4), 413),
+        "a form with a text": (FORM, as_form(b"hello", head='form-data; name="note"'), 422),
+        "a form in which nothing was chosen": (FORM, as_form(b"", head='form-data; name="f"; filename=""'), 422),
+        "a form of fields": ("application/x-www-form-urlencoded", b"file=a.jpg", 415),
         "another content type": ("text/html", encode_jpeg(SCENE), 415),
-        "no content type": ("", encode_jpeg(SCENE), 415),
-        "two in one": ("image/jpeg, image/png", encode_jpeg(SCENE), 415),
+        "half an image": ("image", encode_jpeg(SCENE), 415),
     }
 
 
@@ -258,7 +292,8 @@ def known_cases() -> dict[str, tuple[str, bytes, int]]:
 
 WORDS = [b"NaN", b"-Infinity", b"1e400", b"-1", b"256", b"null", b"true", b'""', b'"\\ud800"', b"[]", b"{}", b"[" * 500,
          b"9" * 400, b'"inputs":', b'"instances":', b"\xff\xfe", b"\xef\xbb\xbf", b"\0", b"'", b"\\", b"(", b"-5",
-         b"Exif\0\0II*\0", b"\xff\xd8\xff", b"\xff\xd9", b"\xff\xda", b"IDAT", b"IEND", b"acTL", b"VP8X", b"ANMF"]
+         b"Exif\0\0II*\0", b"\xff\xd8\xff", b"\xff\xd9", b"\xff\xda", b"IDAT", b"IEND", b"acTL", b"VP8X", b"ANMF",
+         b"\r\n--xYz", b"\r\n--xYz--", b"filename="]
 EXTREMES = [bytes(4), b"\xff" * 4, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\0\1", b"\1\0\0\0", b"\0\0\x40\0",
             b"\x80\0\0\0"]
 

@@ -331,6 +331,7 @@ def test_one_detector_sees_what_all_instances_captured(cloud, hosting, package, 
     send(5)
     with pytest.raises(Refused):
         invoke(url, b"no image", "image/jpeg")
+    assert invoke(url, PHOTO, "image/jpeg", test=True)["drift"] == []
     cloud.flush("intel-nb-production", instances=2)
     first = capture.feed_new_captures("intel-nb", "production")
     assert (first["requests"], first["images"], first["refused"], first["drift"]["observations"]) == (5, 5, 0, 5)

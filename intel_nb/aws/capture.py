@@ -30,8 +30,8 @@ if TYPE_CHECKING:  # only the job needs numpy; a command that schedules the job 
     from intel_nb.serving.monitor import Monitor
 
 # %% auto #0
-__all__ = ['HOURS', 'METRIC_NAMESPACE', 'DRIFT_ALARMS', 'DRIFT_STATISTIC', 'DRIFT_COMMAND', 'CapturedRequest',
-           'parse_capture_line', 'decode_request', 'feed_monitor', 'hour_prefixes', 'list_new_files',
+__all__ = ['HOURS', 'METRIC_NAMESPACE', 'DRIFT_ALARMS', 'DRIFT_STATISTIC', 'DRIFT_COMMAND', 'CapturedRequest', 'captured_bytes',
+           'is_test', 'parse_capture_line', 'decode_request', 'feed_monitor', 'hour_prefixes', 'list_new_files',
            'read_captured_requests', 'drift_metrics', 'feed_new_captures', 'run_drift_job']
 
 # %% ../../nbs/aws/06_capture.ipynb #e2885acf
@@ -42,13 +42,26 @@ class CapturedRequest(NamedTuple):
     body: bytes
 
 # %% ../../nbs/aws/06_capture.ipynb #4b3cc5b5
+def captured_bytes(part: dict[str, Any]) -> bytes:
+    "Return a captured body."
+    return b64decode(part["data"]) if part["encoding"] == "BASE64" else part["data"].encode()
+
+def is_test(entry: dict[str, Any]) -> bool:
+    "Return whether a captured request was marked as a test: by its attributes, or by an answer without readings."
+    marks = entry["eventMetadata"].get("customAttributes") or []
+    if "test" in ([marks] if isinstance(marks, str) else marks):
+        return True
+    with suppress(ValueError, KeyError, TypeError, AttributeError):
+        return json.loads(captured_bytes(entry["captureData"]["endpointOutput"])).get("drift") == []
+    return False
+
 def parse_capture_line(line: str) -> CapturedRequest | None:
-    "Return the request in a line of captured data, or None when the line cannot be read."
+    "Return the request in a line of captured data, or None for a test, or a line that cannot be read."
     try:
         entry = json.loads(line)
-        sent = entry["captureData"]["endpointInput"]
-        body = b64decode(sent["data"]) if sent["encoding"] == "BASE64" else sent["data"].encode()
-        return CapturedRequest(entry["eventMetadata"]["inferenceTime"], sent["observedContentType"], body)
+        sent, when = entry["captureData"]["endpointInput"], entry["eventMetadata"]["inferenceTime"]
+        found = CapturedRequest(when, sent.get("observedContentType") or "", captured_bytes(sent))
+        return None if is_test(entry) else found
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -102,8 +102,8 @@ def one_line(text: str) -> str:
 
 # %% ../../nbs/aws/04_package_group.ipynb #e7c98c7f
 SUPPORTED_TYPES = {
-    "SupportedContentTypes": ["image/jpeg", "image/png", "image/webp", "image/bmp",
-                              "application/json", "application/x-npy"],
+    "SupportedContentTypes": ["image/jpeg", "image/png", "image/webp", "image/bmp", "application/octet-stream",
+                              "application/x-image", "multipart/form-data", "application/json", "application/x-npy"],
     "SupportedResponseMIMETypes": ["application/json"]}
 
 def package_request(group: Group, files: str, metadata: dict[str, str], status: str, reason: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ TEST = ("x-amzn-sagemaker-custom-attributes", "test")  # header and value; SageM
 
 class AnsweredImage(NamedTuple):
     "An image of a request, and the model's prediction for it."
-    content_type: str  # of the request
+    content_type: str  # of the request, with its parameters
     body: bytes        # of the request: the same object, not a copy
     position: int      # of the image in the body
     size: int          # bytes of the body divided by the number of its images

@@ -144,8 +144,7 @@ class ByteBudget:
 # %% ../../nbs/serving/08_dataplane.ipynb #448e1c09
 class DriftMonitor(Protocol):
     "What a service needs of a monitor, as `Monitor` has it. Threads call `update`; the event loop the other methods."
-    def update(self, features: np.ndarray, classes: np.ndarray, tests: np.ndarray | None = None) -> list[Observation]:
-        ...
+    def update(self, features: np.ndarray, classes: np.ndarray) -> list[Observation]: ...
     def status(self) -> dict[str, Any]: ...
     def history(self) -> list[list[Any]]: ...
     def release(self) -> None: ...
@@ -211,12 +210,16 @@ class Service:
         await asyncio.to_thread(self.mirror.close)
 
     def _finish(self, pairs: list[tuple[InferenceRequest, Outputs]]) -> list[bytes]:
-        "Observe the images of all requests in order, and return the answers."
-        counts = [len(outputs.probabilities) for _, outputs in pairs]
-        probabilities, drift = map(np.concatenate, zip(*(outputs for _, outputs in pairs)))
-        tests = np.repeat([request.is_test for request, _ in pairs], counts)
-        observations = iter(self.monitor.update(drift, probabilities.argmax(axis=1), tests))
+        "Observe the images of all requests but tests in order, and return the answers of all."
+        observations = iter(self._observe([outputs for request, outputs in pairs if not request.is_test]))
+        counts = (0 if request.is_test else len(outputs.drift) for request, outputs in pairs)
         return [self._answer(*pair, list(islice(observations, count))) for pair, count in zip(pairs, counts)]
+
+    def _observe(self, outputs: list[Outputs]) -> list[Observation]:
+        if not outputs:
+            return []
+        probabilities, drift = map(np.concatenate, zip(*outputs))
+        return self.monitor.update(drift, probabilities.argmax(axis=1))
 
     def _answer(self, request: InferenceRequest, outputs: Outputs, observations: list[Observation]) -> bytes:
         predictions = label_predictions(outputs.probabilities, self.package.labels)

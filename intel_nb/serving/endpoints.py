@@ -120,7 +120,7 @@ def request_json(url: str, body: bytes | None = None, content_type: str | None =
 
 # %% ../../nbs/serving/12_endpoints.ipynb #7bbe497d
 def invoke(url: str, body: bytes, content_type: str, timeout: float = 60, test: bool = False) -> dict[str, Any]:
-    "Return the endpoint's answer to one request; raise as `request_json` does. A `test` is not captured or reported."
+    "Return the endpoint's answer to one request; raise as `request_json` does. The detector sees no `test`."
     if url.startswith("sagemaker://"):
         return cloud_module().invoke_endpoint(url, body, content_type, timeout, test)
     return request_json(f"{url}/invocations", body, content_type, timeout, dict([TEST]) if test else {})

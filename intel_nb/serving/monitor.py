@@ -10,7 +10,6 @@ import logging
 import threading
 from base64 import b64decode, b64encode
 from collections import Counter, deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
@@ -113,14 +112,14 @@ def describe_alarm(state: MonitorState, detector: OnlineMMD, package: Package, v
             "classes": {package.labels[k]: n for k, n in Counter(state.recent).most_common()}}
 
 # %% ../../nbs/serving/03_monitor.ipynb #50f8efbd
-def raise_alarm(folder: Path, state: MonitorState, detector: OnlineMMD, package: Package, version: str,
-                is_test: bool = False) -> dict[str, Any]:
-    """Count an alarm, report it in `folder` if it is the first of this minute and not a test's, and reset `detector`.
+def raise_alarm(folder: Path, state: MonitorState, detector: OnlineMMD, package: Package,
+                version: str) -> dict[str, Any]:
+    """Count an alarm, report it in `folder` if it is the first of this minute, and reset `detector`.
 
     Return its `name`, when it was `raised`, after how many `observations`, the `window` of the latest images that
     moved, and whether it was `reported`."""
     now = utc_now()
-    reported = not is_test and now[:16] != (state.last_report or "")[:16]
+    reported = now[:16] != (state.last_report or "")[:16]
     alarm = {"name": f"{now.replace(':', '')}-{state.observations:08}", "raised": now, "reported": reported,
              "observations": state.observations, "window": len(latest_rows(detector))}
     if reported:
@@ -153,15 +152,14 @@ class Monitor:
         self._save_state = partial(save_state, self._path, self.state, self.detector, package.fingerprint)
         self._alarm = partial(raise_alarm, Path(folder) / "alarms", self.state, self.detector, package, version)
 
-    def update(self, features: np.ndarray, classes: np.ndarray, tests: np.ndarray | None = None) -> list[Observation]:
-        "Observe N images in order: drift features (N, D), `classes` (N,). Alarms at `tests` (N,) are not reported."
+    def update(self, features: np.ndarray, classes: np.ndarray) -> list[Observation]:
+        "Observe N images in order: their drift features (N, D) and predicted `classes` (N,)."
         found: list[Observation] = []
         predicted = [int(k) for k in classes]
-        is_test = [False] * len(predicted) if tests is None else tests
         with self._lock:
             while len(found) < len(predicted):
                 at, room = len(found), max(1, self._every - (self.state.observations - self._saved))
-                found += self._observe(features[at:at + room], predicted[at:at + room], is_test[at:at + room])
+                found += self._observe(features[at:at + room], predicted[at:at + room])
         return found
 
     def status(self) -> dict[str, Any]:
@@ -181,14 +179,13 @@ class Monitor:
             self._save()
             self._owner = False
 
-    def _observe(self, rows: np.ndarray, predicted: list[int],
-                 is_test: Sequence[bool] | np.ndarray) -> list[Observation]:
+    def _observe(self, rows: np.ndarray, predicted: list[int]) -> list[Observation]:
         "Observe `rows` up to the first alarm, and save when it is time."
         readings = self.detector.update_many(rows, stop=self._owner)
         last = len(readings) - 1
         self.state.add(predicted[:last + 1], self.detector.calibration.largest)
         self._latest.extend([r["statistic"], r["threshold"], r["is_drift"]] for r in readings)
-        alarm = self._alarm(is_test=bool(is_test[last])) if self._owner and readings[last]["is_drift"] else None
+        alarm = self._alarm() if self._owner and readings[last]["is_drift"] else None
         if alarm and alarm["reported"] or self.state.observations - self._saved >= self._every:
             self._save()
         return [*map(Observation, readings[:last]), Observation(readings[last], alarm)]

@@ -12,16 +12,17 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from python_multipart.multipart import MultipartParser, parse_options_header
 
-from ..images import MAX_PIXELS, ImageError, check_size, decode, decode_opened, encode_png, open_image, resize
+from ..images import MAX_PIXELS, ImageError, check_size, decode_opened, encode_png, open_image, resize
 
 # %% auto #0
-__all__ = ['STATUS', 'MAX_INSTANCES', 'JSON_FIELDS', 'CONTENT_TYPES', 'Refusal', 'read_image', 'read_json_body', 'read_npy',
-           'read_media_type', 'parse', 'image_files']
+__all__ = ['STATUS', 'MAX_INSTANCES', 'JSON_FIELDS', 'CONTENT_TYPES', 'Refusal', 'SentImage', 'FormPart', 'read_form',
+           'read_json_body', 'read_npy', 'read_media_type', 'read_images', 'decode_images', 'parse', 'image_files']
 
 # %% ../../nbs/serving/01_payloads.ipynb #549a28fd
 STATUS = {
@@ -43,68 +44,108 @@ class Refusal(Exception):
         "Return the JSON object that the client receives."
         return {"error": {"code": self.code, "message": str(self)}}
 
-# %% ../../nbs/serving/01_payloads.ipynb #5b397744
-@contextmanager
-def _images_refused(where: str = "") -> Iterator[None]:
-    "Turn an `ImageError` in the block into a `Refusal` whose sentence begins with `where`."
-    try:
-        yield
-    except ImageError as e:
-        raise Refusal("too_large" if e.code == "too_large" else "undecodable", where + str(e)) from None
+# %% ../../nbs/serving/01_payloads.ipynb #7406d322
+class SentImage(NamedTuple):
+    "An image as the client sent it, and how a refusal names it."
+    content: bytes | np.ndarray  # an encoded image, or pixels: uint8 (H, W, 3)
+    where: str = ""              # such as "instance 3: "
 
-def read_image(body: bytes, side: int) -> np.ndarray:
-    "Return an encoded image as uint8 (1, side, side, 3); raise `Refusal`."
-    with _images_refused():
-        return decode(body, side)[None]
-
-# %% ../../nbs/serving/01_payloads.ipynb #c1966d51
-MAX_INSTANCES = 64
+MAX_INSTANCES = 64  # images of a request
 
 def _check_count(count: int) -> None:
     "Raise `Refusal` for more than `MAX_INSTANCES` images."
     if count > MAX_INSTANCES:
         raise Refusal("too_many", f"{count} images; at most {MAX_INSTANCES} are accepted in one request")
 
-def _from_base64(text: str, where: str) -> bytes:
-    "Return the bytes of the base64 `text`; raise a `Refusal` that begins with `where`."
+# %% ../../nbs/serving/01_payloads.ipynb #0186b661
+logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every mistake of a client
+
+class FormPart:
+    "A part of a form: its header Content-Disposition, and its content."
+    disposition = content = b""
+
+def _parse_form(boundary: bytes, body: bytes) -> list[FormPart]:
+    "Return the parts of a form; raise `ValueError` if it is malformed."
+    parts: list[FormPart] = []
+    header, ended = b"", False
+
+    def on_header(data: bytes, start: int, end: int) -> None:
+        nonlocal header
+        header = data[start:end].lower()
+
+    def on_value(data: bytes, start: int, end: int) -> None:
+        if header == b"content-disposition":
+            parts[-1].disposition = data[start:end]
+
+    def on_data(data: bytes, start: int, end: int) -> None:
+        parts[-1].content += data[start:end]
+
+    def on_end() -> None:
+        nonlocal ended
+        ended = True
+
+    MultipartParser(boundary, {"on_part_begin": lambda: parts.append(FormPart()), "on_header_field": on_header,
+                               "on_header_value": on_value, "on_part_data": on_data, "on_end": on_end}).write(body)
+    if not ended:
+        raise ValueError("it ends before its last boundary")
+    return parts
+
+# %% ../../nbs/serving/01_payloads.ipynb #ab4e7f8c
+_FILE_NAME = re.compile(rb";[ \t]*filename\*?[ \t]*=", re.IGNORECASE)
+_SEND_FILES = "send files alone, as in curl -F file=@photo.jpg"
+
+def _form_files(parts: list[FormPart]) -> list[tuple[str, bytes]]:
+    "Return name and content of the files in a form; raise `Refusal` for another field, or no file."
+    files: list[tuple[str, bytes]] = []
+    for part in parts:
+        options = parse_options_header(part.disposition)[1]
+        name, file_name = (options.get(key, b"").decode(errors="replace")[:60] for key in (b"name", b"filename"))
+        if not _FILE_NAME.search(part.disposition):
+            raise Refusal("fields", f"the field {name!r} of the form has no file; {_SEND_FILES}")
+        if file_name or part.content:
+            files.append((file_name or name, part.content))
+    if not files:
+        raise Refusal("fields", f"the form has no file; {_SEND_FILES}")
+    _check_count(len(files))
+    return files
+
+def read_form(content_type: str, body: bytes) -> list[SentImage]:
+    "Return the files of a `multipart/form-data` body; raise `Refusal`."
     try:
-        return base64.b64decode(text, validate=True)
+        boundary = parse_options_header(content_type)[1].get(b"boundary")
+        if not boundary:
+            raise ValueError("its content type has no boundary; let the client set this header, as curl -F does")
+        delimiter = b"\r\n--" + boundary
+        if (count := body.count(delimiter)) > MAX_INSTANCES + 1:
+            raise Refusal("too_many", f"{count} parts; at most {MAX_INSTANCES} images are accepted in one request")
+        if re.search(re.escape(delimiter) + b"[ \t]{9}", body):
+            raise ValueError("blanks follow a boundary")
+        files = _form_files(_parse_form(boundary, body))
+    except ValueError as e:
+        raise Refusal("malformed", f"the form cannot be read: {str(e)[:100]}") from None
+    return [SentImage(data, f"file {number} of {len(files)}, {name!r}: ")
+            for number, (name, data) in enumerate(files, 1)]
+
+# %% ../../nbs/serving/01_payloads.ipynb #7bab129c
+_DATA_URL = re.compile(r"\s*data:[^,]{0,200};base64,", re.IGNORECASE)
+_STANDARD = bytes.maketrans(b"-_", b"+/")  # from the alphabet that is safe in URLs
+
+def _from_base64(text: str, where: str) -> bytes:
+    "Return the bytes of the base64 `text`, which can be a data URL; raise a `Refusal` that begins with `where`."
+    prefix = _DATA_URL.match(text)
+    try:
+        plain = text[prefix.end() if prefix else 0:].encode("ascii").translate(_STANDARD, b" \t\r\n")
+        return base64.b64decode(plain if plain.endswith(b"=") else plain + b"=" * (-len(plain) % 4), validate=True)
     except ValueError:
-        hint = "a data: URL; send what follows its comma" if text[:5].lower() == "data:" else \
-            "use the standard alphabet, with padding and without line breaks"
-        raise Refusal("undecodable", f"{where}not base64 ({hint})") from None
+        raise Refusal("undecodable", f"{where}not base64, nor a URL that begins with data:image/…;base64,") from None
 
-def _open_all(texts: list[str]) -> list[Image.Image]:
-    "Open the images in the base64 `texts` without decoding their pixels; raise `Refusal`."
-    opened: list[Image.Image] = []
-    pixels = 0
-    for number, text in enumerate(texts):
-        with _images_refused(where := f"instance {number}: "):
-            opened.append(open_image(_from_base64(text, where)))
-        pixels += opened[-1].width * opened[-1].height
-        if pixels > MAX_PIXELS:
-            raise Refusal("too_large", f"{where}{pixels:,} pixels up to here; at most {MAX_PIXELS:,} in one request")
-    return opened
-
-def _instances(value: Any, side: int) -> np.ndarray:
-    "Return a list of N base64 strings as uint8 (N, side, side, 3); raise a `Refusal` that says which image is wrong."
+def _instances(value: Any) -> list[SentImage]:
+    "Return a list of base64 strings as files; raise a `Refusal` that says which one is wrong."
     if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
         raise Refusal("fields", "instances must be a list of base64 strings, one for each image")
     _check_count(len(value))
-    images = np.empty((len(value), side, side, 3), np.uint8)
-    for number, image in enumerate(_open_all(value)):
-        with _images_refused(f"instance {number}: "):
-            images[number] = decode_opened(image, side)
-    return images
-
-# %% ../../nbs/serving/01_payloads.ipynb #b1b44c3f
-def _resized(images: np.ndarray, side: int) -> np.ndarray:
-    "Return uint8 (N, H, W, 3) as uint8 (N, side, side, 3), resized as `decode` does; raise `Refusal`."
-    with _images_refused():
-        check_size(images.shape[2], images.shape[1])
-    if images.shape[1:3] == (side, side):
-        return images
-    return np.stack([resize(Image.fromarray(image), side) for image in images])
+    wheres = [f"instance {number}: " for number in range(len(value))]
+    return [SentImage(_from_base64(text, where), where) for text, where in zip(value, wheres)]
 
 # %% ../../nbs/serving/01_payloads.ipynb #cdb6148a
 def _elements(lists: list) -> list:
@@ -125,6 +166,8 @@ def _pixels(numbers: Any) -> np.ndarray:
             array = np.array(values, np.float64)
     if not ((array >= 0) & (array <= 255)).all():
         raise Refusal("values", "inputs must hold numbers from 0 to 255 only")
+    if array.max() <= 1 and (array % 1).any():
+        raise Refusal("values", "inputs must hold numbers from 0 to 255; these are all within 0 and 1: multiply by 255")
     return array.round().astype(np.uint8).reshape(len(rows), -1, 3)
 
 # %% ../../nbs/serving/01_payloads.ipynb #1f1daadf
@@ -152,29 +195,29 @@ def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         raise ValueError("a field comes twice")
     return fields
 
-JSON_FIELDS: dict[str, Callable[[Any, int], np.ndarray]] = {
-    "inputs": lambda value, side: _resized(_pixels(value)[None], side),
+JSON_FIELDS: dict[str, Callable[[Any], list[SentImage]]] = {
+    "inputs": lambda value: [SentImage(_pixels(value))],
     "instances": _instances,
 }
 
-def read_json_body(body: bytes, side: int) -> np.ndarray:
-    "Return the images of a JSON body as uint8 (N, side, side, 3); raise `Refusal`."
+def read_json_body(body: bytes) -> list[SentImage]:
+    "Return the images of a JSON body; raise `Refusal`."
     fields = _json_object(body)
     present = [name for name in JSON_FIELDS if name in fields]
     if len(present) != 1:
         raise Refusal("fields", f"the JSON object must have one of the fields {' and '.join(JSON_FIELDS)}")
-    return JSON_FIELDS[present[0]](fields[present[0]], side)
+    return JSON_FIELDS[present[0]](fields[present[0]])
 
 # %% ../../nbs/serving/01_payloads.ipynb #f823b70f
-def read_npy(body: bytes, side: int) -> np.ndarray:
-    "Return an `.npy` body, uint8 (H, W, 3) or (N, H, W, 3), as uint8 (N, side, side, 3); raise `Refusal`."
+def read_npy(body: bytes) -> list[SentImage]:
+    "Return the images of an `.npy` body, uint8 (H, W, 3) or (N, H, W, 3); raise `Refusal`."
     shape, data = _npy_header(body)
     if len(shape) not in (3, 4) or shape[-1] != 3 or 0 in shape:
         raise Refusal("shape", f"the array must have shape (H, W, 3) or (N, H, W, 3), not {shape[:9]}")
     _check_count(shape[0] if len(shape) == 4 else 1)
     if len(data) != np.prod(shape, dtype=object):
         raise Refusal("malformed", f"{len(data)} bytes follow the header, where shape {shape} needs another number")
-    return _resized(np.frombuffer(data, np.uint8).reshape(-1, *shape[-3:]), side)
+    return [SentImage(pixels) for pixels in np.frombuffer(data, np.uint8).reshape(-1, *shape[-3:])]
 
 _NPY = re.compile(rb"\{'descr': ?'([^']{1,9})', ?'fortran_order': ?(True|False), ?"
                   rb"'shape': ?\(([\d, ]{0,99})\),? ?\}\s*")
@@ -193,44 +236,90 @@ def _npy_header(body: bytes) -> tuple[tuple[int, ...], memoryview]:
         raise Refusal("values", f"the array must be uint8 in C order, not {dtype}{order}")
     return tuple(int(n) for n in shape.replace(" ", "").split(",") if n), memoryview(body)[end:]
 
-# %% ../../nbs/serving/01_payloads.ipynb #536b226f
-CONTENT_TYPES: dict[str, Callable[[bytes, int], np.ndarray]] = {
-    **{f"image/{kind}": read_image for kind in ("jpeg", "png", "webp", "bmp")},
-    "application/json": read_json_body,
-    "application/x-npy": read_npy,
+# %% ../../nbs/serving/01_payloads.ipynb #e954955b
+def _one_file(content_type: str, body: bytes) -> list[SentImage]:
+    return [SentImage(body)]
+
+CONTENT_TYPES: dict[str, Callable[[str, bytes], list[SentImage]]] = {
+    **dict.fromkeys(("image/*", "application/octet-stream", "application/x-image"), _one_file),
+    "multipart/form-data": read_form,
+    "application/json": lambda content_type, body: read_json_body(body),
+    "application/x-npy": lambda content_type, body: read_npy(body),
 }
 
 def read_media_type(content_type: str) -> str:
-    "Return the key of `CONTENT_TYPES` that a Content-Type header names, without parameters; raise `Refusal`."
-    kind = content_type.split(";")[0].strip().lower()
+    "Return the key of `CONTENT_TYPES` for a Content-Type header, which can be empty; raise `Refusal`."
+    kind = content_type.split(";")[0].strip().lower() or "application/octet-stream"
+    if kind.startswith("image/"):
+        return "image/*"
+    if kind == "application/x-www-form-urlencoded":
+        raise Refusal("unsupported_media_type", f"content type {kind!r}, which curl sends with --data-binary; "
+                      "add -H 'Content-Type: image/jpeg', or send the file with -F file=@photo.jpg")
     if kind not in CONTENT_TYPES:
         raise Refusal("unsupported_media_type", f"content type {kind[:60]!r}; {', '.join(CONTENT_TYPES)} are accepted")
     return kind
 
+def read_images(content_type: str, body: bytes) -> list[SentImage]:
+    "Return the images in a request's body, which are not decoded yet; raise `Refusal`."
+    return CONTENT_TYPES[read_media_type(content_type)](content_type, body)
+
+# %% ../../nbs/serving/01_payloads.ipynb #68191afd
+@contextmanager
+def _images_refused(where: str) -> Iterator[None]:
+    "Turn an `ImageError` in the block into a `Refusal` whose sentence begins with `where`."
+    try:
+        yield
+    except ImageError as e:
+        raise Refusal("too_large" if e.code == "too_large" else "undecodable", where + str(e)) from None
+
+def _open(content: bytes | np.ndarray) -> Image.Image | np.ndarray:
+    "Read and check the size of an image; raise `ImageError`."
+    if isinstance(content, bytes):
+        return open_image(content)
+    check_size(content.shape[1], content.shape[0])
+    return content
+
+def _decode(opened: Image.Image | np.ndarray, side: int) -> np.ndarray:
+    "Return an image from `_open` as uint8 (side, side, 3); raise `ImageError`."
+    if isinstance(opened, Image.Image):
+        return decode_opened(opened, side)
+    return opened if opened.shape[:2] == (side, side) else resize(Image.fromarray(opened), side)
+
+def _pixel_count(opened: Image.Image | np.ndarray) -> int:
+    return opened.width * opened.height if isinstance(opened, Image.Image) else opened.shape[0] * opened.shape[1]
+
+def decode_images(sent: list[SentImage], side: int) -> np.ndarray:
+    "Return the images as uint8 (N, side, side, 3); raise a `Refusal` that says which one is wrong."
+    opened, decoded, pixels = [], [], 0
+    for image in sent:
+        with _images_refused(image.where):
+            opened.append(_open(image.content))
+        pixels += _pixel_count(opened[-1])
+        if pixels > MAX_PIXELS:
+            raise Refusal("too_large",
+                          f"{image.where}{pixels:,} pixels up to here; at most {MAX_PIXELS:,} in one request")
+    for image, one in zip(sent, opened):
+        with _images_refused(image.where):
+            decoded.append(_decode(one, side))
+    return decoded[0][None] if len(decoded) == 1 else np.stack(decoded)
+
+# %% ../../nbs/serving/01_payloads.ipynb #604e288e
 def parse(content_type: str, body: bytes, side: int) -> np.ndarray:
     "Return a request body as uint8 (N, side, side, 3); raise `Refusal` and nothing else, which would fail the batch."
-    read = CONTENT_TYPES[read_media_type(content_type)]
     try:
-        return read(body, side)
+        return decode_images(read_images(content_type, body), side)
     except Refusal:
         raise
     except MemoryError:
         raise Refusal("overloaded", "there is no memory for this now; come back in a moment") from None
     except Exception:
-        logging.getLogger(__name__).exception("an unforeseen error in a body of type %s", content_type)
+        logging.getLogger(__name__).exception("an unforeseen error in a body of type %s", content_type[:100])
         raise Refusal("undecodable", "the body cannot be read") from None
 
-# %% ../../nbs/serving/01_payloads.ipynb #f116201f
+# %% ../../nbs/serving/01_payloads.ipynb #95cd37ea
 def image_files(content_type: str, body: bytes) -> list[bytes]:
-    """Return the images in a body of a type in `CONTENT_TYPES` that `parse` has read.
+    """Return the images in a body that `parse` has read.
 
     They are the files that the client sent, or PNG files where it sent numbers."""
-    if content_type.startswith("image/"):
-        return [body]
-    if content_type == "application/x-npy":
-        shape, data = _npy_header(body)
-        return [encode_png(image) for image in np.frombuffer(data, np.uint8).reshape(-1, *shape[-3:])]
-    fields = _json_object(body)
-    if "instances" in fields:
-        return [_from_base64(text, "") for text in fields["instances"]]
-    return [encode_png(_pixels(fields["inputs"]))]
+    contents = [image.content for image in read_images(content_type, body)]
+    return [content if isinstance(content, bytes) else encode_png(content) for content in contents]

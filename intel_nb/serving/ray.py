@@ -149,11 +149,11 @@ class RemoteMonitor:
         self._failed = False
         self._resume()
 
-    def update(self, features: np.ndarray, classes: np.ndarray, tests: np.ndarray | None = None) -> list[Observation]:
-        "Observe images in order: their drift features (N, D), predicted `classes` (N,), and whether `tests` sent them."
+    def update(self, features: np.ndarray, classes: np.ndarray) -> list[Observation]:
+        "Observe N images in order: their drift features (N, D) and predicted `classes` (N,)."
         if self._failed:
             self._resume()
-        rows = features, classes, np.zeros(len(classes), bool) if tests is None else tests
+        rows = features, classes
         sent = tuple(map(np.concatenate, zip(self._rows, rows))) if self._rows else rows
         first, self._failed = self._status["observations"] + len(classes) - len(sent[1]), True
         observed, status = self._call("update", first, *sent)

@@ -111,7 +111,7 @@ def current_tally(state: Path) -> Tally | None:
 # %% ../../nbs/serving/06_shadow.ipynb #d39f7352
 class Copy(NamedTuple):
     "A copy of a request, with the answer of production and the seconds that it took."
-    kind: str  # content type
+    kind: str  # the header Content-Type
     body: bytes
     answer: bytes
     seconds: float
