@@ -76,13 +76,16 @@ def test_unchanged_steps_do_not_run_again(waiting, tmp_path):
 
 
 def test_a_parameter_of_evaluate_leaves_data_and_train_alone(waiting):
-    assert waiting.run("--param", "evaluate.min_accuracy=1.01").status == 1
+    "A network that sees eight pixels passes a low gate, and no high one."
+    blind = ["--param", "train.image_size=8", "--param"]
+    assert waiting.run(*blind, "evaluate.min_accuracy=0").status == 3
+    assert waiting.run(*blind, "evaluate.min_accuracy=1").status == 1
     run = waiting.newest()
     assert [step["status"] for step in run["steps"]] == ["cached", "cached", "succeeded"] + ["skipped"] * 3
-    assert (run["status"], run["model_version"]) == ("rejected", "2")
-    assert waiting.run("--param", "evaluate.min_accuracy=1.01", "--approve").status == 1, "--approve revives nothing"
+    assert (run["status"], run["model_version"]) == ("rejected", "3")
+    assert waiting.run(*blind, "evaluate.min_accuracy=1", "--approve").status == 1, "--approve revives nothing"
     assert waiting.statuses()["evaluate"] == "cached"
-    assert [v["status"] for v in waiting("models", "--json").json] == ["Rejected", "PendingManualApproval"]
+    assert [v["status"] for v in waiting("models", "--json").json] == ["Rejected"] + ["PendingManualApproval"] * 2
 
 
 def test_a_version_that_the_registry_lost_is_registered_again(waiting):
@@ -153,10 +156,12 @@ def test_a_wrong_archive_ends_with_the_sentence_of_the_step(empty):
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
 SMALL = {
-    "a.ipynb": ['out_dir = ""', "from pathlib import Path\nfrom intel_nb.storage import tree_digest, write_json",
+    "a.ipynb": ['out_dir = ""  # str: outputs',
+                "from pathlib import Path\nfrom intel_nb.storage import tree_digest, write_json",
                 "write_json(Path(out_dir) / 'n.json', 3)\nwrite_json(Path(out_dir) / 'result.json', {'n': 'n.json'})"],
     # This step counts its attempts in the checkpoint folder, and waits for a file before it ends.
-    "b.ipynb": ['n = ""\ngate = ""\nout_dir = ""\ncheckpoint_dir = ""',
+    "b.ipynb": ['n = ""  # str: a file\ngate = ""  # str: a file\nout_dir = ""  # str: outputs\n'
+                'checkpoint_dir = ""  # str: attempts',
                 "import time\nfrom pathlib import Path\nfrom intel_nb.storage import read_json, write_json",
                 "tries = Path(checkpoint_dir) / 'tries'\n"
                 "tries.write_text(tries.read_text() + 'x' if tries.exists() else 'x')\n"
