@@ -20,7 +20,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
-from ..images import MAX_BYTES, image_format, media_type
+from ..images import MAX_BYTES
 from ..model import Package, cores, load_package
 from ..registry import Registry
 from .dataplane import InferenceRequest, ModelWorker, Settings, label_predictions
@@ -33,10 +33,10 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 # %% auto #0
-__all__ = ['Row', 'T', 'R', 'REQUESTS', 'TRIES', 'COLUMNS', 'ImageFile', 'files_below', 'match_pattern', 'expand_name',
-           'split_names', 'find_files', 'read_bytes', 'content_type', 'in_order', 'make_row', 'classify',
-           'predict_package', 'open_version', 'comes_back', 'EndpointClient', 'predict_endpoint', 'json_text',
-           'csv_text', 'table_rows', 'Tally']
+__all__ = ['Row', 'T', 'R', 'BYTES', 'REQUESTS', 'TRIES', 'COLUMNS', 'ImageFile', 'files_below', 'match_pattern', 'expand_name',
+           'split_names', 'find_files', 'read_bytes', 'in_order', 'make_row', 'classify', 'predict_package',
+           'open_version', 'comes_back', 'EndpointClient', 'predict_endpoint', 'json_text', 'csv_text', 'table_rows',
+           'Tally']
 
 # %% ../../nbs/serving/16_predict.ipynb #eb086d88
 class ImageFile(NamedTuple):
@@ -113,10 +113,6 @@ def read_bytes(file: ImageFile) -> bytes:
         raise InputError("does not exist" if isinstance(e, FileNotFoundError) else
                          f"cannot be read ({e.strerror})") from None
 
-def content_type(data: bytes) -> str:
-    "Return the content type to send `data` with, also where it is no image: the endpoint says what is wrong with it."
-    return media_type(data) if image_format(data) else "image/jpeg"
-
 # %% ../../nbs/serving/16_predict.ipynb #a6dfc012
 def in_order(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
     "Yield `work(item)` for each of `items`, in their order. At most four for each thread are begun and not taken yet."
@@ -132,6 +128,8 @@ def in_order(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterat
         pool.shutdown(cancel_futures=True)  # the reader may have enough
 
 # %% ../../nbs/serving/16_predict.ipynb #10f2e942
+BYTES = "application/octet-stream"  # as which all files are sent: the endpoint looks at the bytes
+
 def make_row(path: str, prediction: Row | str) -> Row:
     "Return the row of the file at `path`: its label, confidence and probabilities, or the error in words."
     return {"image": path, **({"error": prediction} if isinstance(prediction, str) else prediction)}
@@ -141,7 +139,7 @@ def classify(worker: ModelWorker, labels: list[str], files: Sequence[ImageFile])
     requests, failed = {}, {}
     for number, file in enumerate(files):
         try:
-            requests[number] = InferenceRequest(content_type(data := read_bytes(file)), data)
+            requests[number] = InferenceRequest(BYTES, read_bytes(file))
         except InputError as e:
             failed[number] = str(e)
     answers = {number: str(out) if isinstance(out, Refusal) else label_predictions(out.probabilities, labels)[0]
@@ -209,7 +207,7 @@ class EndpointClient:
         tries = TRIES
         while not self.gone:
             try:
-                return invoke(self.url, data, content_type(data), test=self.test)["predictions"][0]
+                return invoke(self.url, data, BYTES, test=self.test)["predictions"][0]
             except Busy as e:
                 if (tries := tries - 1) <= 0:
                     raise
