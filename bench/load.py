@@ -32,13 +32,6 @@ from intel_nb.serving.worker import python_command
 from intel_nb.storage import InputError, python_path, write_bytes, write_text
 
 
-def check_positive(**numbers: float) -> None:
-    "Raise `InputError` for a number that is not above 0."
-    for name, value in numbers.items():
-        if not value > 0:
-            raise InputError(f"{name} is {value}; it must be above 0")
-
-
 def read_images(path: str | Path = "", limit: int = 300) -> list[bytes]:
     "Read at most `limit` encoded images, evenly spread, from a folder, zip or shards; draw scenes if `path` is empty."
     if not path:
