@@ -165,8 +165,8 @@ def test_an_evaluation_that_lacks_what_is_read(tiny):
     ({"Profil": "quick"}, "no parameter Profil; did you mean Profile"),
     ({"AccuracyThreshold": "high"}, "which is no Float"),
     ({"TrainingInstanceType": "ml.none"}, "step train: "),
-    ({"TrainSettings": '{"seeds": 1}'}, "train has no parameter seeds; did you mean seed"),
-    ({"TrainSettings": "no"}, "'no' are no JSON object")])
+    ({"TrainSettings": '{"seeds": 1}'}, "step train: train has no parameter seeds; did you mean seed"),
+    ({"TrainSettings": "no"}, "step train: the settings 'no' are no JSON object")])
 def test_nothing_is_begun_with_wrong_parameters(tmp_path, given, expected):
     with pytest.raises(InputError, match=expected):
         rehearse(pipeline_definition(), given, tmp_path / "r", "sqlite:///none")

@@ -28,6 +28,7 @@ from intel_nb.aws.operations import (
     waiting_decision,
 )
 from .package_group import NoDeployment, PackageGroup, describe_group
+from .rehearsal import check_arguments
 from .state import STAGES, UNREADABLE, read_state
 from ..parameters import closest
 from ..serving.endpoints import Endpoint
@@ -42,7 +43,10 @@ __all__ = ['show_definition', 'run_rehearsal', 'from_pairs', 'stack_options', 's
 # %% ../../nbs/aws/25_commands.ipynb #b6e754e9
 def show_definition(settings: Iterable[str] = ()) -> int:
     "Print the pipeline's definition, with `NAME=VALUE` checked against its parameters; raise `InputError`."
-    print(json.dumps(pipeline.check_pipeline(pipeline.pipeline_definition(), parse_pairs(settings)), indent=2))
+    definition, values = pipeline.pipeline_definition(), parse_pairs(settings)
+    pipeline.check_pipeline(definition, values)
+    check_arguments(definition, values)
+    print(json.dumps(definition, indent=2))
     return 0
 
 # %% ../../nbs/aws/25_commands.ipynb #95513b9a
@@ -151,7 +155,7 @@ def run_pipeline(settings: Iterable[str] = (), name: str = "intel-nb", watch: bo
 def _start(name: str, parameters: dict[str, str], data: str, say: Callable[[str], None]) -> str:
     if data and parameters:
         raise InputError("an upload starts the pipeline with its own parameters; give --data or --parameter, not both")
-    pipeline.check_step_values(parameters)
+    check_arguments(pipeline.pipeline_definition(), parameters)
     check_credentials()
     return start_upload(name, data, say) if data else start_execution(name, start_values(name, parameters))
 

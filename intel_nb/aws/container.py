@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .pipeline import KEEP, KEPT, NEW, code_files, digest_code, read_settings
+from .pipeline import KEEP, KEPT, NEW, code_files, digest_code
 from ..chain.execution import execute
 from ..chain.parameters import read_parameters
 from ..chain.plan import notebooks_folder
@@ -39,6 +39,17 @@ class JobArguments:
     notebook: str  # file name
     values: dict[str, Any]
     declared: dict[str, Parameter] = field(repr=False)  # all parameters of the notebook
+
+# %% ../../nbs/aws/10_container.ipynb #6b972047
+def _read_settings(text: str) -> dict[str, Any]:
+    "Return the JSON object in `text`; raise `InputError` for anything else."
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f'the settings {text!r} are no JSON object such as {{"seed": 3}}')
+    return found
 
 # %% ../../nbs/aws/10_container.ipynb #95e63bd9
 def read_hyperparameters(base: Path) -> dict[str, str]:
@@ -66,9 +77,10 @@ def read_arguments(arguments: Sequence[str], notebooks: Path, hyperparameters: M
         usage = "NOTEBOOK [--param NAME=VALUE]… [--settings JSON]"
         raise InputError(f"the container knows no argument {unknown[0]}; it takes {usage}")
     declared = read_parameters(notebooks / parsed.notebook)
-    values = {**hyperparameters, **read_settings(parsed.settings)}
+    values = {**hyperparameters, **_read_settings(parsed.settings)}
     values |= {name: text for name, _, text in (pair.partition("=") for pair in parsed.param)}
-    return JobArguments(parsed.notebook, read_values(parsed.notebook, values, declared), declared)
+    step = Path(parsed.notebook).stem.lstrip("0123456789_")
+    return JobArguments(parsed.notebook, read_values(step, values, declared), declared)
 
 # %% ../../nbs/aws/10_container.ipynb #4f35d1f3
 JOB_FOLDERS = {

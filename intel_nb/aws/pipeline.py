@@ -6,29 +6,26 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import intel_nb
-from .definition import STEP_ERRORS, Problem, bind_parameters, definition_problems
+from .definition import STEP_ERRORS, Problem, definition_problems
 from .package_group import SUPPORTED_TYPES
-from ..chain.parameters import read_parameters
 from ..chain.plan import notebooks_folder
 from ..labels.lookup import own_buckets
-from ..parameters import read_values
 from ..storage import InputError, files_of
 
 # %% auto #0
 __all__ = ['NOTEBOOKS', 'PACKAGE_SUFFIXES', 'CHOICES', 'ENTRY', 'RETRIES', 'PROCESSING', 'MODEL', 'KEEP', 'NEW', 'ACCURACY',
            'EVALUATION', 'KEPT', 'PROPERTY_FILES', 'image_uri', 'PipelineConfig', 'code_files', 'digest_code',
-           'code_environment', 'pipeline_parameters', 'declare_parameter', 'read_settings', 'check_step_values',
-           'parameter_reference', 'join_values', 'run_uri', 'registry_uri', 'output_uri', 'file_entry',
-           'evaluation_entry', 'job_step', 's3_input', 'property_file', 'processing_arguments', 'processing_step',
-           'training_step', 'keep_step', 'register_step', 'passing_conditions', 'gate_step', 'once_step',
-           'label_buckets', 'pipeline_definition', 'pipeline_problems', 'check_pipeline']
+           'code_environment', 'pipeline_parameters', 'declare_parameter', 'parameter_reference', 'join_values',
+           'run_uri', 'registry_uri', 'output_uri', 'file_entry', 'evaluation_entry', 'job_step', 's3_input',
+           'property_file', 'processing_arguments', 'processing_step', 'training_step', 'keep_step', 'register_step',
+           'passing_conditions', 'gate_step', 'once_step', 'label_buckets', 'pipeline_definition', 'pipeline_problems',
+           'check_pipeline']
 
 # %% ../../nbs/aws/09_pipeline.ipynb #22801980
 def image_uri(target: str, account: str, region: str, repository: str = "intel-nb") -> str:
@@ -115,26 +112,6 @@ def declare_parameter(name: str, default: Any) -> dict:
     choices = {"EnumValues": CHOICES[name]} if name in CHOICES else {}
     kind = "Float" if isinstance(default, float) else "String"
     return {"Name": name, "Type": kind, "DefaultValue": default, **choices}
-
-# %% ../../nbs/aws/09_pipeline.ipynb #bd1d27fb
-def read_settings(text: str) -> dict[str, Any]:
-    "Return the JSON object in `text`; raise `InputError` for anything else."
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise InputError(f'the settings {text!r} are no JSON object such as {{"seed": 3}}')
-    return found
-
-def check_step_values(values: Mapping[str, Any], notebooks: Path | None = None) -> None:
-    "Raise `InputError` for values of the pipeline's parameters that a step would refuse."
-    notebooks = notebooks or notebooks_folder()
-    train = {"profile": values.get("Profile", "quick"), **read_settings(values.get("TrainSettings", "{}"))}
-    read_values("train", train, read_parameters(notebooks / NOTEBOOKS["train"]))
-    if "AccuracyThreshold" in values:
-        evaluate = {"min_accuracy": values["AccuracyThreshold"]}
-        read_values("evaluate", evaluate, read_parameters(notebooks / NOTEBOOKS["evaluate"]))
 
 # %% ../../nbs/aws/09_pipeline.ipynb #2385403e
 def parameter_reference(name: str) -> dict:
@@ -344,8 +321,7 @@ def pipeline_problems(definition: Any, values: Mapping[str, Any] = {}) -> list[P
 
 # %% ../../nbs/aws/09_pipeline.ipynb #5d6b8b3a
 def check_pipeline(definition: dict, values: Mapping[str, Any] = {}) -> dict:
-    "Return `definition` when it has no problems, nor `values`; raise `InputError` that names the first ones."
-    check_step_values(bind_parameters(definition, values))
+    "Return `definition` when it has no problems; raise `InputError` that names the first ones."
     problems = [str(problem) for problem in pipeline_problems(definition, values)]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
