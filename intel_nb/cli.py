@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -112,6 +113,9 @@ def main() -> None:
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt  # so that the kernel of a running step ends too
     signal.signal(signal.SIGTERM, interrupt)
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack a character, and no row is lost for that
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(call(sys.argv[1:]))
 
 # %% ../nbs/20_cli.ipynb #1714a416
@@ -672,6 +676,7 @@ def predict_command(
     for other in {"--stage": stage is not None}, {"--observe": observe}:
         check_at_most_one(asked | other)
     check_at_most_one({"--csv": as_csv, "--json": as_json})
+    check_given({"--package": package, "--version": version})
     if any(asked.values()):
         found = load_package(package) if package is not None else open_version(_workspace().registry(), str(version))
         rows = predict_package(found, files := find_files(images))

@@ -104,8 +104,10 @@ async def read_request(request: Request, settings: Settings, reserve: Callable[[
     if request.method != "POST":
         raise Refusal("method_not_allowed", f"{request.method[:20]} /invocations: send the image by POST")
     read_media_type(content_type := request.headers.get("content-type", ""))
+    if (encoding := request.headers.get("content-encoding", "identity").strip().lower()) != "identity":
+        raise Refusal("unsupported_media_type", f"content encoding {encoding[:60]!r}; send the body without one")
     body = await read_body(request, settings.max_body, settings.body_seconds, reserve)
-    return InferenceRequest(content_type, body, is_test=request.headers.get(TEST[0]) == TEST[1])
+    return InferenceRequest(content_type, body, is_test=request.headers.get(TEST[0], "").strip() == TEST[1])
 
 # %% ../../nbs/serving/09_app.ipynb #4ac697df
 async def wait_while_connected(request: Request, future: asyncio.Future[bytes]) -> bytes:
@@ -252,7 +254,8 @@ class Application(FastAPI):
         "Return the ASGI application that answers the request; invocations go past the router."
         if not is_authorized(self.service.settings.token, scope["path"], headers):
             return make_unauthorized_response(scope["path"])
-        if (scope["method"], scope["path"], headers.get(b"content-type")) == ("POST", "/invocations", DRIFT_TYPE):
+        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if (scope["method"], scope["path"], kind) == ("POST", "/invocations", DRIFT_TYPE):
             scope.update(path="/drift", raw_path=b"/drift", method="GET")
         if scope["path"] == "/invocations":
             return partial(answer_invocation, self.service)

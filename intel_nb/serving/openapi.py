@@ -103,7 +103,8 @@ INVOCATIONS: dict[str, Any] = {
     "description": "For a file the first bytes decide what it is; without a Content-Type too. Accepted are JPEG, PNG, "
                    "WebP and BMP of at most 16 MiB and 25 megapixels, in one request as in one image.",
     "parameters": [{"name": "X-Amzn-SageMaker-Custom-Attributes", "in": "header", "schema": {"type": "string"},
-                    "description": "`test` marks a test or a probe: the detector does not see it."}],
+                    "description": "`test`, alone and in lower case, marks a test or a probe: the detector does not "
+                                   "see it."}],
     "requestBody": {"required": True, "content": {
         **{kind: {} for kind in IMAGE_TYPES}, "multipart/form-data": _of("Form"), "application/json": _of("Images"),
         "application/x-npy": {}, "application/x-intel-nb-drift": {}}},

@@ -120,14 +120,15 @@ def read_form(content_type: str, body: bytes) -> list[SentImage]:
             raise Refusal("too_many", f"{count} parts; at most {MAX_INSTANCES} images are accepted in one request")
         if re.search(re.escape(delimiter) + b"[ \t]{9}", body):
             raise ValueError("blanks follow a boundary")
-        files = _form_files(_parse_form(boundary, body))
+        preamble = max(0, body.find(b"--" + boundary))  # text before the first part, which no one reads
+        files = _form_files(_parse_form(boundary, body[preamble:] if preamble else body))
     except ValueError as e:
         raise Refusal("malformed", f"the form cannot be read: {str(e)[:100]}") from None
     return [SentImage(data, f"file {number} of {len(files)}, {name!r}: ")
             for number, (name, data) in enumerate(files, 1)]
 
 # %% ../../nbs/serving/01_payloads.ipynb #7bab129c
-_DATA_URL = re.compile(r"\s*data:[^,]{0,200};base64,", re.IGNORECASE)
+_DATA_URL = re.compile(r"\s*data:[^,]{0,200};\s*base64\s*,", re.IGNORECASE)
 _STANDARD = bytes.maketrans(b"-_", b"+/")  # from the alphabet that is safe in URLs
 
 def _from_base64(text: str, where: str) -> bytes:
@@ -178,6 +179,8 @@ def _json_object(body: bytes) -> dict[str, Any]:
     for sign, most in _MAX_SIGNS.items():
         if body.count(sign) > most:
             raise Refusal("too_large", f"more than {most:,} times {sign.decode()} in the JSON; send the image as bytes")
+    if body.count(b"[") > 8 + body.count(b",") / 1.2:  # a pixel has two commas of its own
+        raise Refusal("shape", "inputs must be H×W×3 numbers; these are more lists than their numbers could fill")
     try:
         fields = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant, object_pairs_hook=_unique_fields)
     except (ValueError, RecursionError) as e:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import csv
-import glob
 import io
 import json
 import os
@@ -59,11 +58,13 @@ def files_below(folder: str) -> list[ImageFile]:
 # %% ../../nbs/serving/16_predict.ipynb #9263a7c2
 def match_pattern(pattern: str) -> list[ImageFile]:
     "Return the files that match `pattern`, by name, and those in folders that do, without what tools left behind."
-    def is_left_behind(part: str) -> bool:
-        return is_hidden_name(part) and not part.startswith(".") and part not in asked
-
     asked = Path(pattern).parts
-    matches = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - pathlib's takes no absolute pattern
+    wants_dots = any(part.startswith(".") for part in asked if part.strip("."))
+    def is_left_behind(part: str) -> bool:
+        return is_hidden_name(part) and part not in asked and not (wants_dots and part.startswith("."))
+
+    start = Path(Path(pattern).anchor)
+    matches = sorted(map(str, start.glob(str(Path(pattern).relative_to(start)))))  # `**` follows no links
     wanted = [match for match in matches if not any(map(is_left_behind, Path(match).parts))]
     files = [file for match in wanted for file in (files_below(match) if Path(match).is_dir() else [ImageFile(match)])]
     return list(dict.fromkeys(files)) or [ImageFile(pattern, "no file matches")]
@@ -78,10 +79,13 @@ def expand_name(name: str) -> list[ImageFile]:
             ImageFile(name, "" if exists else "does not exist")]
     except OSError as e:  # a name that is too long, or in a folder that may not be entered
         return [ImageFile(name, f"cannot be read ({e.strerror})")]
+    except ValueError:  # such as **.jpg
+        return [ImageFile(name, "is no pattern; write * within a name, and ** for folders at any depth")]
 
 # %% ../../nbs/serving/16_predict.ipynb #75d7bc39
 def split_names(data: bytes) -> list[str]:
     "Return the names in `data`, which stand one a line, or each before a zero byte."
+    data = data.removeprefix(b"\xef\xbb\xbf")  # which editors on Windows write
     parts = data.split(b"\0") if b"\0" in data else [line.removesuffix(b"\r") for line in data.split(b"\n")]
     return [os.fsdecode(part) for part in parts if part]
 
@@ -90,6 +94,8 @@ def find_files(names: Iterable[str], listed: Callable[[], bytes] = lambda: sys.s
 
     Raise `InputError` if not one of the names is that of a file."""
     expanded = [part for name in names for part in (split_names(listed()) if name == "-" else [name])]
+    if "" in expanded:
+        raise InputError("the name of an image is empty; name image files, folders or patterns")
     files = [file for name in expanded for file in expand_name(name)]
     if all(file.error for file in files):
         first = f"{printable(files[0].path)}: {files[0].error}" if files else "no image is named"
@@ -241,8 +247,8 @@ def csv_text(rows: Iterable[Row]) -> Iterator[str]:
         yield _csv_line([image, *(row.get(name, "") for name in COLUMNS[1:])])
 
 def _csv_line(values: Iterable[Any]) -> str:
-    csv.writer(out := io.StringIO(), lineterminator="\n").writerow(values)
-    return out.getvalue()
+    csv.writer(out := io.StringIO(), lineterminator="\r\n").writerow(values)  # so that a name with \r is quoted
+    return out.getvalue().removesuffix("\r\n") + "\n"
 
 # %% ../../nbs/serving/16_predict.ipynb #d96a5152
 def table_rows(rows: Iterable[Row]) -> Iterator[Row]:

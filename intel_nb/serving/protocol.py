@@ -28,7 +28,7 @@ HEAD_BYTES = 2**16
 def without_upgrade(data: bytes) -> bytes:
     "Return `data`, which begins with a request's head, with the header `Upgrade` renamed."
     end = data.find(b"\r\n\r\n", 0, HEAD_BYTES)
-    if end < 0 or b"pgrade:" not in data[:end]:
+    if end < 0 or b"upgrade:" not in data[:end].lower():
         return data
     return _UPGRADE.sub(b"\r\nx-upgrade:", data[:end]) + data[end:]
 
