@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -237,8 +238,8 @@ class Step:
 # %% ../../nbs/chain/05_plan.ipynb #2b89cecb
 def look_up_network(model_name: str, pretrained: str, optimizer_name: str | None) -> None:
     "Raise `InputError` for a network, weights or an optimizer that are not to be had."
-    from intel_nb.training.backbone import check_network
-    check_network(model_name, pretrained, optimizer_name)
+    backbone = import_module("intel_nb.training.backbone")  # by name: a deployment does not depend on it
+    backbone.check_network(model_name, pretrained, optimizer_name)
 
 # %% ../../nbs/chain/05_plan.ipynb #23cc4867
 # Where a step writes. Parameter: folder in the step's working folder; None: below out_dir, as the notebook decides.
