@@ -119,7 +119,7 @@ REFUSED = {
     "truncated": (encode_jpeg(SCENES[0])[:2000], "image/jpeg", 400, "undecodable"),
     "no JSON": (b"{", "application/json", 400, "malformed"),
     "NaN": (b'{"inputs": [[[NaN, 1, 2]]]}', "application/json", 400, "malformed"),
-    "deep": (b'{"inputs": ' + b"[" * 5000, "application/json", 400, "malformed"),
+    "deep": (b'{"inputs": ' + b"[" * 5000, "application/json", 422, "shape"),
     "no base64": (b'{"instances": ["?"]}', "application/json", 400, "undecodable"),
     "no array": (b"\x93NUMPY", "application/x-npy", 400, "malformed"),
     "too many bytes": (bytes(MAX_BYTES + 1), "image/png", 413, "too_large"),
