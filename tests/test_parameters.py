@@ -12,7 +12,10 @@ NOTEBOOKS = Path(__file__).parent.parent / "nbs"
 WRONG = {  # arguments of `intel-nb run`: what the message says
     "--param data.val_fraction=0": "data.val_fraction takes a float, above 0, at most 0.5, and 0 is none",
     "--param data.test_fraction=0.6": "data.test_fraction takes a float, above 0, at most 0.5, and 0.6 is none",
-    "--param data.seed=-1": "data.seed takes an int, at least 0, and -1 is none",
+    "--param data.seed=-1": "data.seed takes an int, 0–4294967295, and -1 is none",
+    "--param train.seed=99999999999": "train.seed takes an int, 0–4294967295, and 99999999999 is none",
+    "--param data.parts=a=trian": "'a' is said to be 'trian'; write one of train, validation, test, unlabelled, class",
+    "--param data.encoding=cp99999": "there is no encoding 'cp99999'; write one such as",
     "--param data.near_duplicates=maybe": "data.near_duplicates takes drop, keep or empty, and 'maybe' is none",
     "--param data.parts=batch_a": "data.parts takes a dict, and 'batch_a' is none",
     "--param data.parts={\"a\":1}": "data.parts takes a dict, and {'a': 1} is none",

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 __all__ = ['FOLDERS', 'DATASET', 'MODEL', 'PLAN', 'MOVE', 'IMPORTED', 'Declared', 'STAGE_PARAMETERS', 'Workspace',
            'notebooks_folder', 'open_workspace', 'check_workspace', 'Replacement', 'version_in_words',
            'find_replacement', 'Effect', 'Registration', 'Deployment', 'StagingTest', 'Step', 'look_up_network',
-           'RunRequest', 'read_settings', 'declared_parameters', 'settable_parameters', 'look_up_values',
-           'check_step_values', 'check_range', 'check_request', 'make_absolute']
+           'look_up_archive', 'RunRequest', 'read_settings', 'declared_parameters', 'settable_parameters',
+           'look_up_values', 'check_step_values', 'check_range', 'check_request', 'make_absolute']
 
 # %% ../../nbs/chain/05_plan.ipynb #49f7f10e
 @dataclass(frozen=True)
@@ -241,6 +241,13 @@ def look_up_network(model_name: str, pretrained: str, optimizer_name: str | None
     backbone = import_module("intel_nb.training.backbone")  # by name: a deployment does not depend on it
     backbone.check_network(model_name, pretrained, optimizer_name)
 
+def look_up_archive(parts: Mapping[str, str], encoding: str) -> None:
+    "Raise `InputError` for a part or an encoding that the data step does not know."
+    from intel_nb.labels.layout import check_parts
+    from intel_nb.labels.names import read_names
+    check_parts(parts or {})
+    read_names([], encoding or "utf-8", "")
+
 # %% ../../nbs/chain/05_plan.ipynb #23cc4867
 # Where a step writes. Parameter: folder in the step's working folder; None: below out_dir, as the notebook decides.
 FOLDERS = {"out_dir": OUTPUTS, "checkpoint_dir": CHECKPOINTS, "model_dir": None, "log_dir": None}
@@ -250,7 +257,7 @@ MODEL = {"model": ("train", "model")}
 
 PLAN = (
     Step("data", "00_data.ipynb", sources=("archive", "annotations"), labels=("annotations",),
-         digests={"dataset": "fingerprint"}),
+         digests={"dataset": "fingerprint"}, looked_up=("parts", "encoding"), look_up=look_up_archive),
     Step("train", "01_train.ipynb", files=DATASET, looked_up=("model_name", "pretrained", "optimizer_name"),
          look_up=look_up_network),
     Step("evaluate", "02_evaluate.ipynb", files=DATASET | MODEL, places=("registry",), effect=Registration()),
@@ -318,7 +325,7 @@ def settable_parameters(step: Step, declared: Mapping[str, Parameter]) -> dict[s
 def look_up_values(step: Step, values: Mapping[str, Any], known: Mapping[str, Parameter]) -> None:
     "Look up those of the `values` set for `step` that only a library can judge, if there are any. Raise `InputError`."
     if any(values.get(name) is not None for name in step.looked_up):
-        profile = values.get("profile") or known["profile"].default
+        profile = values.get("profile") or (known["profile"].default if "profile" in known else "")
         given = (values.get(name) for name in step.looked_up)
         step.look_up(*(known[name].profiles.get(profile) if value is None else value
                        for name, value in zip(step.looked_up, given)))

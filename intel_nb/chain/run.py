@@ -213,11 +213,11 @@ def record_failure(context: RunContext, step: Step, key: str, seconds: float, er
 
 # %% ../../nbs/chain/07_run.ipynb #b6613d14
 def prepare_later(context: RunContext, step: Step) -> None:
-    "Before `step` runs, look up what would make a later step fail, and start what the next one would wait for."
+    "Before `step` runs, look up what would make it or a later step fail, and start what the next one would wait for."
     check_extra("steps", "a run")
     import_papermill()
     names, at, last = [one.name for one in context.plan], context.plan.index(step) + 1, context.request.last
-    for later in context.plan[at:names.index(last) + 1 if last else None]:
+    for later in context.plan[at - 1:names.index(last) + 1 if last else None]:
         look_up_values(later, context.request.parameters.get(later.name, {}), context.declared[later.name])
     for following in context.plan[at:at + 1]:
         following.effect.prepare(context.workspace)
