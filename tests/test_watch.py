@@ -370,6 +370,7 @@ def test_an_upload_becomes_a_run_and_an_approval_a_live_endpoint(empty):
         until(lambda: empty("runs", "--json").json and empty.newest()["status"] not in unfinished, 240, 1)
         run = empty.newest()
         assert (run["status"], run["trigger"], run["model_version"]) == ("waiting", "data-uploaded", "1")
+        until(lambda: "is waiting" in (empty.root / "watch.log").read_text(), 60, 0.5)  # the decision has a reason too
         from intel_nb.registry import open_registry
         registry = open_registry(f"sqlite:///{empty.home / 'mlflow.db'}")
         registry.set_status("1", "Approved", "by another way than the command")
