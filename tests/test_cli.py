@@ -354,7 +354,9 @@ def test_make_says_what_the_status_means(tmp_path, status):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"#!/bin/sh\necho $@\nexit {status}\n")
     (tmp_path / "bin" / "intel-nb").chmod(0o755)
-    made = subprocess.run(["make", "run", "BIN=bin", "DATA=a b.zip"], cwd=tmp_path, capture_output=True, text=True)
+    environ = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    made = subprocess.run(["make", "run", "BIN=bin", "DATA=a b.zip"], cwd=tmp_path, capture_output=True, text=True,
+                          env=environ)  # which `make test` has set
     assert made.stdout == "run --approve --data a b.zip\n" and bool(made.returncode) == bool(status)
     meanings = dict(re.findall(r"(\d) ([a-z ]+)", app.info.help.partition("Exit status: ")[2]))
     lines = [f"intel-nb ended with {status}: {meanings[str(status)]}"] if status else []
