@@ -29,17 +29,17 @@ __all__ = ['app', 'aws_app', 'INTERRUPTED', 'JsonOption', 'VersionArgument', 'St
            'NameOption', 'PipelineOption', 'StackOption', 'YesOption', 'Reason', 'print_line', 'print_error', 'call',
            'main', 'format_table', 'print_json', 'print_rows', 'complete_with', 'complete_versions', 'complete_runs',
            'complete_steps', 'complete_profiles', 'complete_settings', 'PlainProgress', 'BarProgress', 'show_progress',
-           'data_lines', 'annotation_lines', 'describe_version', 'describe_run', 'exit_with_outcome', 'request_from',
-           'check_given', 'run_command', 'runs_command', 'report_command', 'version_row', 'print_versions',
-           'models_command', 'trace_command', 'describe_shadow', 'describe_drift', 'drift_and_shadow',
-           'endpoints_command', 'captures_command', 'carry_out_decision', 'approve_command', 'reject_command',
-           'promote_command', 'rollback_command', 'shadow_command', 'start_command', 'stop_command', 'with_bar',
-           'print_predictions', 'print_prediction_table', 'print_data', 'check_at_most_one', 'predict_command',
-           'serve_command', 'sign_command', 'export_command', 'import_command', 'watch_command', 'prune_command',
-           'confirm_unless', 'aws_template_command', 'aws_definition_command', 'aws_rehearse_command',
-           'aws_cost_command', 'aws_deploy_command', 'aws_start_command', 'aws_status_command', 'aws_models_command',
-           'aws_approve_command', 'aws_promote_command', 'aws_reject_command', 'aws_rollback_command',
-           'aws_invoke_command', 'aws_logs_command', 'aws_destroy_command']
+           'data_lines', 'annotation_lines', 'describe_run', 'exit_with_outcome', 'request_from', 'check_given',
+           'run_command', 'runs_command', 'report_command', 'version_row', 'print_versions', 'models_command',
+           'trace_command', 'describe_shadow', 'describe_drift', 'drift_and_shadow', 'endpoints_command',
+           'captures_command', 'carry_out_decision', 'approve_command', 'reject_command', 'promote_command',
+           'rollback_command', 'shadow_command', 'start_command', 'stop_command', 'with_bar', 'print_predictions',
+           'print_prediction_table', 'print_data', 'check_at_most_one', 'predict_command', 'serve_command',
+           'sign_command', 'export_command', 'import_command', 'watch_command', 'prune_command', 'confirm_unless',
+           'aws_template_command', 'aws_definition_command', 'aws_rehearse_command', 'aws_cost_command',
+           'aws_deploy_command', 'aws_start_command', 'aws_status_command', 'aws_models_command', 'aws_approve_command',
+           'aws_promote_command', 'aws_reject_command', 'aws_rollback_command', 'aws_invoke_command',
+           'aws_logs_command', 'aws_destroy_command']
 
 # %% ../nbs/20_cli.ipynb #d6fdda1b
 app = typer.Typer(name="intel-nb", no_args_is_help=True, rich_markup_mode=None,
@@ -300,14 +300,9 @@ def annotation_lines(run: Run) -> list[str]:
     return [f"annotated {', '.join(f'{n:,} {kind}' for kind, n in counts.items())}: {details}", *why]
 
 # %% ../nbs/20_cli.ipynb #76abee36
-def describe_version(version: ModelVersion) -> str:
-    "Return the accuracy of `version` in words. That of an imported version was measured elsewhere, or not at all."
-    from intel_nb.registry import describe_accuracy
-    described = describe_accuracy(version.accuracy, version.images)
-    return f"{described}, measured elsewhere" if "imported" in version.tags and described != "unknown" else described
-
 def describe_run(workspace: Workspace, run: Run) -> str:
     "Return the lines that end a command about `run`."
+    from intel_nb.registry import describe_version
     lines = [f"run {run.run_id} {run.status}", *data_lines(run), *annotation_lines(run)]
     if run.model_version:
         version = workspace.registry().get(run.model_version)
@@ -427,7 +422,7 @@ def report_command(run: Annotated[str, typer.Argument(metavar="RUN", help="A run
 # %% ../nbs/20_cli.ipynb #1f2906fa
 def version_row(version: ModelVersion, as_json: bool) -> dict[str, Any]:
     "Return what is shown of a version: for a person the accuracy in words, in JSON the figures."
-    from intel_nb.registry import wilson_interval
+    from intel_nb.registry import describe_version, wilson_interval
     names = ("version", "status", "accuracy", "aliases", "run_id")
     row: dict[str, Any] = {name: getattr(version, name) for name in names}
     unreadable = version.tags.get("unreadable", "")
@@ -631,7 +626,7 @@ def print_prediction_table(rows: Iterable[dict[str, Any]]) -> None:
 def print_data(texts: Iterable[str]) -> None:
     "Print each of `texts` at once: exactly as it is, but for a terminal without what it would obey."
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="surrogateescape")  # a file's name may be any bytes
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # a file's name may be any bytes
     for text in texts:
         shown = "\n".join(map(printable, text.split("\n"))) if sys.stdout.isatty() else text
         print(shown, end="", flush=True)

@@ -81,7 +81,9 @@ def is_within(value: float, limits: str) -> bool:
     low_high = re.search(r"(-?[\d.]+)–(-?[\d.]+)", limits)
     bounds = re.findall(rf"({'|'.join(BOUNDS)}) (-?[\d.]+)", limits)
     bounds += [("at least", low_high[1]), ("at most", low_high[2])] if low_high else []
-    return math.isfinite(value) and all(BOUNDS[word](value, float(bound)) for word, bound in bounds)
+    with suppress(OverflowError):  # a whole number that no float holds
+        return math.isfinite(value) and all(BOUNDS[word](value, float(bound)) for word, bound in bounds)
+    return False
 
 # %% ../nbs/11_parameters.ipynb #c4f22477
 def choices_of(limits: str) -> list[str]:
@@ -194,8 +196,8 @@ def as_declared(value: Any, parameter: Parameter) -> Any:
     "Return a value that papermill or a job passed on in the parameter's type, or as it is, to be refused."
     if isinstance(value, str):
         return read_value(value, parameter)
-    if parameter.type == "str" and isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
+    if isinstance(value, int) and not isinstance(value, bool):  # papermill has read a text as a number
+        return {"str": str(value), "list": [value]}.get(parameter.type, value)
     return value
 
 def read_values(where: str, values: Mapping[str, Any], known: Mapping[str, Parameter]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from .storage import InputError, cloud_module, locked, read_json, utc_now, utc_t
 
 # %% auto #0
 __all__ = ['STATUSES', 'MODEL', 'ModelVersion', 'check_status', 'find_version', 'metrics_of', 'images_of', 'data_fingerprint',
-           'wilson_interval', 'describe_accuracy', 'Registry', 'artifact_folder', 'create_database',
+           'wilson_interval', 'describe_accuracy', 'describe_version', 'Registry', 'artifact_folder', 'create_database',
            'create_database_in_background', 'read_versions', 'copy_files', 'log_run', 'decision_tags', 'LocalRegistry',
            'open_registry', 'note_stage', 'note_test']
 
@@ -105,6 +105,11 @@ def describe_accuracy(accuracy: float, images: int, digits: int = 3) -> str:
         return f"{accuracy:.{digits}f} (n unknown)"
     low, high = wilson_interval(accuracy, images)
     return f"{accuracy:.{digits}f} (95 %: {low:.{digits}f}–{high:.{digits}f}, n = {images:,})"
+
+def describe_version(version: ModelVersion) -> str:
+    "Return the accuracy of `version` in words. That of an imported version was measured elsewhere, or not at all."
+    described = describe_accuracy(version.accuracy, version.images)
+    return f"{described}, measured elsewhere" if "imported" in version.tags and described != "unknown" else described
 
 # %% ../nbs/19_registry.ipynb #0b476eb6
 class Registry(Protocol):

@@ -263,6 +263,15 @@ WIRE: dict[str, tuple[str, bytes, bool, int, int | str]] = {
 }
 
 
+def test_blanks_are_no_part_of_the_mark_of_a_test(url):
+    mark = "POST /invocations HTTP/1.1\r\nHost: {host}\r\nX-Amzn-SageMaker-Custom-Attributes:\ttest \t" + LENGTH.format()
+    host = url.removeprefix("http://")
+    with socket.create_connection(tuple(host.split(":")), timeout=60) as connection, connection.makefile("rb") as file:
+        lines = mark.replace("\n    ", "\r\n").format(host=host, length=len(PHOTO))
+        connection.sendall(lines.encode() + b"\r\n\r\n" + PHOTO)
+        assert json.loads(read_reply(file)[1])["drift"] == []
+
+
 @pytest.mark.parametrize("name", WIRE)
 def test_wire(url, name):
     head, body, waits, status, what = WIRE[name]
@@ -300,6 +309,11 @@ PYTHON: dict[str, tuple[Callable[[str], requests.Response | httpx.Response | Rep
     "requests, base64 for URLs": (lambda url: requests.post(url, json={"instances": [FOR_URLS]}), 200, 1),
     "requests, base64 of a bytes' repr": (lambda url: requests.post(
         url, json={"instances": [TEXT, str(TEXT.encode())]}), 400, "instance 1: not base64"),
+    "requests, compressed": (lambda url: requests.post(
+        url, data=PHOTO, headers={"Content-Encoding": "gzip"}), 415, "content encoding 'gzip'"),
+    "requests, a preamble": (lambda url: requests.post(
+        url, data=b"This is a message in parts.\r\n" + form("b", ONE),
+        headers={"Content-Type": "multipart/form-data; boundary=b"}), 200, 1),
     "httpx, bytes": (lambda url: httpx.post(url, content=PHOTO), 200, 1),
     "httpx, files": (lambda url: httpx.post(url, files={"a": PHOTO, "b": ("b.png", PICTURE)}), 200, 2),
     "urllib": (by_urllib, 415, "'Content-Type: image/jpeg'"),

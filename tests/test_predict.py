@@ -256,7 +256,8 @@ def test_csv_and_json_hold_the_same_rows(photos, sample_model):
 
 def test_any_name_survives(photos, sample_model, tmp_path):
     "In a table as text, in CSV to the byte, and no name is a formula."
-    names = [b'a,"b".jpg', b"new\nline.jpg", b"\xff.jpg", b"\x1b[31mred.jpg", b"=1+1.jpg", b"-x.jpg", "ä.jpg".encode()]
+    names = [b'a,"b".jpg', b"new\nline.jpg", b"\xff.jpg", b"\x1b[31mred.jpg", b"=1+1.jpg", b"-x.jpg", "ä.jpg".encode(),
+             b"z\r=1+1.jpg"]
     for name in names:
         shutil.copy(photos / "00.jpg", os.fsencode(tmp_path) + b"/" + name)
     table = command(sample_model, "*", cwd=tmp_path).stdout
@@ -266,6 +267,23 @@ def test_any_name_survives(photos, sample_model, tmp_path):
     assert sorted(os.fsencode(Path(name)) for name in found) == sorted(names)
     assert not [name for name in found if name[0] in "=+-@"]
     assert len(json.loads(command(sample_model, "*", "--json", cwd=tmp_path).stdout)) == len(names)
+
+
+def test_no_row_is_lost_where_the_terminal_lacks_a_character(photos, sample_model, tmp_path):
+    for name in ("\uff1dfull.jpg", "\x1bred.jpg"):
+        shutil.copy(photos / "00.jpg", tmp_path / name)
+    for more in (["--csv"], []):
+        done = command(sample_model, ".", *more, cwd=tmp_path, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+        assert (done.returncode, done.stderr) == (0, b"") and len(done.stdout.splitlines()) == 3
+
+
+def test_a_pattern_follows_no_links_in_circles(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(photos / "00.jpg", "sea.jpg")
+    for name in ("a", "b"):
+        (tmp_path / name).symlink_to(".")
+    assert set(paths("**/*.jpg")) >= {"sea.jpg"} and len(paths("**/*.jpg")) <= 3
+    assert paths("-", listed=b"\xef\xbb\xbfsea.jpg\r\n") == ["sea.jpg"]
 
 
 def test_empty_lists():

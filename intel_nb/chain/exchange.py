@@ -18,6 +18,7 @@ from .decisions import NotAllowed
 from .plan import Workspace
 from ..model import MAX_TEXT_BYTES, Package, load_package, pack
 from ..registry import ModelVersion, describe_accuracy, images_of, metrics_of
+from ..serving.predict import open_version
 from ..storage import InputError, locked, printable, read_json, utc_now, write_json
 
 # %% auto #0
@@ -45,12 +46,8 @@ def export_package(workspace: Workspace, version: str, output: str = "", overwri
     `output` may be a folder; the default name is `model-VERSION.tar.gz`. Return the paths. Raise `InputError` for an
     unknown version, a package that is not the registered one, or a file that exists, unless `overwrite` is set."""
     registry = workspace.registry()
-    found, name = registry.get(version), f"model-{version}.tar.gz"
+    package, evaluation, name = open_version(registry, version), registry.evaluation(version), f"model-{version}.tar.gz"
     path = check_output(Path(output) / name if Path(output).is_dir() else Path(output), overwrite)
-    package, evaluation = load_package(registry.package(version)), registry.evaluation(version)
-    if package.fingerprint != found.fingerprint:
-        raise InputError(f"{package.path} is not the package that was registered as version {version}; "
-                         "do not trust it, and run the chain again")
     written = [pack(package.path, path)]
     if "accuracy" in metrics_of(evaluation):
         written.append(write_json(evaluation_beside(path), evaluation))

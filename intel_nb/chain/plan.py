@@ -21,7 +21,7 @@ from ..parameters import Parameter, check_known, check_values, read_value
 from intel_nb.registry import (
     ModelVersion,
     Registry,
-    describe_accuracy,
+    describe_version,
     find_version,
     note_stage,
     note_test,
@@ -110,7 +110,7 @@ class Replacement:
 
 def version_in_words(found: ModelVersion) -> str:
     "Return the number and the accuracy of a version in words."
-    return f"version {found.version}, accuracy {describe_accuracy(found.accuracy, found.images)}"
+    return f"version {found.version}, accuracy {describe_version(found)}"
 
 # %% ../../nbs/chain/05_plan.ipynb #123ff8b2
 def find_replacement(versions: Sequence[ModelVersion], record: StageRecord, version: str) -> Replacement | None:

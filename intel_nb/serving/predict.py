@@ -174,7 +174,7 @@ def predict_package(package: Package, files: Sequence[ImageFile]) -> Iterator[Ro
 # %% ../../nbs/serving/16_predict.ipynb #1eef33e3
 def open_version(registry: Registry, version: str) -> Package:
     "Load the package of a version. Raise `InputError` for a version that does not exist, or is another package now."
-    package, expected = load_package(registry.package(version)), registry.get(version).fingerprint
+    expected, package = registry.get(version).fingerprint, load_package(registry.package(version))
     if package.fingerprint != expected:
         raise InputError(f"the package of version {version} is not the one that was registered: the fingerprint was "
                          f"{expected[:12]}…, and is {package.fingerprint[:12]}…; run the chain again to make it")

@@ -70,7 +70,8 @@ def check_network(model_name: str, pretrained: str, optimizer_name: str | None =
         near = difflib.get_close_matches(model_name, timm.list_models(), n=1)
         raise InputError(f"timm has no network {model_name!r}; "
                          + (f"did you mean {near[0]}?" if near else "timm.list_models() returns the names it knows"))
-    if optimizer_name and optimizer_name.lower() not in (known := [str(name) for name in list_optimizers()]):
+    known = [str(name) for name in list_optimizers()]
+    if optimizer_name is not None and optimizer_name.lower() not in known:
         raise InputError(f"timm has no optimizer {optimizer_name}{closest(optimizer_name, known)}")
     if pretrained == "packaged" and model_name not in PACKAGED:
         raise InputError(f"no package has weights for {model_name}; use {', '.join(PACKAGED)}, or set train.pretrained "
