@@ -264,7 +264,8 @@ WIRE: dict[str, tuple[str, bytes, bool, int, int | str]] = {
 
 
 def test_blanks_are_no_part_of_the_mark_of_a_test(url):
-    mark = "POST /invocations HTTP/1.1\r\nHost: {host}\r\nX-Amzn-SageMaker-Custom-Attributes:\ttest \t" + LENGTH.format()
+    mark = "POST /invocations HTTP/1.1\r\nHost: {host}\r\nX-Amzn-SageMaker-Custom-Attributes:\ttest \t"
+    mark += LENGTH.format()
     host = url.removeprefix("http://")
     with socket.create_connection(tuple(host.split(":")), timeout=60) as connection, connection.makefile("rb") as file:
         lines = mark.replace("\n    ", "\r\n").format(host=host, length=len(PHOTO))
