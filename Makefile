@@ -23,9 +23,10 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 .PHONY: run test slow long export check hooks image lock sbom clean
 
 run: .venv/run.stamp
-	@$(BIN)/intel-nb run --approve $(if $(DATA),--data "$(DATA)") $(if $(PROFILE),--profile "$(PROFILE)") $(ARGS) || { \
+	@$(BIN)/intel-nb run --approve $(if $(filter undefined,$(origin DATA)),,--data "$(DATA)") \
+	  $(if $(filter undefined,$(origin PROFILE)),,--profile "$(PROFILE)") $(ARGS) || { \
 	  status=$$?; case $$status in \
-	    1) why="the work failed";; 2) why="the input was wrong";; 3) why="waiting for a decision";; \
+	    1) why="the work failed or was declined";; 2) why="the input was wrong";; 3) why="waiting for a decision";; \
 	    130) why="interrupted";; *) why="it was ended";; esac; \
 	  echo "intel-nb ended with $$status: $$why" >&2; exit $$status; }
 

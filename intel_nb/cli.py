@@ -44,8 +44,8 @@ __all__ = ['app', 'aws_app', 'INTERRUPTED', 'JsonOption', 'VersionArgument', 'St
 # %% ../nbs/20_cli.ipynb #d6fdda1b
 app = typer.Typer(name="intel-nb", no_args_is_help=True, rich_markup_mode=None,
                   pretty_exceptions_enable=False, help="Keep an image classifier alive: data, training, approval, "
-                  "a live endpoint, drift, and back. Exit status: 0 done, 1 the work failed, 2 the input was wrong, "
-                  "3 waiting for a decision.")
+                  "a live endpoint, drift, and back. Exit status: 0 done, 1 the work failed or was declined, "
+                  "2 the input was wrong, 3 waiting for a decision.")
 aws_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Run the same chain on SageMaker.")
 app.add_typer(aws_app, name="aws")
 
@@ -338,14 +338,15 @@ def request_from(workspace: Workspace, settings: list[str], options: dict[str, A
     for name, value in options.items():
         if value is not None:
             step, _, parameter = name.partition(".")
-            parameters.setdefault(step, {})[parameter] = value
+            if (given := parameters.setdefault(step, {}).setdefault(parameter, value)) != value:
+                raise InputError(f"{name} is {given} by --param and {value} by an option of its own; leave one out")
     return RunRequest(parameters, **fields)
 
 def check_given(options: dict[str, str | list[str] | None]) -> None:
     "Raise `InputError` for an option that was given an empty text, as by a variable of the shell that is not set."
     for name, value in options.items():
         if value is not None and not all(map(str.strip, [value] if isinstance(value, str) else value)):
-            raise InputError(f"{name} is empty; give a path, or leave it out")
+            raise InputError(f"{name} is empty; give it a value, or leave it out")
 
 # %% ../nbs/20_cli.ipynb #feceeab4
 Setting = Annotated[list[str] | None, typer.Option(metavar="STEP.NAME=VALUE", help="Set a parameter of a step.",
@@ -367,12 +368,12 @@ def run_command(
         "COCO or tables, with their images. May be given more than once.")] = None,
     profile: Profile = None,
     param: Setting = None,
-    run_id: Annotated[str, typer.Option(help="Continue this run, or start one under this id.",
-                                        autocompletion=complete_with(complete_runs))] = "",
-    first: Annotated[str, typer.Option("--from", metavar="STEP", help="Do this step and all later ones again.",
-                                       autocompletion=complete_with(complete_steps))] = "",
-    last: Annotated[str, typer.Option("--to", metavar="STEP", help="Stop after this step.",
-                                      autocompletion=complete_with(complete_steps))] = "",
+    run_id: Annotated[str | None, typer.Option(help="Continue this run, or start one under this id.",
+                                               autocompletion=complete_with(complete_runs))] = None,
+    first: Annotated[str | None, typer.Option("--from", metavar="STEP", help="Do this step and all later ones again.",
+                                              autocompletion=complete_with(complete_steps))] = None,
+    last: Annotated[str | None, typer.Option("--to", metavar="STEP", help="Stop after this step.",
+                                             autocompletion=complete_with(complete_steps))] = None,
     engine: Engine = None,
     approve: Approve = False,
     may_replace: Replace = False,
@@ -380,11 +381,12 @@ def run_command(
     "Run the chain. Steps that are done come from the store. Without --approve the run waits before staging."
     from intel_nb.chain.run import run_chain
     workspace = _workspace()
-    check_given({"--data": data, "--annotations": annotations})
+    check_given({"--data": data, "--annotations": annotations, "--profile": profile, "--engine": engine,
+                 "--run-id": run_id, "--from": first, "--to": last})
     options = {"data.archive": data, "data.annotations": annotations or None, "train.profile": profile,
                "deploy.engine": engine}
-    request = request_from(workspace, param or [], options, run_id=run_id, first=first, last=last, approve=approve,
-                           may_replace=may_replace)
+    request = request_from(workspace, param or [], options, run_id=run_id or "", first=first or "", last=last or "",
+                           approve=approve, may_replace=may_replace)
     exit_with_outcome(workspace, [show_progress(lambda tell: run_chain(workspace, request, tell=tell, ask=tell.ask))])
 
 # %% ../nbs/20_cli.ipynb #a84f762d
@@ -763,6 +765,8 @@ def import_command(
     print_line(f"{package} is version {version.version}{'' if is_new else ' already'}, {version.status}")
     if is_new:
         print_line(f"reason    {version.reason}")
+    elif evaluation:
+        print_line(f"{evaluation} is not taken: the version keeps what it was registered with")
     if version.status == "PendingManualApproval":
         print_line(f"waiting   for approval: intel-nb approve {version.version}")
 
@@ -778,14 +782,16 @@ def watch_command(
     poll: Annotated[bool, typer.Option("--poll", help="Poll the folder (network disks report no changes).")] = False,
 ) -> None:
     "Follow a folder: each upload starts a run, once. Approvals and drift alarms are followed too."
-    from intel_nb.chain.plan import PLAN, check_request, declared_parameters
+    from intel_nb.chain.plan import PLAN, check_request, declared_parameters, look_up_values
     from intel_nb.chain.watch import Times, check_inbox, watch_inbox
     from intel_nb.storage import utc_now
     workspace = _workspace()
     check_inbox(inbox)
     options = {"train.profile": profile, "deploy.engine": engine}
-    template = check_request(request_from(workspace, param or [], options, approve=approve),
-                             declared_parameters(PLAN, workspace.notebooks), PLAN)
+    declared = declared_parameters(PLAN, workspace.notebooks)
+    template = check_request(request_from(workspace, param or [], options, approve=approve), declared, PLAN)
+    for step in PLAN:
+        look_up_values(step, template.parameters.get(step.name, {}), declared[step.name])
     try:
         watch_inbox(inbox, workspace, template, times=Times(rest), poll=poll,
                     tell=lambda text: print_line(f"{utc_now()} {printable(text)}"))
@@ -837,11 +843,12 @@ def aws_definition_command(parameter: PipelineOption = None) -> None:
 
 # %% ../nbs/20_cli.ipynb #cb5533d7
 @aws_app.command("rehearse")
-def aws_rehearse_command(data: Annotated[str, typer.Option(
-        help="Zip, folder or s3:// URI of labelled images. Without it: drawn sample scenes.")] = "",
+def aws_rehearse_command(data: Annotated[str | None, typer.Option(
+        help="Zip, folder or s3:// URI of labelled images. Without it: drawn sample scenes.")] = None,
                          parameter: PipelineOption = None, as_json: JsonOption = False) -> None:
     "Carry out the pipeline's definition on this machine. Needs no account."
-    raise typer.Exit(cloud_module("commands").run_rehearsal(data, parameter or [], as_json))
+    check_given({"--data": data})
+    raise typer.Exit(cloud_module("commands").run_rehearsal(data or "", parameter or [], as_json))
 
 # %% ../nbs/20_cli.ipynb #56803385
 @aws_app.command("cost")
@@ -864,14 +871,15 @@ def aws_deploy_command(
 # %% ../nbs/20_cli.ipynb #f00ffab3
 @aws_app.command("start")
 def aws_start_command(
-    data: Annotated[str, typer.Option(help="An archive to upload; the upload starts the pipeline.")] = "",
+    data: Annotated[str | None, typer.Option(help="An archive to upload; the upload starts the pipeline.")] = None,
     name: NameOption = "intel-nb",
     parameter: PipelineOption = None,
     watch: Annotated[bool, typer.Option(help="Follow it to its end.")] = True,
     as_json: JsonOption = False,
 ) -> None:
     "Start the pipeline, with new data or with what is there, and follow it."
-    raise typer.Exit(cloud_module("commands").run_pipeline(parameter or [], name, watch, as_json, data))
+    check_given({"--data": data})
+    raise typer.Exit(cloud_module("commands").run_pipeline(parameter or [], name, watch, as_json, data or ""))
 
 # %% ../nbs/20_cli.ipynb #5369cc3b
 @aws_app.command("status")

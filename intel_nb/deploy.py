@@ -15,6 +15,15 @@ from .storage import InputError
 # %% auto #0
 __all__ = ['check_approved', 'deploy', 'sample_version']
 
+# %% ../nbs/03_deploy.ipynb #076db96a
+version = ""         # str: version in the registry, which must be Approved; empty: a small sample package
+registry = ""        # str: sqlite:///PATH or sagemaker://GROUP; empty: one in out_dir
+endpoints = ""       # str: folder of the endpoints, or sagemaker://; empty: one in out_dir, stopped at the end
+stage = "staging"    # str, staging or production: the stage that serves it
+engine = "process"   # str, process or ray: what serves it
+back = False         # bool: True when the stage returns to an earlier version
+out_dir = ""         # str: folder for the outputs; empty: a temporary one
+
 # %% ../nbs/03_deploy.ipynb #eab899f0
 def check_approved(found: ModelVersion) -> ModelVersion:
     "Return `found` if it is approved; raise `InputError` with the command to use otherwise."

@@ -31,6 +31,20 @@ __all__ = ['Corruption', 'CORRUPTIONS', 'OUT_OF_DISTRIBUTION', 'Case', 'OTHER', 
            'plot_traffic', 'send_for_readings', 'replay', 'largest_difference', 'alibi_detector', 'library_difference',
            'original_first_alarm', 'original_setting', 'side_by_side']
 
+# %% ../nbs/04_drift.ipynb #c12ca181
+dataset = ""              # str: folder of shards that the data step wrote; empty: drawn sample scenes
+model = ""                # str: model package, a folder or model.tar.gz; empty: a small sample package
+severities = [2]          # list of int, one or more, 1–3: strength of the corruptions; results quote 2
+slow = ["dark", "blur"]   # list of str, blur, noise, dark, bright, contrast, jpeg, fog, rotation or grey: grow slowly
+slow_over = 100           # int, at least 1: observations in which a slow change reaches severity 2
+runs = 2000               # int, at least 1: streams without drift
+images = 400              # int, at least 0: test images that they are drawn from; 0: all
+shifted_images = 40       # int, at least 1: test images to corrupt, which is also the longest delay
+unseen_classes = False    # bool: also measure classes that the detector never saw; a minute
+compare_original = False  # bool, needs alibi: measure the original's detector too; minutes
+seed = 0                  # int, 0–4294967295: which images, which streams
+out_dir = ""              # str: folder for the outputs; empty: a temporary one
+
 # %% ../nbs/04_drift.ipynb #7a7dc470
 Corruption = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
 

@@ -23,6 +23,15 @@ __all__ = ['predict_split', 'confusion_matrix', 'metrics_by_class', 'overall_met
            'evaluate_annotated', 'describe_annotated', 'register_package', 'plot_confusion', 'plot_reliability',
            'plot_champion', 'find_worst_mistakes', 'plot_mistakes']
 
+# %% ../nbs/02_evaluate.ipynb #de0bfc77
+dataset = ""         # str: folder of Parquet shards that the data step wrote; empty: drawn sample scenes
+model = ""           # str: the package's folder or model.tar.gz; empty: a small sample package
+registry = ""        # str: sqlite:///PATH or sagemaker://GROUP; empty: one in out_dir
+min_accuracy = 0.8   # float, 0–1: a package below it is rejected
+register = True      # bool: whether to write to the registry
+seed = 0             # int, 0–4294967295: of the bootstrap
+out_dir = ""         # str: folder for the outputs; empty: a temporary one
+
 # %% ../nbs/02_evaluate.ipynb #ea7e46c5
 def predict_split(package: Package, split: Split) -> np.ndarray:
     "Return the probabilities (N, C) that `package` gives for the N > 0 images of `split`."

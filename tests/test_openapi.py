@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from openapi_spec_validator import validate
 
-from intel_nb.images import encode_jpeg
+from intel_nb.images import MAX_BYTES, MAX_PIXELS, encode_jpeg
 from intel_nb.scenes import sample_scene
 from intel_nb.serving.app import DRIFT_TYPE, ROUTES
 from intel_nb.serving.endpoints import throwaway
+from intel_nb.serving.monitor import HISTORY
 from intel_nb.serving.openapi import IMAGE_TYPES, REFUSALS, describe_api
 from intel_nb.serving.payloads import CONTENT_TYPES, MAX_INSTANCES, STATUS
 
@@ -46,7 +47,9 @@ def test_it_names_every_route_type_and_code():
     assert accepted == {*CONTENT_TYPES, DRIFT_TYPE.decode()} and set(IMAGE_TYPES) < accepted
     assert {code: status for status, (_, codes) in REFUSALS.items() for code in codes} == {
         code: status for code, status in STATUS.items() if code != "left"}, "the client that left reads no answer"
-    assert API["components"]["schemas"]["Files"]["maxItems"] == MAX_INSTANCES
+    text = json.dumps(API)
+    assert set(map(int, re.findall(r'"maxItems": (\d\d+)', text))) == {MAX_INSTANCES, HISTORY}
+    assert f"at most {MAX_BYTES >> 20} MiB and {MAX_PIXELS // 10**6} megapixels" in text
 
 
 def schema_of(path: str, method: str, reply: httpx.Response) -> dict | None:

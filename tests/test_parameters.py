@@ -36,6 +36,10 @@ WRONG = {  # arguments of `intel-nb run`: what the message says
     "--param train.image_size=192.5": "train.image_size takes an int, pixels, 8–4096, and 192.5 is none",
     "--param train.precision=int4": "train.precision takes int8 or float32, and 'int4' is none; did you mean int8?",
     "--param train.pretrained=yes": "train.pretrained takes packaged, hub or none, and 'yes' is none",
+    "--param train.bootstraps=100": "train.bootstraps is 100, and must be at least ert, 150",
+    "--param train.ert=200000": "train.bootstraps is 100000, and must be at least ert, 200000",
+    "--param train.statistics_weight=1e300": "train.statistics_weight takes a float, 0–1000, and 1e+300 is none",
+    "--param drift.slow=drak": "and ['drak'] is none; did you mean dark?",
     "--param train.windows=[]": "train.windows takes a list of int, observations, one or more, at least 1, and [] is",
     "--param train.windows=3,x": "observations, one or more, at least 1, and [3, 'x'] is none",
     "--param train.model_name=resnet19": "timm has no network 'resnet19'; did you mean resnet",
@@ -55,6 +59,11 @@ WRONG = {  # arguments of `intel-nb run`: what the message says
     "--from evalute": "there is no step evalute; did you mean evaluate?",
     "--data=": "--data is empty",
     "--annotations=": "--annotations is empty",
+    "--from=": "--from is empty",
+    "--to=": "--to is empty",
+    "--run-id=": "--run-id is empty",
+    "--profile=": "--profile is empty",
+    "--profile full --param train.profile=quick": "train.profile is quick by --param and full by an option of its own",
 }
 
 
@@ -74,6 +83,21 @@ def test_a_workspace_that_mlflow_cannot_open_is_refused_at_once(home, tmp_path, 
     answer = house.run()
     assert answer.status == 2 and "take a folder without %, ? and # in its path" in answer.err
     assert list(house.root.iterdir()) == []
+
+
+@pytest.mark.parametrize("line", ["watch=", "aws rehearse --data=", "aws start --data="])
+def test_an_empty_path_is_refused(line, empty):
+    "As by a variable of the shell that is not set."
+    answer = empty(*line.replace("watch=", "watch ").split(" "))
+    assert answer.status == 2 and "empty" in answer.err and list(empty.root.iterdir()) == []
+
+
+def test_braces_in_the_folder_of_runs_are_part_of_its_name(tmp_path, archive):
+    "papermill would fill in parameters there."
+    from conftest import House
+    (tmp_path / "{seed}{").mkdir()
+    answer = House(tmp_path / "{seed}{", archive)("run", "--to", "data")
+    assert answer.status == 0, answer.err
 
 
 def test_a_hub_out_of_reach_is_said_in_seconds(empty):
@@ -106,6 +130,46 @@ def test_papermill_alone_checks_too(tmp_path):
     ended = papermill("02_evaluate", tmp_path / "out.ipynb", out_dir=tmp_path / "out", sead=3, min_accuracy="0.9")
     assert ended.returncode != 0 and "evaluate has no parameter sead; did you mean seed?" in ended.stderr
     assert not (tmp_path / "out").exists()
+
+
+EDITS = {  # what a person does to the cell of parameters: what the check says
+    ("seed = 0", "sead = 0"): "evaluate: the cell of parameters does not set seed",
+    ("seed = 0", "seed = -1"): "evaluate.seed takes an int, 0–4294967295, and -1 is none",
+    ("min_accuracy = 0.8   # float, 0–1:", "min_accuracy = 8  # float, 0–10:"): "takes a float, 0–1, and 8 is none",
+    ("register = True ", "register = 1 "): "evaluate.register takes a bool, and 1 is none",
+    ("seed = 0", "sead = 3  # int: of the bootstrap\nseed = 0"): "no parameter sead; did you mean seed?",
+    ("#| exporti\n", "%%time\n# my values\n"): "",
+    ("seed = 0", "seed = 3"): "",
+}
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit[1].split("\n")[0])
+def test_a_person_in_a_notebook_is_held_to_what_the_step_declares(edit, shell):
+    "However the cell of parameters was edited, and whatever ran before."
+    cells = json.loads((NOTEBOOKS / "02_evaluate.ipynb").read_text())["cells"]
+    first = next(i for i, cell in enumerate(cells) if "parameters" in cell["metadata"].get("tags", []))
+    parameters, check = "".join(cells[first]["source"]), "".join(cells[first + 2]["source"])
+    assert parameters.count(edit[0]) == 1
+    for given, expected in ((parameters, ""), (parameters.replace(*edit), EDITS[edit]), (parameters, "")):
+        assert shell(given) == ""
+        shell("epochs = 3  # int, at least 1: a name of one's own")
+        assert expected in (said := shell(check)) and bool(said) == bool(expected)
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    from jupyter_client.manager import start_new_kernel
+    manager, client = start_new_kernel()
+    yield client
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+
+
+@pytest.fixture
+def shell(kernel):
+    "Run a cell as JupyterLab does; give the error that it ended with, or an empty text."
+    return lambda source: kernel.execute_interactive(
+        source, timeout=60, output_hook=lambda _: None)["content"].get("evalue", "")
 
 
 @pytest.mark.slow

@@ -3,12 +3,13 @@ import ast
 import json
 import re
 import subprocess
+import symtable
 import sys
 from pathlib import Path
 
 import pytest
 
-from intel_nb.parameters import choices_of, is_allowed
+from intel_nb.parameters import choices_of, exported_cells, find_declarations, is_allowed
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = {str(path.relative_to(ROOT / "nbs").with_suffix("")): json.loads(path.read_text())["cells"]
@@ -103,13 +104,27 @@ def test_a_step_has_its_cells(name):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_checks_its_parameters_first(name):
-    "Every parameter is declared, and the first cell of `## Run` checks them all."
+    "Every parameter is declared, and the cells after the parameters and after `## Run` check them all."
     from intel_nb.chain.parameters import read_parameters
     declared = read_parameters(ROOT / "nbs" / f"{name}.ipynb")
     assert all(is_allowed(parameter.default, parameter) for parameter in declared.values())
-    run = next(i for i, c in enumerate(NOTEBOOKS[name]) if source(c).startswith("## Run"))
+    cells, step = NOTEBOOKS[name], name.split("_", 1)[1].replace("test_staging", "staging")
+    is_tagged = ["parameters" in c["metadata"].get("tags", []) for c in cells]
+    run = next(i for i, c in enumerate(cells) if source(c).startswith("## Run"))
+    for checking in (cells[is_tagged.index(True) + 2], cells[run + 1]):
+        assert f'check_parameters("{step}", globals())' in source(checking)
+    assert find_declarations(exported_cells(step), step) == declared
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_exports_its_parameters_and_uses_none_of_them(name):
+    "Its module holds their declarations. A function that read one there would miss what the notebook was given."
     step = name.split("_", 1)[1].replace("test_staging", "staging")
-    assert f'check_parameters("{step}", globals())' in source(NOTEBOOKS[name][run + 1])
+    tables = [symtable.symtable((ROOT / "intel_nb" / f"{step}.py").read_text(), step, "exec")]
+    for table in tables:
+        tables += table.get_children()
+    read = {symbol.get_name() for table in tables[1:] for symbol in table.get_symbols() if symbol.is_global()}
+    assert read and not read & set(find_declarations(exported_cells(step), step))
 
 
 def test_the_table_of_profiles_agrees_with_the_declarations():

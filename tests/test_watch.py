@@ -20,7 +20,7 @@ from conftest import COMMAND, QUICK
 
 from intel_nb.chain.plan import RunRequest, Workspace
 from intel_nb.chain.runs import Run, StepRecord, list_runs, read_run, write_run
-from intel_nb.chain.watch import RunProcess, UploadBatch, read_batches, release_run, watch_folder
+from intel_nb.chain.watch import KEEP, RunProcess, UploadBatch, read_batches, release_run, watch_folder
 from intel_nb.storage import utc_now, write_json
 
 # Stands for `intel-nb`: a process that records which files it got, and which of them are not whole.
@@ -91,6 +91,13 @@ class Scene:
         run = Run(run_id, "succeeded", utc_now(), utc_now(), trigger, version, steps=steps)
         write_run(self.root / "executed", run)
         write_json(self.root / "executed" / run_id / "request.json", asdict(RunRequest(parameters, trigger)))
+
+    def judge(self, run_id: str, version: str, status: str) -> None:
+        "Let the run have made a `version` of this status."
+        self.add_version(version, approval=status, fingerprint=f"f{version}")
+        steps = [StepRecord("evaluate", "", result={"fingerprint": f"f{version}"})]
+        run = read_run(self.root / "executed", run_id)
+        write_run(self.root / "executed", replace(run, model_version=version, steps=steps))
 
     def watch(self, rest: float = 0.2, patience: float = 15, poll: bool = False,
               **parameters: dict) -> subprocess.Popen:
@@ -221,13 +228,36 @@ def test_labels_wait_for_an_archive_that_is_coming(scene):
     (note,) = scene.notes()
     assert set(note["digests"]) == {digest(content(1)), digest(archive.read_bytes())}
     assert set(scene.runs()[note["run"]].trigger.split(", ")) == {"data-uploaded", "annotations-added"}
+    scene.judge(note["run"], "2", "Approved")
     (scene.inbox / "intel.zip").unlink()
     (scene.inbox / "annotations" / "2.csv").write_bytes(content(2))
     until(lambda: len(scene.notes()) == 2)
-    assert digest(archive.read_bytes()) in scene.notes()[1]["digests"], "the archive has gone: the last one counts"
+    assert digest(archive.read_bytes()) in scene.notes()[1]["digests"], "gone from the inbox, and still the base"
     (scene.inbox / "intel.zip").write_bytes(archive.read_bytes()[:-100])
     until(lambda: "intel.zip is not taken" in scene.log())
     assert len(scene.batches()) == 2
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_a_rejected_archive_does_not_spoil_the_labels_after_it(scene, is_gone):
+    "The data of the version that was approved is what they add to, for as long as it takes."
+    made = {}
+    for name in ("good", "bad"):
+        with zipfile.ZipFile(scene.root / f"{name}.zip", "w") as made_zip:
+            made_zip.writestr("sea/1.jpg", name.encode() * 1000)
+        made[name] = digest((scene.root / f"{name}.zip").read_bytes())
+    scene.watch()
+    for number, (name, status) in enumerate({"good": "Approved", "bad": "Rejected"}.items(), 2):
+        shutil.copy(scene.root / f"{name}.zip", scene.inbox / "intel.zip")
+        until(lambda count=number - 1: len(scene.notes()) == count and scene.idle())
+        assert made[name] in scene.notes()[-1]["digests"]
+        scene.judge(scene.notes()[-1]["run"], str(number), status)
+    if is_gone:
+        (scene.inbox / "intel.zip").unlink()
+    for number in range(KEEP + 2):
+        (scene.inbox / "annotations" / f"{number}.csv").write_bytes(content(number))
+        until(lambda count=number + 3: len(scene.notes()) == count and scene.idle())
+        assert made["good"] in scene.notes()[-1]["digests"] and made["bad"] not in scene.notes()[-1]["digests"]
 
 
 def test_a_command_that_crashes_ends_no_watcher(scene):

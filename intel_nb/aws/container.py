@@ -21,7 +21,7 @@ from typing import Any
 from .pipeline import KEEP, KEPT, NEW, code_files, digest_code
 from ..chain.execution import execute
 from ..chain.parameters import read_parameters
-from ..chain.plan import notebooks_folder
+from ..chain.plan import FOLDERS, notebooks_folder
 from ..parameters import Parameter, read_values
 from ..registry import Registry, metrics_of, open_registry
 from ..storage import InputError, files_of, read_json, write_json, write_text
@@ -63,9 +63,14 @@ def _unquoted(text: str) -> str:
     return json.loads(text) if text[:1] == text[-1:] == '"' and len(text) > 1 else text
 
 # %% ../../nbs/aws/10_container.ipynb #1f611ba6
+def _split_pair(pair: str) -> tuple[str, str]:
+    "Return name and value of the argument `name=value`."
+    name, _, text = pair.partition("=")
+    return name, text
+
 def read_arguments(arguments: Sequence[str], notebooks: Path, hyperparameters: Mapping[str, str] = {}) -> JobArguments:
     "Return the notebook and its parameters, arguments first; raise `InputError` for one that it does not take."
-    parser = argparse.ArgumentParser("intel_nb.aws.container", exit_on_error=False, add_help=False)
+    parser = argparse.ArgumentParser("intel_nb.aws.container", exit_on_error=False, add_help=False, allow_abbrev=False)
     parser.add_argument("notebook")
     parser.add_argument("--param", action="append", default=[])
     parser.add_argument("--settings", default="{}")
@@ -77,9 +82,11 @@ def read_arguments(arguments: Sequence[str], notebooks: Path, hyperparameters: M
         usage = "NOTEBOOK [--param NAME=VALUE]… [--settings JSON]"
         raise InputError(f"the container knows no argument {unknown[0]}; it takes {usage}")
     declared = read_parameters(notebooks / parsed.notebook)
-    values = {**hyperparameters, **_read_settings(parsed.settings)}
-    values |= {name: text for name, _, text in (pair.partition("=") for pair in parsed.param)}
-    step = Path(parsed.notebook).stem.lstrip("0123456789_")
+    step, by_job = Path(parsed.notebook).stem.lstrip("0123456789_"), dict(_split_pair(pair) for pair in parsed.param)
+    settings = _read_settings(parsed.settings)
+    if supplied := settings.keys() & {*by_job, *FOLDERS}:
+        raise InputError(f"{step}.{min(supplied)} is filled in by the job and cannot be set")
+    values = {**hyperparameters, **settings, **by_job}
     return JobArguments(parsed.notebook, read_values(step, values, declared), declared)
 
 # %% ../../nbs/aws/10_container.ipynb #4f35d1f3

@@ -20,19 +20,19 @@ from typing import Any
 
 import intel_nb
 from . import definition as syntax
-from .container import read_arguments, read_keep_arguments, registered_version
+from .container import JobArguments, read_arguments, read_keep_arguments, registered_version
 from .pipeline import ENTRY, KEEP, PROPERTY_FILES, check_pipeline, code_files, pipeline_definition
 from ..chain.execution import end_process
-from ..chain.plan import notebooks_folder, open_workspace
+from ..chain.plan import PLAN, look_up_values, notebooks_folder, open_workspace
 from ..chain.runs import new_run_id
 from ..storage import InputError, fetch, link, read_json, write_bytes
 
 # %% auto #0
 __all__ = ['RUNNERS', 'StepFailed', 'LocalBuckets', 'RehearsedStep', 'Rehearsal', 'lay_image', 'image_environment',
            'container_environment', 'run_job', 'run_processing', 'write_archive', 'run_training', 'serving_environment',
-           'load_as_served', 'run_register', 'run_fail', 'run_condition', 'run_steps', 'check_arguments', 'put_inputs',
-           'RehearsalResult', 'known_version', 'rehearse', 'remove_empty_folders', 'rehearse_in_workspace',
-           'rehearsal_summary']
+           'load_as_served', 'run_register', 'run_fail', 'run_condition', 'run_steps', 'check_job', 'check_arguments',
+           'put_inputs', 'RehearsalResult', 'known_version', 'rehearse', 'remove_empty_folders',
+           'rehearse_in_workspace', 'rehearsal_summary']
 
 # %% ../../nbs/aws/11_rehearsal.ipynb #4438f949
 class StepFailed(RuntimeError):
@@ -322,6 +322,13 @@ def run_steps(rehearsal: Rehearsal, steps: list[dict]) -> None:
             rehearsal.say(f"{step['Name']}: {time.monotonic() - started:.1f} s")
 
 # %% ../../nbs/aws/11_rehearsal.ipynb #71468109
+def check_job(job: JobArguments) -> None:
+    "Raise `InputError` for a value among the arguments of a step's job that only a library can judge, if it is here."
+    for step in PLAN:
+        with suppress(ModuleNotFoundError):  # the job has it
+            if step.notebook == job.notebook:
+                look_up_values(step, job.values, job.declared)
+
 def check_arguments(definition: dict, parameters: Mapping[str, Any]) -> None:
     "Raise `InputError` unless each container that runs our entry point gets arguments that it takes."
     index = syntax.build_index(definition, parameters, PROPERTY_FILES)
@@ -330,7 +337,10 @@ def check_arguments(definition: dict, parameters: Mapping[str, Any]) -> None:
         if app.get("ContainerEntrypoint") == ENTRY:
             given = syntax.resolve_value(app["ContainerArguments"], index.scope)
             try:
-                read_keep_arguments(given) if given[0] == KEEP else read_arguments(given, notebooks_folder())
+                if given[0] == KEEP:
+                    read_keep_arguments(given)
+                else:
+                    check_job(read_arguments(given, notebooks_folder()))
             except InputError as error:
                 raise InputError(f"step {name}: {error}") from None
 

@@ -159,7 +159,8 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any], work: Path
     output.parent.mkdir(parents=True, exist_ok=True)
     source = copy_for_run(notebook, work / notebook.name)
     try:
-        papermill.execute_notebook(str(source), str(output), parameters, engine_name="intel-nb", progress_bar=False)
+        paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (source, output)]  # it fills in braces
+        papermill.execute_notebook(*paths, parameters, engine_name="intel-nb", progress_bar=False)
     except (papermill.PapermillExecutionError, RuntimeError) as error:
         raise translate_error(str(output), error) from None
     finally:

@@ -5,18 +5,16 @@
 # %% ../../nbs/chain/01_parameters.ipynb #cca18b2b
 from __future__ import annotations
 
-import ast
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..parameters import Parameter, read_declarations
+from ..parameters import Parameter, read_declarations, with_profiles
 from ..storage import InputError, read_json
 
 # %% auto #0
-__all__ = ['Cell', 'cells_of', 'read_cells', 'read_profiles', 'read_parameters']
+__all__ = ['Cell', 'cells_of', 'read_cells', 'read_parameters']
 
 # %% ../../nbs/chain/01_parameters.ipynb #37f4d39a
 @dataclass(frozen=True)
@@ -46,16 +44,6 @@ def read_cells(notebook: str | Path) -> list[Cell]:
     except (KeyError, TypeError) as e:
         raise InputError(f"{notebook} is not a notebook ({e})") from None
 
-# %% ../../nbs/chain/01_parameters.ipynb #c34ac64a
-def read_profiles(cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
-    "Return the literal `PROFILES` of a notebook: for each parameter in it the type, and the value in each profile."
-    for cell in cells:
-        if cell.kind == "code" and re.search(r"^PROFILES\b", cell.source, re.M):
-            for node in ast.parse(cell.source).body:
-                if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "PROFILES":
-                    return ast.literal_eval(node.value)
-    return {}
-
 # %% ../../nbs/chain/01_parameters.ipynb #a9420477
 def read_parameters(notebook: str | Path) -> dict[str, Parameter]:
     "Return all parameters of `notebook` by name. Raise `InputError` unless exactly one cell is tagged `parameters`."
@@ -63,10 +51,4 @@ def read_parameters(notebook: str | Path) -> dict[str, Parameter]:
     tagged = [c for c in cells if "parameters" in c.tags]
     if len(tagged) != 1:
         raise InputError(f"{name} has {len(tagged)} cells tagged parameters and needs exactly one")
-    table = read_profiles(cells)
-    return {key: replace(parameter, profiles=_users(table.get(key, {})))
-            for key, parameter in read_declarations(tagged[0].source, name).items()}
-
-def _users(row: dict[str, Any]) -> dict[str, Any]:
-    "Return the profiles that use the parameter with this `row` of the table, and its value in each."
-    return {profile: value for profile, value in row.items() if profile != "type" and value is not None}
+    return with_profiles(read_declarations(tagged[0].source, name), [c.source for c in cells if c.kind == "code"])

@@ -17,7 +17,7 @@ import intel_nb
 from .parameters import read_parameters
 from .runs import Run
 from .store import CHECKPOINTS, OUTPUTS, Store
-from ..parameters import Parameter, check_known, check_values, read_value
+from ..parameters import Parameter, check_known, check_values, profile_of, read_value
 from intel_nb.registry import (
     ModelVersion,
     Registry,
@@ -325,7 +325,7 @@ def settable_parameters(step: Step, declared: Mapping[str, Parameter]) -> dict[s
 def look_up_values(step: Step, values: Mapping[str, Any], known: Mapping[str, Parameter]) -> None:
     "Look up those of the `values` set for `step` that only a library can judge, if there are any. Raise `InputError`."
     if any(values.get(name) is not None for name in step.looked_up):
-        profile = values.get("profile") or (known["profile"].default if "profile" in known else "")
+        profile = profile_of(values, known)
         given = (values.get(name) for name in step.looked_up)
         step.look_up(*(known[name].profiles.get(profile) if value is None else value
                        for name, value in zip(step.looked_up, given)))

@@ -206,11 +206,16 @@ class UploadQueue:
 # %% ../../nbs/chain/10_watch.ipynb #6d039f2c
 KEEP = 3  # snapshots
 
-def remove_old_snapshots(queue: UploadQueue) -> None:
-    "Remove the snapshots of all runs that have ended, but for the newest `KEEP`."
+def remove_old_snapshots(queue: UploadQueue, archives: Iterable[str] = ()) -> None:
+    """Remove the snapshots of all runs that have ended, but for the newest `KEEP`.
+
+    One that holds one of `archives`, or the archive of a run that has not ended, stays too."""
     unfinished = queue.unfinished()
+    queued = [request_of(queue.workspace, b.run_id).parameters.get("data", {}).get("archive", "") for b in unfinished]
+    needed = {Path(archive).parent for archive in [*archives, *queued] if archive}
     for batch in [batch for batch in queue.batches if batch not in unfinished][:-KEEP]:
-        remove(queue.snapshot_of(batch))
+        if queue.snapshot_of(batch) not in needed:
+            remove(queue.snapshot_of(batch))
 
 # %% ../../nbs/chain/10_watch.ipynb #5b116194
 BASES = ("Approved", "PendingManualApproval", "Rejected")  # status of a version whose data labels add to; best first
@@ -258,18 +263,22 @@ def run_arguments(request: RunRequest) -> list[str]:
     return ["run", "--run-id", request.run_id, *run_options(request.parameters), *approve]
 
 # %% ../../nbs/chain/10_watch.ipynb #c5200db7
-def wanted_files(queue: UploadQueue, inbox: Inbox) -> dict[str, str]:
-    "Return the files of the next snapshot (SHA-256 by key): those that are ready, else as the last batch had them."
-    files = queue.last().files
-    earlier = {key: files[key] for key in {*inbox.unready, ARCHIVE} & set(files)}
-    return dict(sorted((earlier | {key: digest for key, (_, digest) in inbox.ready.items()}).items()))
+def wanted_files(queue: UploadQueue, inbox: Inbox, has_base: bool) -> dict[str, str]:
+    """Return the files of the next snapshot (SHA-256 by key): those that are ready, else as the last batch had them.
+
+    Where labels have a base, an archive is wanted only if no run was queued for it."""
+    files, ready = queue.last().files, {key: digest for key, (_, digest) in inbox.ready.items()}
+    wanted = {key: files[key] for key in {*inbox.unready, ARCHIVE} & set(files)} | ready
+    is_new = bool(queue.new_events(upload_events({key: ready[key] for key in {ARCHIVE} & set(ready)})))
+    return {key: wanted[key] for key in sorted(wanted) if key != ARCHIVE or is_new or not has_base}
 
 # %% ../../nbs/chain/10_watch.ipynb #d7ecfef1
 def queue_uploads(queue: UploadQueue, inbox: Inbox, template: RunRequest) -> UploadBatch | None:
     """Queue a run for what is new among the files of `inbox` that are ready. Return None if none of it could be read.
 
     Raise `InputError` if there are labels and no photographs that they could add to."""
-    wanted, base = wanted_files(queue, inbox), base_data(queue.workspace)
+    base = base_data(queue.workspace)
+    wanted = wanted_files(queue, inbox, has_base=base is not None)
     if base is None and ARCHIVE not in wanted:
         raise InputError("the labels have no photographs to add to, because no run has a version; "
                          f"upload {ARCHIVE}, or run intel-nb run --data once")
@@ -337,10 +346,11 @@ def record_end(workspace: Workspace, ended: RunProcess) -> str:
         write_run(workspace.executed, replace(run, status="failed", finished=utc_now()))
     if ended.process and (died or (command, status) == ("approve", "waiting")):
         return f"{command} {run.run_id} ended with {ended.process.returncode}: {last}"
+    error = last.removeprefix("error: ") if last.startswith("error: ") else ""
+    replaces = ["--replace"] if "--replace" in error else []  # a watcher never replaces a newer version by itself
     todo = {"waiting": f"; intel-nb approve {run.model_version}",
             "interrupted": f"; the next watcher continues it, or intel-nb {shlex.join(ended.arguments)}",
-            "failed": f"; see {log}, and continue it with intel-nb {shlex.join(ended.arguments)}"}
-    error = last.removeprefix("error: ") if last.startswith("error: ") else ""
+            "failed": f"; see {log}, and continue it with intel-nb {shlex.join([*ended.arguments, *replaces])}"}
     return end_in_words(workspace, run, error) + todo.get(run.status, "")
 
 # %% ../../nbs/chain/10_watch.ipynb #5b310153
@@ -408,7 +418,8 @@ class Watcher:
                 self._ended.add(ended.run_id)
                 if ended.arguments[0] == "approve":
                     self._approval.unlink(missing_ok=True)
-                remove_old_snapshots(self.queue)
+                base = base_data(self.workspace)
+                remove_old_snapshots(self.queue, base[:1] if base else ())
             else:
                 self.tell(f"{ended.arguments[0]} {ended.run_id} was killed; it is started again")
 
@@ -512,8 +523,8 @@ def follow_changes(watcher: Watcher, changes: Iterable[bool], every: float = 5) 
 # %% ../../nbs/chain/10_watch.ipynb #44cf7b99
 def check_inbox(inbox: str | Path) -> Path:
     "Return the folder `inbox` as an absolute path without links. Raise `InputError` if there is no such folder."
-    if not Path(inbox).is_dir():
-        raise InputError(f"{inbox} is no folder; make it, and put {' and '.join(UPLOADS)} into it")
+    if not str(inbox).strip() or not Path(inbox).is_dir():
+        raise InputError(f"{inbox or 'an empty path'} is no folder; make it, and put {' and '.join(UPLOADS)} into it")
     return Path(inbox).resolve()
 
 # %% ../../nbs/chain/10_watch.ipynb #f4ae7d6a
