@@ -339,9 +339,10 @@ def alibi_detector(reference: np.ndarray, ert: float, window: int, n_bootstraps:
 # %% ../nbs/04_drift.ipynb #83e484cb
 def library_difference(detector: OnlineMMD, rows: np.ndarray, window: int = 8) -> float:
     "Return the largest difference between our MMD² and alibi-detect's over `rows`, with one window and kernel."
-    theirs = alibi_detector(detector.calibration.reference[:200], 100, window, 200)._detector
-    inner = detector.calibration.reference[:200][theirs.ref_inds.numpy()]
-    ours = OnlineMMD(inner, 100, (window,), 200, pool=detector.calibration.reference[200:400])
+    half = min(200, len(detector.calibration.reference) // 2)  # a package that was made from few images has few
+    theirs = alibi_detector(detector.calibration.reference[:half], 100, window, 200)._detector
+    inner = detector.calibration.reference[:half][theirs.ref_inds.numpy()]
+    ours = OnlineMMD(inner, 100, (window,), 200, pool=detector.calibration.reference[half:2 * half])
     sigma = float(theirs.kernel.sigma)  # the library takes it from rows that it then leaves out
     apart = gaussian_kernel(inner, inner, sigma).astype(np.float64)
     apart_mean = (apart.sum() - np.trace(apart)) / (len(inner) * (len(inner) - 1))

@@ -13,7 +13,7 @@ import math
 import operator
 import re
 import tokenize
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -232,8 +232,9 @@ def as_declared(value: Any, parameter: Parameter) -> Any:
     "Return a value that papermill or a job passed on in the parameter's type, or as it is, to be refused."
     if isinstance(value, str):
         return read_value(value, parameter)
-    if isinstance(value, int) and not isinstance(value, bool):  # papermill has read a text as a number
-        return {"str": str(value), "list": [value]}.get(parameter.type, value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):  # papermill has read a text as a number
+        one = str(value) if "str" in (parameter.type, parameter.items) else value
+        return [one] if parameter.type == "list" else one
     return value
 
 def read_values(where: str, values: Mapping[str, Any], known: Mapping[str, Parameter]) -> dict[str, Any]:
@@ -258,28 +259,57 @@ def find_declarations(cells: Sequence[str], where: str) -> dict[str, Parameter]:
 
 # %% ../nbs/11_parameters.ipynb #8e2e607e
 def assigned_names(source: str) -> list[str]:
-    "Return the names that a cell assigns in lines of their own. It may have magics, which Python cannot parse."
-    return re.findall(r"^(\w+) *(?::[^=\n]*)?=(?!=)", source, re.M)
+    "Return the names that a cell assigns, in its order. It may have magics, which Python cannot parse."
+    plain = re.sub(r"^\s*[%!?].*$", "", source, flags=re.M)
+    try:
+        return list(dict.fromkeys(_stored_names(ast.parse(plain))))
+    except SyntaxError:  # it did not run either
+        return []
+
+_INNER = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp,
+          ast.GeneratorExp)
+
+def _stored_names(node: ast.AST) -> Iterator[str]:
+    "Yield the names that a syntax tree assigns, without those inside functions, classes and comprehensions."
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        yield node.id
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, _INNER):
+            yield from _stored_names(child)
 
 def set_names(cells: Sequence[str], known: Iterable[str], where: str) -> list[str]:
-    "Return the names that a person and papermill set. Raise `InputError` where one of the parameters `known` lacks."
-    needed, papermills = set(known), [source for source in cells if source.startswith("# Parameters\n")]
-    by_hand = [names for source in cells if source not in papermills
-               and 2 * len(needed.intersection(names := assigned_names(source))) > len(needed)]
-    if not by_hand:
-        raise InputError(f"{where}: run the cell of parameters first")
-    if lacking := needed.difference(by_hand[-1]):
+    """Return the names that a person set, in the last cell that sets most of `known`, and papermill in one after it.
+
+    Raise `InputError` where one of the parameters `known` lacks."""
+    needed = set(known)
+    is_papermills = [source.startswith("# Parameters\n") for source in cells]
+    sets_most = [2 * len(needed.intersection(assigned_names(source))) > len(needed) for source in cells]
+    last = max((k for k, most in enumerate(sets_most) if most and not is_papermills[k]), default=-1)
+    if last < 0:
+        last = max((k for k, most in enumerate(sets_most) if most), default=-1)
+    if last < 0:
+        raise InputError(f"{where}: run the cell of parameters first; one cell has to set them all")
+    injected = [source for source, is_it in zip(cells[last + 1:], is_papermills[last + 1:]) if is_it][-1:]
+    names = [name for source in [cells[last], *injected] for name in assigned_names(source)]
+    if lacking := needed.difference(names):
         raise InputError(f"{where}: the cell of parameters does not set {', '.join(sorted(lacking))}")
-    return by_hand[-1] + [name for source in papermills for name in assigned_names(source)]
+    return names
 
 # %% ../nbs/11_parameters.ipynb #d9ba9461
 def check_parameters(step: str, namespace: dict[str, Any]) -> None:
     """Check the parameters of `step` in the `namespace` of its notebook, and read texts as the declared types there.
 
     Raise `InputError` for a name that is not declared or not set, and for a value that is not allowed."""
-    cells = [source for source in namespace.get("In", []) if source]
-    if not cells:
+    if not any(namespace.get("In", [])):
         return  # nbdev's shell: nothing was passed
+    cells = [source for source in _typed(namespace) if source]
     known = find_declarations(exported_cells(step) or cells, step)
-    passed = {name: namespace[name] for name in set_names(cells, known, step)}
-    namespace.update(read_values(step, passed, known))
+    names = set_names(cells, known, step)
+    if gone := [name for name in names if name not in namespace]:
+        raise InputError(f"{step}.{gone[0]} has no value any more; run the cell of parameters again")
+    namespace.update(read_values(step, {name: namespace[name] for name in names}, known))
+
+def _typed(namespace: dict[str, Any]) -> list[str]:
+    "Return the cells as they were typed. `In` has what IPython made of them, which for a magic is one call."
+    shell = namespace["get_ipython"]() if "get_ipython" in namespace else None
+    return shell.history_manager.input_hist_raw if shell else namespace["In"]

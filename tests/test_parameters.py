@@ -85,11 +85,24 @@ def test_a_workspace_that_mlflow_cannot_open_is_refused_at_once(home, tmp_path, 
     assert list(house.root.iterdir()) == []
 
 
-@pytest.mark.parametrize("line", ["watch=", "aws rehearse --data=", "aws start --data="])
-def test_an_empty_path_is_refused(line, empty):
-    "As by a variable of the shell that is not set."
-    answer = empty(*line.replace("watch=", "watch ").split(" "))
-    assert answer.status == 2 and "empty" in answer.err and list(empty.root.iterdir()) == []
+EMPTY = (("watch", ""), ("aws", "rehearse", "--data="), ("aws", "start", "--data", ""), ("stop", ""), ("stop", "  "),
+         ("predict", "x.jpg", "--stage", ""), ("import", "x", "--evaluation="), ("start", "staging", "--engine", ""),
+         ("export", "1", "--output", ""), ("import", ""), ("run", "--run-id", ""))
+
+
+@pytest.mark.parametrize("line", EMPTY, ids=" ".join)
+def test_an_empty_argument_is_refused(line, empty):
+    "As by a variable of the shell that is not set: `stop \"$STAGE\"` would stop all stages."
+    answer = empty(*line)
+    assert answer.status == 2 and "is empty; give it a value, or leave it out" in answer.err
+    assert list(empty.root.iterdir()) == []
+
+
+@pytest.mark.parametrize("setting", ["data.archive=/photos.zip", "data.annotations=/labels"])
+def test_the_watcher_is_not_told_what_it_fills_in(setting, empty):
+    (empty.root / "inbox").mkdir()
+    answer = empty("watch", "inbox", "--param", setting)
+    assert answer.status == 2 and "is filled in by the watcher" in answer.err
 
 
 def test_braces_in_the_folder_of_runs_are_part_of_its_name(tmp_path, archive):
@@ -139,6 +152,10 @@ EDITS = {  # what a person does to the cell of parameters: what the check says
     ("register = True ", "register = 1 "): "evaluate.register takes a bool, and 1 is none",
     ("seed = 0", "sead = 3  # int: of the bootstrap\nseed = 0"): "no parameter sead; did you mean seed?",
     ("#| exporti\n", "%%time\n# my values\n"): "",
+    ("#| exporti\n", "# Parameters\n"): "",
+    ("seed = 0", "seed = 0; sead = 4; seed = 0"): "no parameter sead; did you mean seed?",
+    ("seed = 0", "sead: int\nseed = 0"): "no parameter sead; did you mean seed?",
+    ("register = True      # bool: whether to write to the registry\nseed = 0", "register, seed = True, 3  #"): "",
     ("seed = 0", "seed = 3"): "",
 }
 
@@ -150,9 +167,20 @@ def test_a_person_in_a_notebook_is_held_to_what_the_step_declares(edit, shell):
     first = next(i for i, cell in enumerate(cells) if "parameters" in cell["metadata"].get("tags", []))
     parameters, check = "".join(cells[first]["source"]), "".join(cells[first + 2]["source"])
     assert parameters.count(edit[0]) == 1
-    for given, expected in ((parameters, ""), (parameters.replace(*edit), EDITS[edit]), (parameters, "")):
+    for given, expected in ((parameters.replace(*edit), EDITS[edit]), (parameters, "")):
+        shell("%reset -f in")  # what ran before would answer too
         assert shell(given) == ""
         shell("epochs = 3  # int, at least 1: a name of one's own")
+        assert expected in (said := shell(check)) and bool(said) == bool(expected)
+
+
+def test_a_corrected_cell_of_papermills_is_taken(shell):
+    "As by a person who opens the notebook that papermill left, and corrects the name."
+    cells = json.loads((NOTEBOOKS / "02_evaluate.ipynb").read_text())["cells"]
+    first = next(i for i, cell in enumerate(cells) if "parameters" in cell["metadata"].get("tags", []))
+    parameters, check = "".join(cells[first]["source"]), "".join(cells[first + 2]["source"])
+    for injected, expected in (("# Parameters\nsead = 3", "no parameter sead"), ("# Parameters\nseed = 3", "")):
+        assert shell(parameters) == shell(injected) == ""
         assert expected in (said := shell(check)) and bool(said) == bool(expected)
 
 

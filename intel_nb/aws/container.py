@@ -21,7 +21,7 @@ from typing import Any
 from .pipeline import KEEP, KEPT, NEW, code_files, digest_code
 from ..chain.execution import execute
 from ..chain.parameters import read_parameters
-from ..chain.plan import FOLDERS, notebooks_folder
+from ..chain.plan import FOLDERS, PLAN, notebooks_folder
 from ..parameters import Parameter, read_values
 from ..registry import Registry, metrics_of, open_registry
 from ..storage import InputError, files_of, read_json, write_json, write_text
@@ -84,7 +84,8 @@ def read_arguments(arguments: Sequence[str], notebooks: Path, hyperparameters: M
     declared = read_parameters(notebooks / parsed.notebook)
     step, by_job = Path(parsed.notebook).stem.lstrip("0123456789_"), dict(_split_pair(pair) for pair in parsed.param)
     settings = _read_settings(parsed.settings)
-    if supplied := settings.keys() & {*by_job, *FOLDERS}:
+    supplied_by_chain = {name for one in PLAN if one.notebook == parsed.notebook for name in one.supplied}
+    if supplied := settings.keys() & {*by_job, *FOLDERS, *supplied_by_chain}:
         raise InputError(f"{step}.{min(supplied)} is filled in by the job and cannot be set")
     values = {**hyperparameters, **settings, **by_job}
     return JobArguments(parsed.notebook, read_values(step, values, declared), declared)

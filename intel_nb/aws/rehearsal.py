@@ -25,6 +25,7 @@ from .pipeline import ENTRY, KEEP, PROPERTY_FILES, check_pipeline, code_files, p
 from ..chain.execution import end_process
 from ..chain.plan import PLAN, look_up_values, notebooks_folder, open_workspace
 from ..chain.runs import new_run_id
+from ..registry import open_registry
 from ..storage import InputError, fetch, link, read_json, write_bytes
 
 # %% auto #0
@@ -324,6 +325,8 @@ def run_steps(rehearsal: Rehearsal, steps: list[dict]) -> None:
 # %% ../../nbs/aws/11_rehearsal.ipynb #71468109
 def check_job(job: JobArguments) -> None:
     "Raise `InputError` for a value among the arguments of a step's job that only a library can judge, if it is here."
+    if registry := job.values.get("registry", ""):
+        open_registry(registry)
     for step in PLAN:
         with suppress(ModuleNotFoundError):  # the job has it
             if step.notebook == job.notebook:
