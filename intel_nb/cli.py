@@ -26,20 +26,21 @@ if TYPE_CHECKING:  # each command imports what it needs, so that --help does not
 # %% auto #0
 __all__ = ['app', 'aws_app', 'INTERRUPTED', 'JsonOption', 'VersionArgument', 'StageArgument', 'EXIT_STATUS', 'Setting', 'Profile',
            'Engine', 'Approve', 'Replace', 'BAR_FROM', 'ImagesArgument', 'CsvOption', 'ObserveOption', 'ModelArgument',
-           'NameOption', 'PipelineOption', 'StackOption', 'YesOption', 'Reason', 'print_line', 'print_error', 'call',
-           'main', 'format_table', 'print_json', 'print_rows', 'complete_with', 'complete_versions', 'complete_runs',
-           'complete_steps', 'complete_profiles', 'complete_settings', 'PlainProgress', 'BarProgress', 'show_progress',
-           'data_lines', 'annotation_lines', 'describe_run', 'exit_with_outcome', 'request_from', 'check_given',
-           'run_command', 'runs_command', 'report_command', 'version_row', 'print_versions', 'models_command',
-           'trace_command', 'describe_shadow', 'describe_drift', 'drift_and_shadow', 'endpoints_command',
-           'captures_command', 'carry_out_decision', 'approve_command', 'reject_command', 'promote_command',
-           'rollback_command', 'shadow_command', 'start_command', 'stop_command', 'with_bar', 'print_predictions',
-           'print_prediction_table', 'print_data', 'check_at_most_one', 'predict_command', 'serve_command',
-           'sign_command', 'export_command', 'import_command', 'watch_command', 'prune_command', 'confirm_unless',
-           'aws_template_command', 'aws_definition_command', 'aws_rehearse_command', 'aws_cost_command',
-           'aws_deploy_command', 'aws_start_command', 'aws_status_command', 'aws_models_command', 'aws_approve_command',
-           'aws_promote_command', 'aws_reject_command', 'aws_rollback_command', 'aws_invoke_command',
-           'aws_logs_command', 'aws_destroy_command']
+           'RunArgument', 'NameOption', 'PipelineOption', 'StackOption', 'YesOption', 'Reason', 'print_line',
+           'print_error', 'check_none_empty', 'call', 'main', 'format_table', 'print_json', 'print_rows', 'print_note',
+           'looked_at', 'mended', 'complete_with', 'complete_versions', 'complete_runs', 'complete_steps',
+           'complete_profiles', 'complete_settings', 'PlainProgress', 'BarProgress', 'show_progress', 'data_lines',
+           'annotation_lines', 'describe_run', 'exit_with_outcome', 'request_from', 'run_command', 'runs_command',
+           'report_command', 'version_row', 'print_versions', 'models_command', 'trace_command', 'describe_shadow',
+           'describe_drift', 'drift_and_shadow', 'endpoints_command', 'captures_command', 'carry_out_decision',
+           'approve_command', 'reject_command', 'withdraw_command', 'promote_command', 'rollback_command',
+           'shadow_command', 'start_command', 'stop_command', 'with_bar', 'print_predictions', 'print_prediction_table',
+           'print_data', 'check_at_most_one', 'predict_command', 'serve_command', 'sign_command', 'export_command',
+           'import_command', 'watch_command', 'audit_command', 'check_command', 'cancel_command', 'logs_command',
+           'prune_command', 'confirm_unless', 'aws_template_command', 'aws_definition_command', 'aws_rehearse_command',
+           'aws_cost_command', 'aws_deploy_command', 'aws_start_command', 'aws_status_command', 'aws_models_command',
+           'aws_approve_command', 'aws_promote_command', 'aws_reject_command', 'aws_rollback_command',
+           'aws_invoke_command', 'aws_logs_command', 'aws_destroy_command']
 
 # %% ../nbs/20_cli.ipynb #d6fdda1b
 app = typer.Typer(name="intel-nb", no_args_is_help=True, rich_markup_mode=None,
@@ -85,11 +86,20 @@ def print_error(message: str, status: int) -> int:
 # %% ../nbs/20_cli.ipynb #65b57475
 INTERRUPTED = "interrupted; the same command continues where it stopped"
 
+def check_none_empty(arguments: list[str]) -> None:
+    "Raise `InputError` for an argument that is empty, as a variable of the shell is that was not set."
+    for before, word in zip(["", *arguments], arguments):
+        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        if not value.strip() and (equals or not name):
+            name = name or (before if before.startswith("-") else "an argument")
+            raise InputError(f"{name} is empty; give it a value, or leave it out")
+
 def call(arguments: list[str]) -> int:
     "Carry out the command line `arguments`. Return its exit status."
     debug = "--debug" in arguments
     os.environ.update(absolute_keys())
     try:
+        check_none_empty(arguments)
         status = app([a for a in arguments if a != "--debug"], prog_name="intel-nb", standalone_mode=False) or 0
         return print_error(INTERRUPTED, status) if status == 130 else status  # typer's status for a KeyboardInterrupt
     except (KeyboardInterrupt, typer.Abort) as error:
@@ -157,6 +167,24 @@ def _workspace() -> Workspace:
     "Open the workspace that the environment names."
     from intel_nb.chain.plan import open_workspace
     return open_workspace()
+
+def print_note(text: str) -> None:
+    "Print a line to standard error, beside what a command was asked for."
+    print(printable(text), file=sys.stderr, flush=True)
+
+def looked_at(workspace: Workspace) -> Workspace:
+    "Return the workspace. Say what in it is not as it was decided, and what mends it."
+    from intel_nb.chain.mending import find_differences
+    for one in find_differences(workspace):
+        print_note(f"note: {one}; intel-nb check --repair")
+    return workspace
+
+def mended(workspace: Workspace) -> Workspace:
+    "Return the workspace, in which all that can be mended at once is mended. Say what was, and what was not."
+    from intel_nb.chain.mending import mend
+    for text in mend(workspace, lambda event: print_note(event.text)):
+        print_note(f"note: {text}; intel-nb check --repair")
+    return workspace
 
 # %% ../nbs/20_cli.ipynb #9fb05ad7
 def complete_with(find: Callable[[str], Iterable[Any]]) -> Callable[[str], list[Any]]:
@@ -342,12 +370,6 @@ def request_from(workspace: Workspace, settings: list[str], options: dict[str, A
                 raise InputError(f"{name} is {given} by --param and {value} by an option of its own; leave one out")
     return RunRequest(parameters, **fields)
 
-def check_given(options: dict[str, str | list[str] | None]) -> None:
-    "Raise `InputError` for an option that was given an empty text, as by a variable of the shell that is not set."
-    for name, value in options.items():
-        if value is not None and not all(map(str.strip, [value] if isinstance(value, str) else value)):
-            raise InputError(f"{name} is empty; give it a value, or leave it out")
-
 # %% ../nbs/20_cli.ipynb #feceeab4
 Setting = Annotated[list[str] | None, typer.Option(metavar="STEP.NAME=VALUE", help="Set a parameter of a step.",
                                                    autocompletion=complete_with(complete_settings))]
@@ -381,24 +403,25 @@ def run_command(
     "Run the chain. Steps that are done come from the store. Without --approve the run waits before staging."
     from intel_nb.chain.run import run_chain
     workspace = _workspace()
-    check_given({"--data": data, "--annotations": annotations, "--profile": profile, "--engine": engine,
-                 "--run-id": run_id, "--from": first, "--to": last})
     options = {"data.archive": data, "data.annotations": annotations or None, "train.profile": profile,
                "deploy.engine": engine}
     request = request_from(workspace, param or [], options, run_id=run_id or "", first=first or "", last=last or "",
                            approve=approve, may_replace=may_replace)
+    mended(workspace)
     exit_with_outcome(workspace, [show_progress(lambda tell: run_chain(workspace, request, tell=tell, ask=tell.ask))])
 
 # %% ../nbs/20_cli.ipynb #a84f762d
 @app.command("runs")
 def runs_command(as_json: JsonOption = False) -> None:
     "List the runs, newest first: what started each, its data, its version, and what became of that version."
-    from dataclasses import asdict
-
     from intel_nb.chain.history import run_row, run_summaries
     from intel_nb.chain.runs import list_runs
-    workspace = _workspace()
-    rows = map(asdict, list_runs(workspace.executed)) if as_json else map(run_row, run_summaries(workspace))
+    from intel_nb.storage import with_check
+    workspace, damaged = looked_at(_workspace()), list[str]()
+    runs = list_runs(workspace.executed, damaged)
+    for text in damaged:
+        print_note(f"note: {text}; intel-nb check --repair")
+    rows = map(with_check, runs) if as_json else map(run_row, run_summaries(workspace))
     print_rows(rows, as_json, f"no runs yet in {workspace.executed}: intel-nb run starts one")
 
 # %% ../nbs/20_cli.ipynb #cb3d2956
@@ -444,7 +467,7 @@ def print_versions(registry: Registry, as_json: bool, empty: str) -> None:
 @app.command("models")
 def models_command(as_json: JsonOption = False) -> None:
     "List the versions, newest first."
-    workspace = _workspace()
+    workspace = looked_at(_workspace())
     print_versions(workspace.registry(), as_json, f"no versions yet in {workspace.home}: intel-nb run makes one")
 
 # %% ../nbs/20_cli.ipynb #8e818ea5
@@ -486,7 +509,7 @@ def drift_and_shadow(endpoint: Any, endpoints: Any) -> dict[str, str]:
 @app.command("endpoints")
 def endpoints_command(as_json: JsonOption = False) -> None:
     "List the endpoints of the stages, with the state of their drift detectors and shadows."
-    workspace = _workspace()
+    workspace = looked_at(_workspace())
     endpoints = workspace.endpoints()
     fields = ("stage", "url", "version", "status", *([] if as_json else ["engine"]), "pid")
     rows = [{name: getattr(e, name) for name in fields} | ({} if as_json else drift_and_shadow(e, endpoints))
@@ -509,7 +532,7 @@ def captures_command(as_json: JsonOption = False) -> None:
 # %% ../nbs/20_cli.ipynb #73d6a2ce
 def carry_out_decision(decision: Callable[[Workspace, PlainProgress], list[Run]]) -> None:
     "Call `decision` with the workspace and a function that shows events. Exit with the outcome of its runs."
-    workspace = _workspace()
+    workspace = mended(_workspace())
     exit_with_outcome(workspace, show_progress(lambda tell: decision(workspace, tell)))
 
 @app.command("approve")
@@ -527,7 +550,15 @@ def reject_command(version: VersionArgument,
     workspace = _workspace()
     runs = show_progress(lambda tell: reject(workspace, version, reason, tell))
     print_line(f"version {version} is rejected")
-    exit_with_outcome(workspace, runs)
+    exit_with_outcome(mended(workspace), runs)  # a rejection waits for nothing, so it comes first
+
+@app.command("withdraw")
+def withdraw_command(version: VersionArgument,
+                     reason: Annotated[str, typer.Option(help="Why, in a sentence.")] = "") -> None:
+    "Take back that a person rejected a version. It waits for approval again."
+    from intel_nb.chain.decisions import withdraw_rejection
+    found = withdraw_rejection(mended(_workspace()), version, reason)
+    print_line(f"the rejection of version {version} is withdrawn; it is {found.status}: intel-nb approve {version}")
 
 # %% ../nbs/20_cli.ipynb #ca7668c2
 @app.command("promote")
@@ -553,7 +584,7 @@ def shadow_command(
 ) -> None:
     "Send copies of a stage's requests to a version that answers nobody, and show how often it agrees."
     from intel_nb.chain.decisions import find_endpoint, start_shadow
-    workspace = _workspace()
+    workspace = mended(_workspace()) if end or version else _workspace()
     find_endpoint(workspace, stage)
     if end:
         workspace.endpoints().unshadow(stage)
@@ -564,11 +595,15 @@ def shadow_command(
 
 # %% ../nbs/20_cli.ipynb #6de58054
 @app.command("start")
-def start_command(stage: StageArgument, engine: Annotated[
-        str | None, typer.Option(help="What serves: process or ray. By default as before.")] = None) -> None:
+def start_command(
+    stage: StageArgument,
+    engine: Annotated[str | None, typer.Option(help="What serves: process or ray. By default as before.")] = None,
+    move: Annotated[bool, typer.Option("--new-port", help="Take another port if another program has the stage's own. "
+                                       "The URL changes.")] = False,
+) -> None:
     "Start the endpoint of a stage with the version that it served last."
     from intel_nb.chain.decisions import start_stage
-    endpoint = start_stage(_workspace(), stage, engine)
+    endpoint = start_stage(mended(_workspace()), stage, engine, move)
     print_line(f"{stage} serves version {endpoint.version} at {endpoint.url}")
 
 # %% ../nbs/20_cli.ipynb #eac4c1c6
@@ -576,13 +611,17 @@ def start_command(stage: StageArgument, engine: Annotated[
 def stop_command(
     stage: Annotated[str | None, typer.Argument(metavar="[STAGE]", help="Without it: all.")] = None,
 ) -> None:
-    "Stop the endpoint of a stage, or all of them."
+    "Stop the endpoint of a stage, or of all stages, with their shadows, whether or not they are listed."
     from intel_nb.chain.decisions import find_endpoint
-    workspace = _workspace()
-    found = [find_endpoint(workspace, stage)] if stage else workspace.endpoints().list()
-    for name in [endpoint.stage for endpoint in found]:
-        workspace.endpoints().stop(name)
-        print_line(f"{name} is stopped")
+    from intel_nb.serving.endpoints import EndpointError
+    endpoints, failed = _workspace().endpoints(), False
+    for name in [find_endpoint(_workspace(), stage).stage] if stage else endpoints.running_or_known():
+        try:
+            endpoints.stop(name)
+            print_line(f"{name} is stopped")
+        except EndpointError as e:  # and the others are stopped all the same
+            failed = bool(print_error(str(e), 1))
+    raise typer.Exit(1 if failed else 0)
 
 # %% ../nbs/20_cli.ipynb #785518cf
 def with_bar(rows: Iterable[dict[str, Any]], total: int, console: Any = None) -> Iterable[dict[str, Any]]:
@@ -673,7 +712,6 @@ def predict_command(
     for other in {"--stage": stage is not None}, {"--observe": observe}:
         check_at_most_one(asked | other)
     check_at_most_one({"--csv": as_csv, "--json": as_json})
-    check_given({"--package": package, "--version": version})
     if any(asked.values()):
         found = load_package(package) if package is not None else open_version(_workspace().registry(), str(version))
         rows = predict_package(found, files := find_files(images))
@@ -783,12 +821,13 @@ def watch_command(
 ) -> None:
     "Follow a folder: each upload starts a run, once. Approvals and drift alarms are followed too."
     from intel_nb.chain.plan import PLAN, check_request, declared_parameters, look_up_values
-    from intel_nb.chain.watch import Times, check_inbox, watch_inbox
+    from intel_nb.chain.watch import Times, check_inbox, check_template, watch_inbox
     from intel_nb.storage import utc_now
     workspace = _workspace()
     check_inbox(inbox)
     options = {"train.profile": profile, "deploy.engine": engine}
     declared = declared_parameters(PLAN, workspace.notebooks)
+    check_template(request_from(workspace, param or [], options))
     template = check_request(request_from(workspace, param or [], options, approve=approve), declared, PLAN)
     for step in PLAN:
         look_up_values(step, template.parameters.get(step.name, {}), declared[step.name])
@@ -797,6 +836,61 @@ def watch_command(
                     tell=lambda text: print_line(f"{utc_now()} {printable(text)}"))
     except KeyboardInterrupt:
         print_line(f"{utc_now()} ended; the next watcher continues from here")
+
+# %% ../nbs/20_cli.ipynb #0b62959b
+@app.command("audit")
+def audit_command(as_json: JsonOption = False) -> None:
+    "Show who decided what about versions and stages, oldest first, and whether the record is as it was written."
+    from dataclasses import asdict
+    workspace = _workspace()
+    record = workspace.registry().record()
+    rows = ({"n": line.number, "time": line.time, "by": f"{line.user}@{line.host}", "act": line.act,
+             "version": line.version, "stage": line.stage, "reason": line.reason} for line in record.lines)
+    print_rows(map(asdict, record.lines) if as_json else rows, as_json, f"no decisions yet in {workspace.home}")
+    if record.problem:
+        print_note(f"error: {record.problem}; intel-nb check --repair")
+    elif not as_json and record.lines:
+        print_line(f"{len(record.lines)} lines, none changed; the last is {record.lines[-1].hash()[:12]}")
+    raise typer.Exit(1 if record.problem else 0)
+
+@app.command("check")
+def check_command(
+    repair: Annotated[bool, typer.Option("--repair", help="Mend what can be mended.")] = False,
+) -> None:
+    "Look whether every file of the workspace is as it was written, and everything serves that was decided."
+    from intel_nb.chain.mending import find_all_differences, mend
+    workspace = _workspace()
+    if repair:
+        left = mend(workspace, lambda event: print_line(event.text), find_all_differences, repair=True)
+    else:
+        left = [str(one) for one in find_all_differences(workspace)]
+    for text in left:
+        print_line(printable(text))
+    print_line(f"{len(left)} things are not as they should be" + ("" if repair else ": intel-nb check --repair")
+               if left else "all is as it should be")
+    raise typer.Exit(1 if left else 0)
+
+# %% ../nbs/20_cli.ipynb #532d0619
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run id.",
+                                            autocompletion=complete_with(complete_runs))]
+
+@app.command("cancel")
+def cancel_command(run: RunArgument) -> None:
+    "End the process that works on a run. Nothing continues the run by itself."
+    from intel_nb.chain.runs import cancel_run
+    print_line(f"run {cancel_run(_workspace().executed, run).run_id} is cancelled")
+
+@app.command("logs")
+def logs_command(
+    name: Annotated[str, typer.Argument(metavar="RUN|STAGE", help="A run id, or staging or production.")],
+    lines: Annotated[int, typer.Option(help="How many lines, from the end.", min=1)] = 100,
+) -> None:
+    "Show the last lines that a run or a stage has written."
+    from intel_nb.chain.history import log_files
+    for path in log_files(_workspace(), name):
+        print_note(f"{path}:")
+        for text in path.read_text(errors="replace").splitlines()[-lines:]:
+            print_line(printable(text))
 
 # %% ../nbs/20_cli.ipynb #be76637c
 @app.command("prune")
@@ -847,7 +941,6 @@ def aws_rehearse_command(data: Annotated[str | None, typer.Option(
         help="Zip, folder or s3:// URI of labelled images. Without it: drawn sample scenes.")] = None,
                          parameter: PipelineOption = None, as_json: JsonOption = False) -> None:
     "Carry out the pipeline's definition on this machine. Needs no account."
-    check_given({"--data": data})
     raise typer.Exit(cloud_module("commands").run_rehearsal(data or "", parameter or [], as_json))
 
 # %% ../nbs/20_cli.ipynb #56803385
@@ -878,7 +971,6 @@ def aws_start_command(
     as_json: JsonOption = False,
 ) -> None:
     "Start the pipeline, with new data or with what is there, and follow it."
-    check_given({"--data": data})
     raise typer.Exit(cloud_module("commands").run_pipeline(parameter or [], name, watch, as_json, data or ""))
 
 # %% ../nbs/20_cli.ipynb #5369cc3b

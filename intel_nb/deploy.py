@@ -13,7 +13,7 @@ from .serving.endpoints import Endpoints
 from .storage import InputError
 
 # %% auto #0
-__all__ = ['check_approved', 'deploy', 'sample_version']
+__all__ = ['check_approved', 'check_unchanged', 'deploy', 'sample_version']
 
 # %% ../nbs/03_deploy.ipynb #076db96a
 version = ""         # str: version in the registry, which must be Approved; empty: a small sample package
@@ -34,10 +34,17 @@ def check_approved(found: ModelVersion) -> ModelVersion:
     return found
 
 # %% ../nbs/03_deploy.ipynb #53311545
+def check_unchanged(registry: Registry, found: ModelVersion) -> None:
+    "Raise `InputError` unless `found` is still approved, and is still of the same package."
+    now = check_approved(registry.get(found.version))
+    if now.fingerprint != found.fingerprint:
+        raise InputError(f"version {found.version} is another package now; try again")
+
 def deploy(registry: Registry, endpoints: Endpoints, version: str, stage: str, engine: str, back: bool) -> dict:
     "Serve `version` on `stage` and return what serves now; raise `InputError` or `EndpointError`."
     found = check_approved(registry.get(version))
-    endpoint = endpoints.deploy(stage, registry.package(version), found.version, engine=engine, back=back)
+    check = lambda: check_unchanged(registry, found)
+    endpoint = endpoints.deploy(stage, registry.package(version), found.version, engine=engine, back=back, check=check)
     accuracy = None if math.isnan(found.accuracy) else found.accuracy  # of an imported version it may be unknown
     return {"stage": stage, "url": endpoint.url, "version": endpoint.version, "engine": endpoint.engine,
             "accuracy": accuracy, "images": found.images, "history": endpoints.history(stage)}

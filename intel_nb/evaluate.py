@@ -20,8 +20,8 @@ from .registry import Registry, describe_accuracy, wilson_interval
 __all__ = ['predict_split', 'confusion_matrix', 'metrics_by_class', 'overall_metrics', 'bootstrap_deviations', 'reliability_bins',
            'calibration_error', 'log_loss', 'make_evaluation', 'mcnemar_test', 'paired_interval', 'compare_models',
            'compare_by_class', 'describe_difference', 'Gate', 'decide_gate', 'score_champion', 'select_annotated',
-           'evaluate_annotated', 'describe_annotated', 'register_package', 'plot_confusion', 'plot_reliability',
-           'plot_champion', 'find_worst_mistakes', 'plot_mistakes']
+           'evaluate_annotated', 'describe_annotated', 'is_same_verdict', 'register_package', 'plot_confusion',
+           'plot_reliability', 'plot_champion', 'find_worst_mistakes', 'plot_mistakes']
 
 # %% ../nbs/02_evaluate.ipynb #de0bfc77
 dataset = ""         # str: folder of Parquet shards that the data step wrote; empty: drawn sample scenes
@@ -223,15 +223,25 @@ def describe_annotated(found: dict[str, dict[str, float]]) -> str:
     return "; ".join(line(name, group) for name, group in found.items()) or "none"
 
 # %% ../nbs/02_evaluate.ipynb #bd57b967
+def is_same_verdict(before: dict[str, Any], gate: dict[str, Any]) -> bool:
+    "Tell whether the verdict `before` on a package still holds where it would get the verdict `gate` now."
+    same_champion = before.get("champion", "") == gate["champion"]
+    return before.get("min_accuracy") == gate["min_accuracy"] and bool(before.get("passed") or same_champion)
+
 def register_package(registry: Registry, package: Package, report: dict[str, Any], params: dict[str, Any],
                      artifacts: list[Path]) -> str:
     "Return the version of `package` in `registry`; register it unless it already has this verdict."
-    known, gate = registry.find(package.fingerprint, report["fingerprints"]["data"]), report["gate"]
-    if known and registry.evaluation(known.version)["gate"]["min_accuracy"] == gate["min_accuracy"]:
-        return known.version
-    status = "PendingManualApproval" if gate["passed"] else "Rejected"
-    return registry.register(package.path, report, status=status, reason=gate["reason"], params=params,
-                             artifacts=artifacts)
+    gate, data = report["gate"], report["fingerprints"]["data"]
+    known = [v for v in registry.versions() if v.fingerprint == package.fingerprint]
+    for found in known:
+        if found.data == data and is_same_verdict(registry.evaluation(found.version).get("gate", {}), gate):
+            return found.version
+    status, reason = "PendingManualApproval" if gate["passed"] else "Rejected", gate["reason"]
+    if why := registry.rejection(package.fingerprint):
+        status, reason = "Rejected", f"a person rejected this package: {why}"
+    elif gate["passed"] and (earlier := [v for v in known if v.status == "Rejected"]):
+        reason = f"{reason}; version {earlier[0].version} is the same package and was rejected: {earlier[0].reason}"
+    return registry.register(package.path, report, status=status, reason=reason, params=params, artifacts=artifacts)
 
 # %% ../nbs/02_evaluate.ipynb #e145afab
 def plot_confusion(ax: Any, counts: np.ndarray, names: list[str]) -> None:

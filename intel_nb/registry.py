@@ -5,29 +5,47 @@
 # %% ../nbs/19_registry.ipynb #079cb740
 from __future__ import annotations
 
+import getpass
+import hashlib
 import json
 import math
 import os
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from .storage import InputError, cloud_module, locked, read_json, utc_now, utc_text, write_json, written_aside
+from intel_nb.storage import (
+    Damaged,
+    InputError,
+    as_dataclass,
+    cloud_module,
+    locked,
+    read_json,
+    sha256_file,
+    sync,
+    utc_now,
+    utc_text,
+    write_json,
+    written_aside,
+)
 
 # %% auto #0
-__all__ = ['STATUSES', 'MODEL', 'ModelVersion', 'check_status', 'find_version', 'metrics_of', 'images_of', 'data_fingerprint',
-           'wilson_interval', 'describe_accuracy', 'describe_version', 'Registry', 'artifact_folder', 'create_database',
-           'create_database_in_background', 'read_versions', 'copy_files', 'log_run', 'decision_tags', 'LocalRegistry',
-           'open_registry', 'note_stage', 'note_test']
+__all__ = ['STATUSES', 'ACTS', 'STAGE_ACTS', 'STRICTEST', 'MODEL', 'ModelVersion', 'check_status', 'find_version', 'metrics_of',
+           'images_of', 'data_fingerprint', 'wilson_interval', 'describe_accuracy', 'describe_version', 'Registry',
+           'Decision', 'DecisionRecord', 'read_decisions', 'append_decision', 'user_name', 'as_decided',
+           'import_client', 'artifact_folder', 'record_of', 'create_database', 'create_database_in_background',
+           'read_versions', 'read_record_of', 'copy_files', 'log_run', 'decision_tags', 'registration_facts',
+           'LocalRegistry', 'open_registry', 'note_stage', 'note_test']
 
 # %% ../nbs/19_registry.ipynb #b4d6de69
 STATUSES = ("PendingManualApproval", "Approved", "Rejected")
@@ -126,13 +144,18 @@ class Registry(Protocol):
     def find(self, fingerprint: str, data: str = "") -> ModelVersion | None:
         "Return the newest version of the package with this fingerprint that was evaluated on `data` (empty: on any)."
     def champion(self) -> ModelVersion | None:
-        "Return the version with the alias `production`."
+        "Return the version with the alias `production`, if it is approved."
+        return next((v for v in self.versions() if "production" in v.aliases and v.status == "Approved"), None)
+    def rejection(self, fingerprint: str) -> str:
+        "Return why a person rejected the package with this fingerprint; empty if nobody did, or it was withdrawn."
+        rejected = (v for v in self.versions() if (v.fingerprint, v.status) == (fingerprint, "Rejected"))
+        return next((v.reason for v in rejected if self.evaluation(v.version).get("gate", {}).get("passed")), "")
     def set_status(self, version: str, status: str, reason: str = "") -> None:
         "Record a decision about a version, with its reason and the time."
     def set_tag(self, version: str, key: str, value: str) -> None:
         "Write a tag of a version."
-    def set_alias(self, alias: str, version: str | None) -> None:
-        "Move `alias` to a version, or remove it."
+    def set_alias(self, alias: str, version: str | None, act: str = "deploy", reason: str = "") -> None:
+        "Move `alias` to a version, or remove it: a stage serves that now, by one of `ACTS`."
     def package(self, version: str, into: Path | None = None) -> Path:
         "Return the folder of a version's package, or of a copy of it at `into`."
     def evaluation(self, version: str) -> dict:
@@ -140,16 +163,197 @@ class Registry(Protocol):
     def predictions(self, version: str) -> Path | None:
         "Return the file of predictions that a version was registered with, or None."
 
+# %% ../nbs/19_registry.ipynb #c48dfe34
+ACTS = {  # what a line says: the status that the version has from then on; empty: as before
+    "begin": "",        # a new database, in which the numbers of versions start at 1
+    "register": "",     # the line has the status that the gate gave
+    "approve": "Approved", "reject": "Rejected", "withdraw": "PendingManualApproval",  # takes a rejection back
+    "deploy": "", "promote": "", "rollback": "", "replace": "", "stop": "", "repair": "",  # what a stage serves
+    "tag": "",          # what a run says of a version, such as the outcome of its staging test
+    "mend": "",         # the record itself
+}
+STAGE_ACTS = ("deploy", "promote", "rollback", "replace", "stop", "repair")
+
+@dataclass(frozen=True)
+class Decision:
+    "One line of the record."
+    number: int
+    act: str  # one of ACTS
+    time: str  # ISO 8601, UTC; the order is that of the numbers
+    user: str
+    host: str
+    before: str  # hash of the line before; empty for the first
+    version: str = ""
+    fingerprint: str = ""  # of the version's package
+    stage: str = ""
+    status: str = ""  # of the version from now on
+    reason: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)  # of a registration: accuracy, images, data, digests
+
+    def hash(self) -> str:
+        "Return the SHA-256 of what the line says."
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+    def line(self) -> str:
+        "Return the line of JSON, with its hash."
+        return json.dumps(asdict(self) | {"hash": self.hash()}, sort_keys=True)
+
+# %% ../nbs/19_registry.ipynb #abe26051
+@dataclass(frozen=True)
+class DecisionRecord:
+    "The lines of a record, up to the first one that is not as it was written."
+    lines: tuple[Decision, ...] = ()
+    problem: str = ""  # what is wrong with the rest; empty: nothing
+    suspect: tuple[Decision, ...] = ()  # lines after the first wrong one that are whole in themselves
+
+    @property
+    def head(self) -> str:
+        "Return number and hash of the last line, as MLflow keeps them; empty for an empty record."
+        return f"{self.lines[-1].number} {self.lines[-1].hash()}" if self.lines else ""
+
+    def present(self) -> list[Decision]:
+        "Return the lines that are about the present database."
+        begun = max((k for k, line in enumerate(self.lines) if line.act == "begin"), default=-1)
+        return list(self.lines[begun + 1:])
+
+    def about(self, version: str) -> list[Decision]:
+        "Return the lines about `version` of the present database, oldest first."
+        return [line for line in self.present() if line.version == version]
+
+    def verdict(self, fingerprint: str) -> Decision | None:
+        "Return the line in which a person last rejected the package or took that back, or None. A suspect line counts."
+        made = [line for line in (*self.lines, *self.suspect)
+                if line.fingerprint == fingerprint and line.act in ("reject", "withdraw")]
+        return made[-1] if made else None
+
+    def rejection(self, fingerprint: str) -> Decision | None:
+        "Return the line in which a person rejected the package, or None if there is none or it was withdrawn."
+        found = self.verdict(fingerprint)
+        return found if found and found.act == "reject" else None
+
+    def approval(self, fingerprint: str) -> Decision | None:
+        "Return the line that approved the package last, or None if there is none or a person rejected it."
+        made = [line for line in self.lines if line.fingerprint == fingerprint and line.status == "Approved"]
+        return made[-1] if made and not self.rejection(fingerprint) else None
+
+    def served(self, stage: str) -> Decision | None:
+        "Return the line that says last what `stage` serves, or None."
+        lines = (line for line in reversed(self.present()) if line.stage == stage and line.act in STAGE_ACTS)
+        return next(lines, None)
+
+# %% ../nbs/19_registry.ipynb #f523aac1
+def _parse_line(text: str) -> Decision | None:
+    "Return the line of a record in `text`, or None if it is none, or has another hash than was written."
+    with suppress(ValueError, RecursionError, InputError):
+        values = json.loads(text)
+        found = as_dataclass(Decision, values, "") if isinstance(values, dict) else None
+        return found if found and found.line() == text else None
+    return None
+
+def read_decisions(path: Path) -> DecisionRecord:
+    "Return the record at `path`, checked; an empty one where there is none. A last line that was cut off is no line."
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return DecisionRecord()
+    except OSError as e:
+        return DecisionRecord(problem=f"{path} cannot be read ({e.strerror})")
+    lines: list[Decision] = []
+    before = ""
+    texts = raw.decode(errors="replace").split("\n")[:-1]
+    for number, text in enumerate(texts, 1):
+        found = _parse_line(text)
+        if not found or (found.number, found.before) != (number, before):
+            rest = tuple(one for one in map(_parse_line, texts[number - 1:]) if one)
+            return DecisionRecord(tuple(lines), f"line {number} of {path} is not as it was written", rest)
+        lines.append(found)
+        before = found.hash()
+    return DecisionRecord(tuple(lines))
+
+# %% ../nbs/19_registry.ipynb #e6882472
+def append_decision(path: Path, act: str, check: Callable[[DecisionRecord], None] = lambda record: None,
+                    **values: Any) -> Decision:
+    """Append a line to the record at `path`, durably, and return it. No other line comes between `check` and it.
+
+    `check` gets the record as it is, and may raise. Raise `Damaged` where the record is: it has to be mended first."""
+    with locked(path.with_name(f".{path.name}.lock")):
+        record = read_decisions(path)
+        if record.problem and act not in ("reject", "mend"):
+            raise Damaged(f"{record.problem}; intel-nb check --repair")
+        check(record)
+        last = (record.suspect or record.lines)[-1:]
+        who: dict[str, Any] = {"time": utc_now(), "user": user_name(), "host": socket.gethostname()}
+        place = {"number": len(record.lines) + len(record.suspect) + 1, "before": last[0].hash() if last else ""}
+        line = Decision(act=act, **who | values | place)
+        _append_line(path, line.line())
+    return line
+
+def _append_line(path: Path, text: str) -> None:
+    "Write a line after the last whole one of `path`, and wait until it is on the disk."
+    is_new = not path.exists()
+    with open(path, "a+b") as out:
+        out.seek(0)
+        out.truncate(out.read().rfind(b"\n") + 1)  # of a process that was killed while it wrote
+        out.write(f"{text}\n".encode())
+        out.flush()
+        os.fsync(out.fileno())
+    if is_new:
+        sync(path.parent)
+
+def user_name() -> str:
+    "Return the name of the user, or the number of one without a name."
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+# %% ../nbs/19_registry.ipynb #8080f191
+STRICTEST = ("Rejected", "PendingManualApproval", "Approved")
+
+def as_decided(found: ModelVersion, record: DecisionRecord) -> ModelVersion:
+    """Return a version of MLflow's as the record has it: its status, its reason, its figures and its stages.
+
+    Where the record has a problem, the stricter status of the two counts."""
+    known = record.about(found.version)
+    changes: dict[str, Any] = {}
+    if made := next((line for line in known if line.act == "register"), None):
+        measured = made.facts.get("measured", {})
+        changes |= {"fingerprint": made.fingerprint, **measured}
+        changes |= {"accuracy": math.nan} if measured.get("accuracy", 0) is None else {}
+        changes |= {"tracking_run": run} if (run := made.facts.get("tracking_run")) else {}
+    tags = found.tags | {k: v for line in known if line.act == "tag" for k, v in line.facts.items()}
+    changes |= {name: tags.get(name, "") for name in ("staging_test", "run_id")}
+    verdict = record.verdict(changes.get("fingerprint", found.fingerprint))
+    since = verdict.number if verdict else 0
+    if made and made.status == "Rejected" and made.facts.get("passed"):  # for a person's rejection alone
+        made = replace(made, status="PendingManualApproval")
+    decided = [made] if made and made.status == "Rejected" else [made, verdict]  # the gate's stays when a person's goes
+    decided += [line for line in known if line.act == "approve" and line.number > since]
+    if verdict and verdict.act == "reject":
+        decided.append(verdict)
+    if last := next(filter(None, reversed(decided)), None):
+        status = min(last.status, found.status, key=STRICTEST.index) if record.problem else last.status
+        changes |= {"status": status, "reason": last.reason}
+        tags |= {"decided": last.time}
+    stages = {line.stage for line in record.present() if line.stage}
+    serving = {stage for stage in stages if (s := record.served(stage)) and s.version == found.version}
+    return replace(found, **changes, tags=tags, aliases=sorted({*found.aliases} - stages | serving))
+
 # %% ../nbs/19_registry.ipynb #afff7ce0
 MODEL = "intel-nb"  # the name of the MLflow experiment and of the registered model
 
-def _open_client(database: Path) -> Any:
-    "Open an `MlflowClient`. This takes 3 to 4 seconds with its import, so only code that writes calls it."
+def import_client() -> Any:
+    "Return MLflow's `MlflowClient`. The first import takes 3 to 4 seconds, so only code that writes calls it."
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")  # no connection outlives its database's file
     with warnings.catch_warnings(action="ignore"):  # of notebook widgets that are not installed
         from mlflow import MlflowClient
-    return MlflowClient(tracking_uri=f"sqlite:///{database}", registry_uri=f"sqlite:///{database}")
+    return MlflowClient
+
+def _open_client(database: Path) -> Any:
+    "Open MLflow's client of `database`."
+    return import_client()(tracking_uri=f"sqlite:///{database}", registry_uri=f"sqlite:///{database}")
 
 # %% ../nbs/19_registry.ipynb #19222ff0
 def artifact_folder(database: Path, tracking_run: str = "") -> Path:
@@ -158,10 +362,16 @@ def artifact_folder(database: Path, tracking_run: str = "") -> Path:
     return root / tracking_run / "artifacts" if tracking_run else root
 
 # %% ../nbs/19_registry.ipynb #2cdb7413
+def record_of(database: Path) -> Path:
+    "Return the file of the record of decisions that belongs to `database`."
+    return database.with_name("decisions.jsonl")
+
 def create_database(database: Path) -> Path:
     "Create MLflow's `database` with our experiment and model in it, if it does not exist, and return it."
     with locked(database.with_name(f".{database.name}.lock")):
         if not database.exists():
+            if read_decisions(record := record_of(database)).lines:  # of a database that has gone
+                append_decision(record, "begin")
             with written_aside(database) as aside:
                 client = _open_client(aside)
                 client.create_experiment(MODEL, artifact_location=artifact_folder(database).as_uri())
@@ -189,12 +399,43 @@ left join (select version, json_group_array(alias) as aliases
            from registered_model_aliases where name = :model group by version) using (version)
 where name = :model and current_stage != 'Deleted_Internal' order by version desc"""
 
+_HEAD = "select value from registered_model_tags where name = :model and key = 'decisions'"
+
+def _query(database: Path, query: str) -> list[tuple]:
+    "Return the rows that `query` finds in MLflow's `database`. Raise `Damaged` where it cannot be read."
+    try:
+        with closing(sqlite3.connect(database, timeout=30)) as db:
+            return db.execute(query, {"model": MODEL}).fetchall()
+    except sqlite3.DatabaseError as e:
+        if isinstance(e, sqlite3.OperationalError) and "lock" in str(e):
+            raise
+        raise Damaged(f"{database} is damaged ({e}); intel-nb check --repair") from None
+
 def read_versions(database: Path) -> list[ModelVersion]:
-    "Read all versions in `database`, newest first. Return none when the database does not exist yet."
+    """Read all versions in `database`, newest first. Return none when the database does not exist yet.
+
+    Raise `Damaged` where MLflow's tables cannot be read."""
     if not database.exists():
         return []
-    with closing(sqlite3.connect(database, timeout=30)) as db:
-        return [_version_of_row(*row) for row in db.execute(_VERSIONS, {"model": MODEL})]
+    try:
+        return [_version_of_row(*row) for row in _query(database, _VERSIONS)]
+    except (ValueError, TypeError, AttributeError, OverflowError, OSError) as e:
+        if isinstance(e, Damaged):
+            raise
+        raise Damaged(f"{database} is damaged ({e}); intel-nb check --repair") from None
+
+def read_record_of(database: Path) -> DecisionRecord:
+    "Return the record of decisions beside `database`, held against what MLflow has of its last line."
+    record = read_decisions(path := record_of(database))
+    if record.problem or not database.exists():
+        return record
+    with suppress(Damaged, sqlite3.OperationalError):  # which is told where the versions are read
+        for value, in _query(database, _HEAD):
+            number, _, noted = str(value).partition(" ")
+            at = record.lines[int(number) - 1:int(number)] if number.isdecimal() and int(number) else ()
+            if [line.hash() for line in at] != [noted]:
+                return replace(record, problem=f"{path} lacks lines, or has others than were written")
+    return record
 
 def _version_of_row(number: int, created: int, tracking_run: str | None, tags: str, aliases: str) -> ModelVersion:
     "Make a `ModelVersion` from a row of `_VERSIONS`: `created` in ms since 1970, `tags` and `aliases` in JSON."
@@ -202,9 +443,14 @@ def _version_of_row(number: int, created: int, tracking_run: str | None, tags: s
     texts = {name: known.get(name, "") for name in ("reason", "run_id", "fingerprint", "data", "staging_test")}
     when = utc_text(datetime.fromtimestamp(created / 1000, UTC))
     return ModelVersion(
-        version=str(number), status=known.get("approval", "PendingManualApproval"), created=when,
+        version=str(number), status=_known_status(known), created=when,
         accuracy=float(known.get("accuracy", "nan")), aliases=sorted(json.loads(aliases)),
         tracking_run=tracking_run or "", images=int(known.get("images", 0)), tags=known, **texts)
+
+def _known_status(tags: dict[str, str]) -> str:
+    "Return the status in MLflow's tags. One that is none counts as waiting: nobody has approved that."
+    found = tags.get("approval", "PendingManualApproval")
+    return found if found in STATUSES else "PendingManualApproval"
 
 # %% ../nbs/19_registry.ipynb #92c1e288
 def copy_files(target: Path, package: Path, evaluation: dict, artifacts: Sequence[Path]) -> Path:
@@ -226,18 +472,35 @@ def log_run(client: Any, tracking_run: str, evaluation: dict, params: dict) -> N
     client.set_terminated(tracking_run)
 
 # %% ../nbs/19_registry.ipynb #738f6b51
-def decision_tags(status: str, reason: str) -> dict[str, str]:
+def decision_tags(status: str, reason: str, time: str = "") -> dict[str, str]:
     "Return the tags that record a decision. The status is the last of them. Raise `ValueError` for an unknown status."
-    return {"reason": reason[:5000], "decided": utc_now(), "approval": check_status(status)}
+    return {"reason": reason[:5000], "decided": time or utc_now(), "approval": check_status(status)}
+
+def registration_facts(files: Path, evaluation: dict) -> dict[str, Any]:
+    "Return what the record keeps of a registration: figures as in `ModelVersion`, and digests of what is in `files`."
+    accuracy = metrics_of(evaluation).get("accuracy", math.nan)
+    measured = {"accuracy": None if math.isnan(accuracy) else accuracy, "images": images_of(evaluation),
+                "data": data_fingerprint(evaluation)}
+    return {"measured": measured, "tracking_run": files.parent.name,
+            "passed": bool(evaluation.get("gate", {}).get("passed")),
+            "files": {p.name: sha256_file(p) for p in sorted(files.iterdir()) if p.is_file()}}
 
 # %% ../nbs/19_registry.ipynb #f53a8a91
 @dataclass(frozen=True)
 class LocalRegistry(Registry):
-    "Versions in MLflow's SQLite file `database`, and their files in `artifacts/` beside it."
+    "Versions in MLflow's SQLite file `database`. Their files and the record of decisions lie beside it."
     database: Path
 
     def prepare(self) -> None:
         create_database_in_background(self.database)
+
+    def record(self) -> DecisionRecord:
+        "Return the record of decisions."
+        return read_record_of(self.database)
+
+    def note(self, act: str, check: Callable[[DecisionRecord], None] = lambda record: None, **values: Any) -> Decision:
+        "Append a line to the record, as `append_decision` does."
+        return append_decision(record_of(self.database), act, check, **values)
 
     def register(self, package: Path, evaluation: dict, *, status: str, reason: str, params: dict,
                  artifacts: Sequence[Path] = ()) -> str:
@@ -251,12 +514,17 @@ class LocalRegistry(Registry):
             tags["imported"] = evaluation["imported"]["from"]
         client = _open_client(create_database(self.database))
         run = client.create_run(client.get_experiment_by_name(MODEL).experiment_id).info.run_id
-        copied = copy_files(artifact_folder(self.database, run), loaded.path, evaluation, artifacts)
+        copied = copy_files(files := artifact_folder(self.database, run), loaded.path, evaluation, artifacts)
         log_run(client, run, evaluation, params)
-        return str(client.create_model_version(MODEL, copied.as_uri(), run, tags=tags).version)
+        version = str(client.create_model_version(MODEL, copied.as_uri(), run, tags=tags).version)
+        self.note("register", version=version, fingerprint=loaded.fingerprint, status=status, reason=reason[:5000],
+                  facts=registration_facts(files, evaluation))
+        self._note_head(client)
+        return version
 
     def versions(self) -> list[ModelVersion]:
-        return read_versions(self.database)
+        record = self.record()
+        return [as_decided(found, record) for found in read_versions(self.database)]
 
     def get(self, version: str) -> ModelVersion:
         return find_version(self.versions(), version, str(self.database.parent))
@@ -264,43 +532,122 @@ class LocalRegistry(Registry):
     def find(self, fingerprint: str, data: str = "") -> ModelVersion | None:
         return next((v for v in self.versions() if v.fingerprint == fingerprint and data in ("", v.data)), None)
 
-    def champion(self) -> ModelVersion | None:
-        return next((v for v in self.versions() if "production" in v.aliases), None)
+    def rejection(self, fingerprint: str) -> str:
+        found = self.record().rejection(fingerprint)
+        return found.reason if found else ""
 
     def set_status(self, version: str, status: str, reason: str = "") -> None:
-        self._write_tags(version, decision_tags(status, reason))
+        self.copy_decision(self.decide(version, status, reason))
+
+    def decide(self, version: str, status: str, reason: str = "") -> Decision:
+        "Record a decision about a version, durably, without MLflow, which takes seconds: `copy_decision` follows."
+        found = self.get(version)
+        act = next(act for act, status_after in ACTS.items() if status_after == check_status(status))
+        def check(record: DecisionRecord) -> None:
+            if status == "Approved" and (made := record.rejection(found.fingerprint)):
+                raise InputError(f"version {version} was rejected by {made.user} ({made.reason}); intel-nb withdraw "
+                                 f"{version} takes that back")
+        return self.note(act, check, version=found.version, fingerprint=found.fingerprint, status=status,
+                         reason=reason[:5000])
+
+    def copy_decision(self, line: Decision) -> None:
+        "Write a decision to MLflow's tags."
+        self._write_tags(line.version, decision_tags(line.status, line.reason, line.time))
+
+    def copy_version(self, found: ModelVersion) -> None:
+        "Write what the record says of a version to MLflow's tags and aliases."
+        tags = {"fingerprint": found.fingerprint, "accuracy": repr(found.accuracy), "images": str(found.images),
+                "data": found.data, **decision_tags(found.status, found.reason, found.tags.get("decided", ""))}
+        self._write_tags(found.version, found.tags | tags)
+        client = _open_client(self.database)
+        there = next(v.aliases for v in read_versions(self.database) if v.version == found.version)
+        for alias in {*there} - {*found.aliases}:
+            client.delete_registered_model_alias(MODEL, alias)
+        for alias in found.aliases:
+            client.set_registered_model_alias(MODEL, alias, found.version)
 
     def set_tag(self, version: str, key: str, value: str) -> None:
-        self._write_tags(version, {key: value})
+        found = self.get(version)
+        self.note("tag", version=found.version, fingerprint=found.fingerprint, reason=f"{key}={value}"[:5000],
+                  facts={key: value})
+        self._write_tags(found.version, {key: value})
+
+    def rebuild(self) -> int:
+        """Make MLflow's database anew from the record, where there is none. Return the number of versions.
+
+        Raise `InputError` if the record lacks some. The files of the versions stay where they are."""
+        made = [line for line in self.record().present() if line.act == "register"]
+        if not made or [line.version for line in made] != [str(n + 1) for n in range(len(made))]:
+            raise InputError(f"{record_of(self.database)} does not tell of all versions; restore the database from a "
+                             "backup")
+        with locked(self.database.with_name(f".{self.database.name}.lock")), written_aside(self.database) as aside:
+            client = _open_client(aside)
+            experiment = client.create_experiment(MODEL, artifact_location=artifact_folder(self.database).as_uri())
+            client.create_registered_model(MODEL)
+            for line in made:
+                run = client.create_run(experiment).info.run_id
+                client.set_terminated(run)
+                source = artifact_folder(self.database, line.facts["tracking_run"]) / "package"
+                tags = {"fingerprint": line.fingerprint} | decision_tags(line.status, line.reason, line.time)
+                client.create_model_version(MODEL, source.as_uri(), run, tags=tags)
+        for found in self.versions():
+            self.copy_version(found)
+        return len(made)
 
     def _write_tags(self, version: str, tags: dict[str, str]) -> None:
-        known, client = self.get(version).version, _open_client(self.database)
+        client = _open_client(self.database)
         for key, value in tags.items():
-            client.set_model_version_tag(MODEL, known, key, value)
+            client.set_model_version_tag(MODEL, version, key, value)
+        self._note_head(client)
 
-    def set_alias(self, alias: str, version: str | None) -> None:
-        known = self.get(version).version if version else None
+    def note_head(self) -> None:
+        "Keep number and hash of the record's last line in MLflow."
+        self._note_head(_open_client(self.database))
+
+    def _note_head(self, client: Any) -> None:
+        "Keep number and hash of the record's last line in MLflow, so that a file that was cut short shows."
+        with locked(record_of(self.database).with_name(".decisions.head.lock")):  # the later one is written last
+            if head := read_decisions(record_of(self.database)).head:
+                client.set_registered_model_tag(MODEL, "decisions", head)
+
+    def set_alias(self, alias: str, version: str | None, act: str = "deploy", reason: str = "") -> None:
+        found = self.get(version) if version else None
+        self.note(act if found else "stop", stage=alias, version=found.version if found else "",
+                  fingerprint=found.fingerprint if found else "", reason=reason)
         client = _open_client(create_database(self.database))
-        if known:
-            client.set_registered_model_alias(MODEL, alias, known)
+        if found:
+            client.set_registered_model_alias(MODEL, alias, found.version)
         else:
             client.delete_registered_model_alias(MODEL, alias)
+        self._note_head(client)
 
     def package(self, version: str, into: Path | None = None) -> Path:
-        files = self._files(version)
-        if not (files / "package").is_dir():
+        found, files = self.get(version), self._files(version)
+        if not (files / "package" / "manifest.json").is_file():
             raise InputError(f"the package of version {version} is missing in {files}; run the chain again to make it")
+        if found.fingerprint and sha256_file(files / "package" / "manifest.json") != found.fingerprint:
+            raise Damaged(f"the package in {files} is another one than version {version} was registered with; "
+                          "run the chain again to make it")
         return Path(shutil.copytree(files / "package", into, dirs_exist_ok=True)) if into else files / "package"
 
     def evaluation(self, version: str) -> dict:
-        return read_json(self._files(version) / "evaluation.json")
+        return read_json(self._whole(version, "evaluation.json"))
 
     def predictions(self, version: str) -> Path | None:
         path = self._files(version) / "predictions.parquet"
-        return path if path.exists() else None
+        return self._whole(version, path.name) if path.exists() else None
 
     def _files(self, version: str) -> Path:
         return artifact_folder(self.database, self.get(version).tracking_run)
+
+    def _whole(self, version: str, name: str) -> Path:
+        "Return the path of a file that `version` was registered with. Raise `Damaged` if its digest is another one."
+        path = self._files(version) / name
+        made = next((line for line in self.record().about(version) if line.act == "register"), None)
+        noted = made.facts.get("files", {}).get(name) if made else None
+        if noted and path.is_file() and sha256_file(path) != noted:
+            raise Damaged(f"{path} is damaged: it is not what version {version} was registered with")
+        return path
 
 # %% ../nbs/19_registry.ipynb #0ef3cc7d
 def open_registry(uri: str) -> Registry:
@@ -316,10 +663,10 @@ def open_registry(uri: str) -> Registry:
     return LocalRegistry(database)
 
 # %% ../nbs/19_registry.ipynb #00fd4a09
-def note_stage(registry: Registry, stage: str, version: str) -> None:
-    "Move the alias `stage` to the version that the stage serves, unless it is there already."
+def note_stage(registry: Registry, stage: str, version: str, act: str = "deploy") -> None:
+    "Move the alias `stage` to the version that the stage serves now by an act of `ACTS`, unless it is there already."
     if stage not in registry.get(version).aliases:
-        registry.set_alias(stage, version)
+        registry.set_alias(stage, version, act)
 
 # %% ../nbs/19_registry.ipynb #b5418ae1
 def note_test(registry: Registry, version: str, passed: bool) -> None:

@@ -11,27 +11,39 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from types import UnionType
+from typing import IO, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import intel_nb
 
+T = TypeVar("T")
+
 # %% auto #0
-__all__ = ['InputError', 'remove', 'written_aside', 'write_bytes', 'write_text', 'write_json', 'read_json', 'printable',
-           'last_line', 'sha256_file', 'is_hidden_name', 'files_of', 'tree_digest', 'is_remote', 'cloud_module',
-           'fetch', 'each_source', 'put', 'link', 'utc_text', 'utc_now', 'output_folder', 'check_all_or_none',
-           'absolute_keys', 'python_path', 'missing_packages', 'check_extra', 'explain_missing', 'whole_number',
-           'locked', 'is_locked']
+__all__ = ['T', 'InputError', 'Damaged', 'remove', 'sync', 'sync_tree', 'make_folder', 'move', 'written_aside', 'write_bytes',
+           'write_text', 'write_json', 'read_json', 'with_check', 'write_checked', 'read_checked', 'as_dataclass',
+           'printable', 'last_line', 'sha256_file', 'is_hidden_name', 'files_of', 'tree_digest', 'is_remote',
+           'cloud_module', 'fetch', 'each_source', 'put', 'link', 'utc_text', 'utc_now', 'output_folder',
+           'check_all_or_none', 'absolute_keys', 'python_path', 'missing_packages', 'check_extra', 'explain_missing',
+           'whole_number', 'Process', 'started_at', 'this_process', 'is_running', 'locked', 'is_locked', 'holder_of',
+           'lock_owner']
 
 # %% ../nbs/10_storage.ipynb #57c23216
 class InputError(ValueError):
     "An error in the user's input. The message is one sentence that names the input and the remedy."
+
+class Damaged(InputError):
+    "A file that we wrote has other content than we gave it, or cannot be read."
 
 # %% ../nbs/10_storage.ipynb #9cec5487
 def remove(path: str | Path) -> None:
@@ -42,16 +54,50 @@ def remove(path: str | Path) -> None:
     else:
         path.unlink(missing_ok=True)
 
+# %% ../nbs/10_storage.ipynb #5f9020be
+def sync(path: str | Path) -> None:
+    "Wait until a file, or the entries of a folder, are on the disk. Raise `OSError` where that fails."
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+def sync_tree(path: Path) -> None:
+    "Wait until a file, or a folder with all that is in it, is on the disk."
+    for folder, _, names in os.walk(path):
+        for name in names:
+            sync(Path(folder, name))
+        sync(folder)
+    if path.is_file():
+        sync(path)
+
+def make_folder(path: str | Path) -> Path:
+    "Make a folder and those above it, durably, and return it."
+    path = Path(path)
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+    return path
+
+def move(source: Path, target: Path) -> None:
+    "Rename `source`, a file or a folder, to `target`, durably: it has the new name, whole, or the old one."
+    sync_tree(source)
+    source.replace(target)
+    sync(target.parent)
+
 # %% ../nbs/10_storage.ipynb #4457c2e7
 @contextmanager
 def written_aside(path: str | Path) -> Iterator[Path]:
-    "Yield a hidden path beside `path` to write to. Rename it to `path` at the end, or remove it after an exception."
+    """Yield a hidden path beside `path` to write to. Move it to `path` at the end, or remove it after an exception.
+
+    After a crash, also of the machine, there is the old content or the new."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.parent / f".{path.name}.{os.getpid()}.{os.urandom(3).hex()}"
+    aside = make_folder(path.parent) / f".{path.name}.{os.getpid()}.{os.urandom(3).hex()}"
     try:
         yield aside
-        aside.replace(path)
+        move(aside, path)
     finally:
         remove(aside)
 
@@ -74,13 +120,63 @@ def write_json(path: str | Path, value: Any) -> Path:
 
 # %% ../nbs/10_storage.ipynb #ca4e724a
 def read_json(path: str | Path) -> Any:
-    "Return the value in the JSON file `path`. Raise `InputError` when the file is missing or is not JSON."
+    "Return the value in the JSON file `path`. Raise `InputError` when it is missing, cannot be read or is not JSON."
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text("utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
+    except OSError as e:
+        raise Damaged(f"{path} cannot be read ({e.strerror})") from None
     except (ValueError, RecursionError) as e:
-        raise InputError(f"{path} is not JSON ({e}); was it edited by hand or cut short?") from None
+        raise Damaged(f"{path} is not JSON ({e}); was it edited by hand or cut short?") from None
+
+# %% ../nbs/10_storage.ipynb #f8b94586
+def _digest_of(value: dict[str, Any]) -> str:
+    "Return the first 16 hexadecimal digits of the digest of a JSON object, however it is laid out."
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
+
+def with_check(value: Any) -> dict[str, Any]:
+    "Return a dataclass, or a dict of JSON values, as it stands in a record."
+    values = json.loads(json.dumps(value if isinstance(value, dict) else asdict(value), allow_nan=False))
+    return values | {"check": _digest_of(values)}
+
+def write_checked(path: str | Path, value: Any) -> Path:
+    "Write a dataclass, or a dict of JSON values, as a record."
+    return write_json(path, with_check(value))
+
+def read_checked(path: str | Path) -> dict[str, Any]:
+    "Return what `write_checked` wrote to `path`. Raise `InputError` when it is missing, `Damaged` for other content."
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise Damaged(f"{path} is damaged: it holds no JSON object")
+    check = found.pop("check", None)
+    if check not in (None, _digest_of(found)):
+        raise Damaged(f"{path} is damaged: its content has another digest than was noted")
+    return found
+
+# %% ../nbs/10_storage.ipynb #c0731ee9
+_JSON_TYPES: dict[type, tuple[type, ...]] = {float: (float, int), tuple: (list,)}
+
+def _is_of(value: Any, kind: Any) -> bool:
+    "Tell whether a JSON value fits a type hint, as far as its outermost type goes."
+    if isinstance(kind, UnionType) or get_origin(kind) is Union:
+        return any(_is_of(value, one) for one in get_args(kind))
+    plain = get_origin(kind) or kind
+    if plain is Any:
+        return True
+    return isinstance(value, _JSON_TYPES.get(plain, plain)) and (plain is bool or not isinstance(value, bool))
+
+def as_dataclass(kind: type[T], values: Mapping[str, Any], path: str | Path) -> T:
+    "Return `values`, read from `path`, as a dataclass. Leave out names that it lacks. Raise `Damaged` for other types."
+    hints = get_type_hints(kind)
+    known = {name: value for name, value in values.items() if name in hints}
+    wrong = [name for name, value in known.items() if not _is_of(value, hints[name])]
+    wrong += [f.name for f in fields(cast(Any, kind))
+              if f.name not in known and f.default is f.default_factory is MISSING]
+    if wrong:
+        raise Damaged(f"{path} is damaged: {wrong[0]} is missing, or of another type")
+    tuples = {name for name in known if get_origin(hints[name]) is tuple}
+    return kind(**{name: tuple(value) if name in tuples else value for name, value in known.items()})
 
 # %% ../nbs/10_storage.ipynb #3120819d
 def printable(text: str) -> str:
@@ -115,11 +211,11 @@ def files_of(folder: str | Path) -> list[str]:
     return sorted(n.as_posix() for n in names if not any(part.startswith(".") for part in n.parts))
 
 # %% ../nbs/10_storage.ipynb #66feee96
-def tree_digest(path: str | Path) -> str:
-    "Return the digest of a file's or a folder's content. Raise `InputError` when `path` does not exist."
+def tree_digest(path: str | Path, without: str = "") -> str:
+    "Return the digest of a file, or of a folder `without` one file. Raise `InputError` when `path` does not exist."
     path = Path(path)
     if path.is_dir():
-        lines = "".join(f"{sha256_file(path / name)}  {name}\n" for name in files_of(path))
+        lines = "".join(f"{sha256_file(path / name)}  {name}\n" for name in files_of(path) if name != without)
         return hashlib.sha256(lines.encode()).hexdigest()
     if not path.is_file():
         raise InputError(f"{path} does not exist")
@@ -265,15 +361,58 @@ def _lock(handle: IO[str], deadline: float | None) -> None:
             time.sleep(0.02)
     return fcntl.flock(handle, fcntl.LOCK_EX)
 
+# %% ../nbs/10_storage.ipynb #9d31e898
+@dataclass(frozen=True)
+class Process:
+    "A process, and what tells it from a later one with the same id."
+    pid: int
+    started: str  # as the system says it
+    token: str  # random; the process has a memory file of this name open
+
+def started_at(pid: int) -> str:
+    "Return when the process `pid` started, as the system says it; empty if there is none."
+    with suppress(OSError):
+        if Path("/proc/self/stat").exists():
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return ""
+
+@cache
+def _token() -> str:
+    "Return the token of this process, which carries it from now on where others can see it."
+    token = secrets.token_hex(8)
+    if hasattr(os, "memfd_create"):
+        os.memfd_create(f"intel-nb-{token}")  # never closed
+    return token
+
+def this_process() -> Process:
+    "Return this process."
+    return Process(os.getpid(), started_at(os.getpid()), _token())
+
+def is_running(process: Process) -> bool:
+    "Tell whether `process` runs, and is no other one with its id: start and token are the same."
+    if not process.started or process.started != started_at(process.pid):
+        return False
+    if not hasattr(os, "memfd_create"):
+        return True
+    for path in Path(f"/proc/{process.pid}/fd").glob("*"):
+        with suppress(OSError):  # it has been closed meanwhile
+            if f"intel-nb-{process.token} " in f"{path.readlink()} ":
+                return True
+    return False
+
 # %% ../nbs/10_storage.ipynb #72b8ed1c
 def _acquire(path: Path, deadline: float | None) -> IO[str] | None:
     "Open and lock `path`. Return None when another process removed the file, or its folder, in the meantime."
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with ExitStack() as stack:
         stack.enter_context(suppress(FileNotFoundError))
         handle = stack.enter_context(open(path, "a"))
         _lock(handle, deadline)
         if os.path.samestat(os.fstat(handle.fileno()), path.stat()):
+            with suppress(OSError):  # on a full disk the lock holds all the same
+                os.truncate(handle.fileno(), 0)
+                os.write(handle.fileno(), json.dumps(asdict(this_process())).encode())
             stack.pop_all()  # the caller closes the file
             return handle
     return None
@@ -309,3 +448,20 @@ def is_locked(path: str | Path) -> bool:
         return False
     except BlockingIOError:
         return True
+
+# %% ../nbs/10_storage.ipynb #ef5dcf16
+def holder_of(path: str | Path) -> Process | None:
+    "Return the process that holds the lock file `path`. Return None if nobody does, or if who it is cannot be proven."
+    with suppress(OSError, ValueError, TypeError):
+        noted = Process(**json.loads(Path(path).read_text()))
+        return noted if is_locked(path) and is_running(noted) else None
+    return None
+
+def lock_owner(path: str | Path) -> str:
+    "Return in words who holds the lock file `path`, as far as the system tells."
+    with suppress(OSError, IndexError):
+        inode = Path(path).stat().st_ino
+        for words in map(str.split, Path("/proc/locks").read_text().splitlines()):
+            if words[1] == "FLOCK" and words[5].endswith(f":{inode}"):
+                return f"process {words[4]} ({Path('/proc', words[4], 'comm').read_text().strip()})"
+    return "another process"

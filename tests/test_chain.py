@@ -47,7 +47,7 @@ def test_a_move_declares_version_and_stage():
 def test_a_run_that_waits(waiting):
     run = waiting.record("first")
     assert list(run) == ["run_id", "status", "started", "finished", "trigger", "model_version", "endpoint", "steps",
-                         "cause"]
+                         "cause", "check"]
     assert (run["status"], run["trigger"], run["model_version"], run["endpoint"]) == ("waiting", "run", "1", None)
     assert [step["status"] for step in run["steps"]] == ["succeeded"] * 3 + ["skipped"] * 3
     assert list(run["steps"][0]) == ["name", "notebook", "status", "seconds", "key", "out_dir", "result"]

@@ -341,7 +341,9 @@ def test_ports(endpoints, packages):
     assert endpoints.start("staging").url == "http://127.0.0.1:18301"  # it was remembered
     endpoints.stop("staging")
     with socket.create_server(("127.0.0.1", 18301)):
-        assert endpoints.start("staging").url == "http://127.0.0.1:18302"
+        with pytest.raises(EndpointError, match="port 18301, which is the stage's, is taken by process"):
+            endpoints.start("staging")
+        assert endpoints.start("staging", move=True).url == "http://127.0.0.1:18302"
     assert [e.stage for e in endpoints.list()] == ["production", "staging"]
 
 

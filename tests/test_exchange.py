@@ -211,7 +211,7 @@ def test_what_is_exported_is_what_was_registered(waiting, tmp_path):
     (model,) = waiting.home.glob("artifacts/*/artifacts/package")
     write_manifest(model, load_package(model).card | {"profile": "another"}, "other data")
     answer = waiting("export", "1", "--output", str(tmp_path))
-    assert answer.status == 2 and "the package of version 1 is not the one that was registered" in answer.err
+    assert answer.status == 2 and "is another one than version 1 was registered with" in answer.err
     assert not list(tmp_path.glob("model-1*"))
 
 

@@ -50,7 +50,7 @@ def test_its_endpoint_goes_on(old):
     from intel_nb.images import encode_jpeg
     from intel_nb.scenes import sample_scene
     from intel_nb.serving.endpoints import drift_status, invoke
-    assert old("start", "staging").status == 0
+    assert old("start", "staging", "--new-port").status == 0, "another test may have its port"
     url = next(e["url"] for e in old("endpoints", "--json").json if e["stage"] == "staging")
     assert drift_status(url)["observations"] == 20
     answer = invoke(url, encode_jpeg(sample_scene(0, np.random.default_rng(0))), "image/jpeg")

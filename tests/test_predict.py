@@ -220,7 +220,7 @@ def test_a_version_is_the_package_that_was_registered(waiting):
     assert open_version(registry, "1").fingerprint == registry.get("1").fingerprint
     manifest = registry.package("1") / "manifest.json"
     manifest.write_text(manifest.read_text() + "\n")
-    with pytest.raises(InputError, match="version 1 is not the one that was registered"):
+    with pytest.raises(InputError, match="is another one than version 1 was registered with"):
         open_version(registry, "1")
 
 

@@ -318,15 +318,16 @@ class SageMakerEndpoints(Endpoints):
         self.name, self.pause, self.rolling = name, pause, rolling
 
     @translate_errors()
-    def deploy(self, stage: str, package: Path, version: str, *, engine: str = "process",
-               back: bool = False) -> Endpoint:
+    def deploy(self, stage: str, package: Path, version: str, *, engine: str = "process", back: bool = False,
+               check: Callable[[], Any] = lambda: None) -> Endpoint:
         """Serve `version` and return when it answers; raise `EndpointError` when `package` is another one.
 
-        With `back` it is served as it was when `stage` served it last."""
+        With `back` it is served as it was when `stage` served it last. `check` is called under the stage's lock."""
         group, found = describe_group(self.name), PackageGroup(self.name).describe(version)
         fingerprint = self._check_package(package, version)
 
         def choose(state: StageState) -> str:
+            check()
             earlier = earlier_config(state.history, version.__eq__) if back else ""
             return earlier or ensure_config(self.name, stage, group, found["ModelPackageArn"], version, fingerprint)
         return self._serve("rollback" if back else "deploy", stage, choose)
@@ -345,7 +346,7 @@ class SageMakerEndpoints(Endpoints):
         return self._serve("rollback", stage, choose)
 
     @translate_errors()
-    def start(self, stage: str, *, engine: str | None = None) -> Endpoint:
+    def start(self, stage: str, *, engine: str | None = None, move: bool = False) -> Endpoint:
         state, found = self._known(stage)
         last = state.config or found["EndpointConfigName"]
         return self._serve("start", stage, lambda state: state.config or last)

@@ -27,7 +27,15 @@ from intel_nb.aws.client import (
 )
 from .objects import ObjectNotFound, download, upload
 from .state import read_alias, read_aliases, write_alias
-from ..registry import ModelVersion, check_status, data_fingerprint, find_version, images_of, metrics_of
+from intel_nb.registry import (
+    ModelVersion,
+    Registry,
+    check_status,
+    data_fingerprint,
+    find_version,
+    images_of,
+    metrics_of,
+)
 from ..storage import InputError, printable, read_json, utc_now, write_json
 
 # %% auto #0
@@ -219,7 +227,12 @@ class PackageGroup:
     @translate_errors()
     def champion(self) -> ModelVersion | None:
         version = read_alias(self._artifacts(), self.group, "production") if list_packages(self.group) else ""
-        return self.get(version) if version else None
+        found = self.get(version) if version else None
+        return found if found and found.status == "Approved" else None
+
+    @translate_errors()
+    def rejection(self, fingerprint: str) -> str:
+        return Registry.rejection(self, fingerprint)
 
     @translate_errors()
     def set_status(self, version: str, status: str, reason: str = "") -> None:
@@ -235,7 +248,7 @@ class PackageGroup:
             CustomerMetadataProperties={**found.get("CustomerMetadataProperties", {}), key: value})
 
     @translate_errors()
-    def set_alias(self, alias: str, version: str | None) -> None:
+    def set_alias(self, alias: str, version: str | None, act: str = "deploy", reason: str = "") -> None:
         number = str(self.describe(version)["ModelPackageVersion"]) if version else ""
         write_alias(self._artifacts(), alias, number)
 
@@ -244,7 +257,11 @@ class PackageGroup:
         from intel_nb.model import load_package
         container, = self.describe(version)["InferenceSpecification"]["Containers"]
         archive = download(container["ModelDataUrl"], _download_folder().name)
-        return load_package(archive, into or archive.parent / "package").path
+        package, noted = load_package(archive, into or archive.parent / "package"), self.get(version).fingerprint
+        if noted and package.fingerprint != noted:
+            raise InputError(f"the package at {container['ModelDataUrl']} is another one than version {version} was "
+                             "registered with; do not trust it")
+        return package.path
 
     @translate_errors()
     def evaluation(self, version: str) -> dict:

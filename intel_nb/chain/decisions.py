@@ -5,22 +5,26 @@
 # %% ../../nbs/chain/08_decisions.ipynb #eae2e93e
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 from .history import version_entries
-from .plan import IMPORTED, MOVE, PLAN, Deployment, RunRequest, Workspace
+from .plan import IMPORTED, MOVE, PLAN, Deployment, RunRequest, Workspace, note_served
 from .run import DONE, Ask, RunEvent, Tell, check_replacement, request_of, run_chain
 from .runs import Run, list_runs, lock_run, write_run
 from .store import Entry
 from ..registry import ModelVersion
-from ..serving.endpoints import Endpoint
-from ..storage import InputError, utc_now
+from ..serving.endpoints import Endpoint, served_fingerprint
+from ..serving.supervisor import StageRequest, read_record
+from ..storage import Damaged, InputError, utc_now
 
 # %% auto #0
 __all__ = ['NotAllowed', 'find_endpoint', 'finished_entries', 'imported_samples', 'approve', 'deploy_request', 'imported_request',
-           'promote', 'earlier_version', 'rollback', 'reject_waiting_runs', 'reject', 'start_shadow', 'start_stage']
+           'promote', 'earlier_version', 'rollback', 'reject_waiting_runs', 'earlier_request', 'withdraw_package',
+           'record_withdrawal', 'reject', 'withdraw_rejection', 'start_shadow', 'check_may_start', 'start_stage']
 
 # %% ../../nbs/chain/08_decisions.ipynb #79f6a52c
 class NotAllowed(RuntimeError):
@@ -110,18 +114,18 @@ def promote(workspace: Workspace, version: str, tell: Tell = lambda event: None,
         raise NotAllowed(f"version {version} {state}; intel-nb approve {version} runs it")
     request = replace(deploy_request(workspace, "promote", "production", version), may_replace=may_replace)
     run = run_chain(workspace, request, MOVE, tell, ask=ask)
-    _stop_shadows(workspace, version)
+    _stop_shadows(workspace, found.fingerprint)
     return run
 
 # %% ../../nbs/chain/08_decisions.ipynb #1a88b020
 def earlier_version(workspace: Workspace, stage: str) -> str | None:
-    "Return the last earlier version of `stage` that is registered and not rejected, or None."
-    allowed = {v.version for v in workspace.registry().versions() if v.status != "Rejected"}
+    "Return the last earlier version of `stage` that is registered and approved, or None."
+    allowed = {v.version for v in workspace.registry().versions() if v.status == "Approved"}
     return workspace.endpoints().previous(stage, allowed.__contains__)
 
 # %% ../../nbs/chain/08_decisions.ipynb #169c85cb
 def rollback(workspace: Workspace, stage: str, tell: Tell = lambda event: None) -> Run:
-    "Return `stage` to its last earlier version that is not rejected. Raise `NotAllowed` if there is none."
+    "Return `stage` to its last earlier version that is approved. Raise `NotAllowed` if there is none."
     endpoint, version = find_endpoint(workspace, stage), earlier_version(workspace, stage)
     if version is None:
         raise NotAllowed(f"{stage} has no earlier version to go back to; nothing was changed")
@@ -129,35 +133,78 @@ def rollback(workspace: Workspace, stage: str, tell: Tell = lambda event: None) 
     return run_chain(workspace, deploy_request(workspace, "rollback", stage, version, back=True), MOVE, tell)
 
 # %% ../../nbs/chain/08_decisions.ipynb #f0245bbe
-def reject_waiting_runs(workspace: Workspace, version: str) -> None:
-    "Record for all runs that wait for `version` that it was rejected."
+def reject_waiting_runs(workspace: Workspace) -> None:
+    "Record for all runs that wait for a version which is rejected that it is."
+    rejected = {v.version for v in workspace.registry().versions() if v.status == "Rejected"}
     for run in list_runs(workspace.executed):
-        if run.status == "waiting" and run.model_version == version:
-            with lock_run(workspace.executed, run.run_id):
+        if run.status == "waiting" and run.model_version in rejected:
+            with suppress(InputError), lock_run(workspace.executed, run.run_id):
                 write_run(workspace.executed, replace(run, status="rejected", finished=utc_now()))
 
 # %% ../../nbs/chain/08_decisions.ipynb #6bd80294
-def reject(workspace: Workspace, version: str, reason: str = "", tell: Tell = lambda event: None) -> list[Run]:
-    "Reject `version`, and withdraw it from the stages where it serves. Return the runs that rolled these back."
+def earlier_request(workspace: Workspace, history: Sequence[str], fingerprint: str) -> StageRequest | None:
+    "Return the request for the last version in `history` that is approved, whole and not of this package, or None."
     registry = workspace.registry()
-    registry.get(version)
-    registry.set_status(version, "Rejected", reason or "rejected with intel-nb reject")
-    reject_waiting_runs(workspace, version)
-    _stop_shadows(workspace, version)
-    serving = [e.stage for e in workspace.endpoints().list() if e.version == version and e.status != "stopped"]
-    return [run for stage in serving for run in _withdraw(workspace, stage, tell)]
+    versions = {v.version: v for v in registry.versions()}
+    for version in reversed(history):
+        found = versions.get(version)
+        if found and found.status == "Approved" and found.fingerprint != fingerprint:
+            with suppress(InputError):  # its package is damaged or gone
+                return StageRequest(str(registry.package(version)), version, back=True, fingerprint=found.fingerprint)
+    return None
 
-# %% ../../nbs/chain/08_decisions.ipynb #1f8cbb48
-def _withdraw(workspace: Workspace, stage: str, tell: Tell) -> list[Run]:
-    "Take a rejected version out of `stage`: go back to an earlier one, or stop if there is none."
-    version = earlier_version(workspace, stage)
-    if version:
-        tell(RunEvent("note", text=f"{stage} goes back to version {version}"))
-        return [run_chain(workspace, deploy_request(workspace, "reject", stage, version, back=True), MOVE, tell)]
-    tell(RunEvent("note", text=f"{stage} has no earlier version and is stopped"))
-    workspace.endpoints().stop(stage)
-    workspace.registry().set_alias(stage, None)
+def withdraw_package(workspace: Workspace, fingerprint: str, tell: Tell) -> list[str]:
+    "Take the package with this `fingerprint` out of all stages where it serves. Return the names of these."
+    endpoints, changed = workspace.endpoints(), []
+    for before in endpoints.list():
+        record = read_record(endpoints.folder / before.stage)
+        if served_fingerprint(record) != fingerprint or before.status in ("stopped", "dead"):
+            continue
+        def find(history: Sequence[str], engine: str = record.engine) -> StageRequest | None:
+            found = earlier_request(workspace, history, fingerprint)
+            return found and replace(found, engine=engine)
+        now = endpoints.withdraw(before.stage, fingerprint, find)
+        goes_back = now.status == "running"
+        news = f"goes back to version {now.version}" if goes_back else "has no earlier version and is stopped"
+        tell(RunEvent("note", text=f"{before.stage} {news}"))
+        changed.append(before.stage)
+    return changed
+
+def record_withdrawal(workspace: Workspace, stage: str, tell: Tell) -> list[Run]:
+    "Record in a run of its own that `stage` has gone back; none if it was stopped, or serves something else by now."
+    try:
+        found = find_endpoint(workspace, stage)
+        if found.status == "running":
+            request = deploy_request(workspace, "reject", stage, found.version, back=True)
+            return [run_chain(workspace, request, MOVE, tell)]
+    except InputError as e:
+        tell(RunEvent("note", text=f"{stage}: {e}"))
+    note_served(workspace, stage, "rollback")
     return []
+
+def reject(workspace: Workspace, version: str, reason: str = "", tell: Tell = lambda event: None) -> list[Run]:
+    "Reject the package of `version`, and withdraw it where it serves. Return the runs that record the withdrawals."
+    registry = workspace.registry()
+    found = registry.get(version)
+    line = registry.decide(version, "Rejected", reason or "rejected with intel-nb reject")
+    changed = withdraw_package(workspace, found.fingerprint, tell)
+    registry.copy_decision(line)
+    _stop_shadows(workspace, found.fingerprint)
+    stopped = [e.stage for e in workspace.endpoints().list() if e.status in ("stopped", "dead")]
+    for stage in stopped:
+        note_served(workspace, stage, "stop")
+    reject_waiting_runs(workspace)
+    return [run for stage in changed for run in record_withdrawal(workspace, stage, tell)]
+
+def withdraw_rejection(workspace: Workspace, version: str, reason: str = "") -> ModelVersion:
+    "Take back that a person rejected the package of `version`; it waits again. Raise `NotAllowed` if nobody did."
+    registry = workspace.registry()
+    found = registry.get(version)
+    if not registry.rejection(found.fingerprint):
+        why = f": it is {found.status} ({found.reason})" if found.reason else f": it is {found.status}"
+        raise NotAllowed(f"no person rejected version {version}{why}; there is nothing to withdraw")
+    registry.set_status(version, "PendingManualApproval", reason or "the rejection was withdrawn")
+    return registry.get(version)
 
 # %% ../../nbs/chain/08_decisions.ipynb #85c3d79e
 def start_shadow(workspace: Workspace, version: str, stage: str) -> None:
@@ -171,18 +218,37 @@ def start_shadow(workspace: Workspace, version: str, stage: str) -> None:
         raise NotAllowed(f"{stage} is {endpoint.status}; intel-nb start {stage}")
     workspace.endpoints().shadow(stage, workspace.registry().package(version), version)
 
-def _stop_shadows(workspace: Workspace, version: str) -> None:
-    "End all shadows of `version`."
+def _stop_shadows(workspace: Workspace, fingerprint: str) -> None:
+    "End all shadows of the package with this `fingerprint`."
     endpoints = workspace.endpoints()
     for stage in [e.stage for e in endpoints.list()]:
-        if (seen := endpoints.shadowed(stage)) and (seen["version"], seen["status"]) == (version, "running"):
-            endpoints.unshadow(stage)
+        with suppress(Damaged):
+            if served_fingerprint(read_record(endpoints.shadows(stage).folder / stage)) == fingerprint:
+                endpoints.unshadow(stage)
 
 # %% ../../nbs/chain/08_decisions.ipynb #2b339f04
-def start_stage(workspace: Workspace, stage: str, engine: str | None = None) -> Endpoint:
-    "Start `stage`, on `engine` if given, unless it runs. Return its endpoint. Raise `NotAllowed` for what is rejected."
-    endpoint = find_endpoint(workspace, stage)
-    versions = {v.version: v for v in workspace.registry().versions()}
-    if endpoint.version in versions and versions[endpoint.version].status == "Rejected":
-        raise NotAllowed(f"{stage} served version {endpoint.version}, which is rejected; intel-nb rollback {stage}")
-    return workspace.endpoints().start(stage, engine=engine)
+def check_may_start(workspace: Workspace, stage: str) -> None:
+    """Raise `NotAllowed` unless what `stage` served last is approved.
+
+    The registry decides, if it has the version. Without it the approval counts that is kept with the stage, unless a
+    person has rejected the package."""
+    record = read_record(workspace.endpoints().folder / stage)
+    fingerprint, registry = served_fingerprint(record), workspace.registry()
+    served = f"{stage} served version {record.version}, which"
+    found = next((v for v in registry.versions() if (v.version, v.fingerprint) == (record.version, fingerprint)), None)
+    if (found and found.status == "Rejected") or registry.rejection(fingerprint):
+        raise NotAllowed(f"{served} is rejected; intel-nb rollback {stage}")
+    if found and found.status != "Approved":
+        raise NotAllowed(f"{served} waits for approval; intel-nb approve {record.version}")
+    if not found and not record.fingerprint:
+        raise NotAllowed(f"{served} is not in the registry, so nobody can say whether it was approved; deploy another")
+
+def start_stage(workspace: Workspace, stage: str, engine: str | None = None, move: bool = False) -> Endpoint:
+    """Start `stage`, on `engine` if given, unless it runs. Return its endpoint. It may `move` to another port.
+
+    Raise `NotAllowed` for what is not approved."""
+    find_endpoint(workspace, stage)
+    check_may_start(workspace, stage)
+    found = workspace.endpoints().start(stage, engine=engine, move=move)
+    note_served(workspace, stage, "deploy")
+    return found

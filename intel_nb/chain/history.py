@@ -13,10 +13,11 @@ import shlex
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from .plan import PLAN, Workspace
-from .runs import Run, list_runs
+from .runs import Run, list_runs, read_run
 from .store import Entry, key_of
 from ..labels.summary import summary_lines
 from ..registry import ModelVersion
@@ -26,8 +27,8 @@ from ..storage import InputError, files_of, read_json, remove
 # %% auto #0
 __all__ = ['StepKey', 'named_cause', 'data_summary', 'data_in_words', 'labels_in_words', 'run_outcome', 'run_summary',
            'run_summaries', 'run_row', 'shadow_tallies', 'run_summary_html', 'version_entries', 'entry_origin',
-           'run_options', 'trace_version', 'trace_in_words', 'needed_by_runs', 'needed_by_versions', 'unneeded_entries',
-           'total_bytes', 'remove_entries']
+           'run_options', 'trace_version', 'trace_in_words', 'log_files', 'needed_by_runs', 'needed_by_versions',
+           'unneeded_entries', 'total_bytes', 'remove_entries']
 
 # %% ../../nbs/chain/06_history.ipynb #350224e3
 def named_cause(environ: Mapping[str, str] = os.environ) -> str:
@@ -204,6 +205,20 @@ def _step_in_words(name: str, origin: dict[str, Any]) -> str:
     return (f"\n{name:<9} {origin['made']}\n  code    {origin['code']} at {origin['revision'] or 'no revision'}\n"
             f"  inputs  {inputs or '-'}\n  set     {parameters}")
 
+# %% ../../nbs/chain/06_history.ipynb #7adb57de
+def log_files(workspace: Workspace, name: str) -> list[Path]:
+    "Return the logs of a stage, or of a run and the steps that it has not finished. Raise `InputError` without any."
+    stage, run = workspace.home / "endpoints" / name, workspace.executed / name
+    keys = [f"{s.name}-{s.key}" for s in read_run(workspace.executed, name).steps if s.key] if run.is_dir() else []
+    found = [stage / "supervisor.log", stage / "requests.log", run / "watch.log"]
+    found += [workspace.store.root / ".work" / key / "kernel.log" for key in keys]
+    there = [path for path in found if path.is_file() and path.stat().st_size]
+    if not there and run.is_dir():
+        raise InputError(f"run {name} left no log; what it did is in its notebooks: intel-nb report {name}")
+    if not there:
+        raise InputError(f"there is no run and no stage {name}; intel-nb runs and intel-nb endpoints list them")
+    return there
+
 # %% ../../nbs/chain/06_history.ipynb #db52c761
 StepKey = tuple[str, str]  # step, key
 
@@ -227,7 +242,10 @@ def unneeded_entries(workspace: Workspace, keep: int = 10) -> list[Entry]:
     """Return the entries of the store that nothing needs, oldest first.
 
     Those of the newest `keep` runs are needed. Raise `InputError` if a run is under way, because it may need others."""
-    runs = list_runs(workspace.executed)
+    damaged: list[str] = []
+    runs = list_runs(workspace.executed, damaged)
+    if damaged:  # it may need entries that nothing else does
+        raise InputError(f"{damaged[0]}; intel-nb check --repair before anything is removed")
     if active := [run.run_id for run in runs if run.status == "running"]:
         raise InputError(f"run {active[0]} is under way; prune when it has ended")
     needed = needed_by_runs(runs, keep) | needed_by_versions(workspace)

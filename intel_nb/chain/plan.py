@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import intel_nb
 from .parameters import read_parameters
@@ -19,11 +19,11 @@ from .runs import Run
 from .store import CHECKPOINTS, OUTPUTS, Store
 from ..parameters import Parameter, check_known, check_values, profile_of, read_value
 from intel_nb.registry import (
+    LocalRegistry,
     ModelVersion,
-    Registry,
     describe_version,
     find_version,
-    note_stage,
+    import_client,
     note_test,
     open_registry,
 )
@@ -34,11 +34,12 @@ if TYPE_CHECKING:
     from intel_nb.serving.supervisor import StageRecord
 
 # %% auto #0
-__all__ = ['FOLDERS', 'DATASET', 'MODEL', 'PLAN', 'MOVE', 'IMPORTED', 'Declared', 'STAGE_PARAMETERS', 'Workspace',
+__all__ = ['ACT_OF', 'FOLDERS', 'DATASET', 'MODEL', 'PLAN', 'MOVE', 'IMPORTED', 'Declared', 'STAGE_PARAMETERS', 'Workspace',
            'notebooks_folder', 'open_workspace', 'check_workspace', 'Replacement', 'version_in_words',
-           'find_replacement', 'Effect', 'Registration', 'Deployment', 'StagingTest', 'Step', 'look_up_network',
-           'look_up_archive', 'RunRequest', 'read_settings', 'declared_parameters', 'settable_parameters',
-           'look_up_values', 'check_step_values', 'check_range', 'check_request', 'make_absolute']
+           'find_replacement', 'Effect', 'Registration', 'alias_to_write', 'note_served', 'Deployment', 'StagingTest',
+           'Step', 'look_up_network', 'look_up_archive', 'RunRequest', 'read_settings', 'declared_parameters',
+           'settable_parameters', 'look_up_values', 'check_step_values', 'check_range', 'check_request',
+           'make_absolute']
 
 # %% ../../nbs/chain/05_plan.ipynb #49f7f10e
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ class Workspace:
         "Return the URIs of the registry and of the endpoints, by the parameter that takes them."
         return {"registry": f"sqlite:///{self.home / 'mlflow.db'}", "endpoints": str(self.home / "endpoints")}
 
-    def registry(self) -> Registry:
+    def registry(self) -> LocalRegistry:
         "Open the registry of versions."
-        return open_registry(self.places["registry"])
+        return cast(LocalRegistry, open_registry(self.places["registry"]))
 
     def endpoints(self) -> LocalEndpoints:
         "Open the endpoints of all stages."
@@ -175,6 +176,35 @@ class Registration(Effect):
         if result.get("version") and not workspace.registry().get(result["version"]).run_id:
             workspace.registry().set_tag(result["version"], "run_id", run.run_id)
 
+# %% ../../nbs/chain/05_plan.ipynb #3f0874f3
+ACT_OF = {"promote": "promote", "rollback": "rollback", "reject": "rollback"}  # trigger of a run: act in the record
+
+def alias_to_write(record: StageRecord, versions: Mapping[str, ModelVersion]) -> str | None:
+    """Return the version that the alias of a stage should name where it does not: an empty text for none.
+
+    Return None where nothing has to be written. What is stopped keeps its alias while it is approved."""
+    found = versions.get(record.version)
+    has_alias = found is not None and record.stage in found.aliases
+    if record.status == "running":
+        return found.version if found and not has_alias else None
+    return "" if found and has_alias and found.status != "Approved" else None
+
+def note_served(workspace: Workspace, stage: str, act: str) -> None:
+    "Let the record, and the alias of `stage`, say what the stage serves. Nothing can change the stage meanwhile."
+    registry, endpoints = workspace.registry(), workspace.endpoints()
+    with endpoints.held(stage) as record:
+        if alias_to_write(record, {v.version: v for v in registry.versions()}) is None:
+            return
+    import_client()  # which takes seconds, before the stage is held
+    with endpoints.held(stage) as record:
+        versions = {v.version: v for v in registry.versions()}
+        wanted = alias_to_write(record, versions)
+        if wanted:
+            before = max((int(v.version) for v in versions.values() if stage in v.aliases), default=0)
+            registry.set_alias(stage, wanted, "replace" if act == "deploy" and before > int(wanted) else act)
+        elif wanted == "":
+            registry.set_alias(stage, None)
+
 # %% ../../nbs/chain/05_plan.ipynb #d7cfb565
 class Deployment(Effect):
     "A version serves in a stage. The stage stays locked until the run ends, so that 05 tests what 03 deployed."
@@ -198,7 +228,7 @@ class Deployment(Effect):
         return find_replacement(workspace.registry().versions(), record, parameters["version"])
 
     def note_success(self, workspace: Workspace, run: Run, result: Mapping[str, Any]) -> None:
-        note_stage(workspace.registry(), result["stage"], result["version"])
+        note_served(workspace, result["stage"], ACT_OF.get(run.trigger, "deploy"))
 
 # %% ../../nbs/chain/05_plan.ipynb #33de7ad5
 class StagingTest(Effect):

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,19 +31,42 @@ from intel_nb.chain.plan import (
     version_in_words,
 )
 from .runs import Run, StepRecord, lock_run, new_run_id, read_run, with_step, write_report, write_run
-from .store import CHECKPOINTS, OUTPUTS, Entry, empty_outputs, git_revision, key_of, publish, recipe_of
+from intel_nb.chain.store import (
+    CHECKPOINTS,
+    OUTPUTS,
+    Entry,
+    empty_outputs,
+    git_revision,
+    is_whole,
+    key_of,
+    publish,
+    recipe_of,
+)
 from ..labels.captured import with_captured_images
 from ..labels.lookup import own_buckets
 from ..labels.members import source_digest
-from ..storage import InputError, check_extra, each_source, fetch, locked, read_json, remove, utc_now, write_json
+from intel_nb.storage import (
+    Damaged,
+    InputError,
+    as_dataclass,
+    check_extra,
+    each_source,
+    fetch,
+    is_remote,
+    locked,
+    read_checked,
+    remove,
+    utc_now,
+    write_checked,
+)
 
 # %% auto #0
-__all__ = ['Tell', 'Ask', 'DONE', 'REFUSALS', 'RunEvent', 'RunContext', 'local_source', 'resolved_parameters',
+__all__ = ['Tell', 'Ask', 'DONE', 'REFUSALS', 'RunEvent', 'RunContext', 'look_up_all', 'local_source', 'resolved_parameters',
            'supplied_parameters', 'notebook_parameters', 'input_contents', 'step_recipe', 'is_current', 'find_reusable',
-           'take_entry', 'publish_outputs', 'record_failure', 'prepare_later', 'execute_step', 'run_step',
-           'note_effect', 'check_approval', 'waits_for_approval', 'grant_approval', 'Declined', 'check_replacement',
-           'announce_replacement', 'follow_plan', 'request_of', 'open_run', 'close_run', 'has_lasting_effects',
-           'status_after', 'run_chain']
+           'take_entry', 'publish_outputs', 'record_failure', 'prepare_later', 'check_inputs', 'execute_step',
+           'run_step', 'note_effect', 'check_approval', 'may_approve', 'waits_for_approval', 'grant_approval',
+           'Declined', 'check_replacement', 'announce_replacement', 'follow_plan', 'request_of', 'open_run',
+           'close_run', 'has_lasting_effects', 'status_after', 'run_chain']
 
 # %% ../../nbs/chain/07_run.ipynb #175f2326
 @dataclass(frozen=True)
@@ -94,9 +117,16 @@ class RunContext:
         return record.status if record and record.key == key else ""
 
 # %% ../../nbs/chain/07_run.ipynb #9502a3e4
+def look_up_all(context: RunContext, steps: Iterable[Step]) -> None:
+    "Look up what only a library can judge among the values that the request sets for `steps`. Raise `InputError`."
+    for step in steps:
+        look_up_values(step, context.request.parameters.get(step.name, {}), context.declared[step.name])
+
 def local_source(context: RunContext, source: str, has_labels: bool) -> str:
     "Return the local path of an input from outside. One that `has_labels` comes with the captured images they name."
     fetched = context.workspace.store.root / ".fetched"
+    if is_remote(source):  # what is known to be wrong need not wait for it
+        look_up_all(context, context.plan)
     path = fetch(source, fetched)
     if has_labels:
         path = with_captured_images(path, context.workspace.home / "captures", fetched / ".captured")
@@ -155,7 +185,10 @@ def is_current(context: RunContext, step: Step, entry: Entry) -> bool:
     "Tell whether the effect of `step` that came with `entry` still holds, and whether `entry` is new enough."
     if not step.effect.still_holds(context.workspace, entry.result):
         return False
-    return step.after not in context.entries or entry.created > context.entries[step.after].created
+    if (before := context.entries.get(step.after)) is None:
+        return True
+    # Not by the clock, which may have been set back. Entries of earlier versions have no ids.
+    return entry.made_of.get(step.after) == before.id if before.id else entry.created > before.created
 
 # %% ../../nbs/chain/07_run.ipynb #6198f18c
 def find_reusable(context: RunContext, step: Step, key: str) -> Entry | None:
@@ -197,7 +230,8 @@ def publish_outputs(context: RunContext, step: Step, recipe: dict[str, Any], sec
     digested = {output: step.digests.get(output, "") for output in needed}
     upstream = {name: entry.key for name, entry in context.entries.items()}
     return publish(context.workspace.store, step.name, key, digested, seconds=round(seconds, 2), recipe=recipe,
-                   upstream=upstream, revision=git_revision())
+                   upstream=upstream, revision=git_revision(),
+                   made_of={name: entry.id for name, entry in context.entries.items()})
 
 # %% ../../nbs/chain/07_run.ipynb #11f24121
 def record_failure(context: RunContext, step: Step, key: str, seconds: float, error: BaseException) -> None:
@@ -217,15 +251,30 @@ def prepare_later(context: RunContext, step: Step) -> None:
     check_extra("steps", "a run")
     import_papermill()
     names, at, last = [one.name for one in context.plan], context.plan.index(step) + 1, context.request.last
-    for later in context.plan[at - 1:names.index(last) + 1 if last else None]:
-        look_up_values(later, context.request.parameters.get(later.name, {}), context.declared[later.name])
+    look_up_all(context, context.plan[at - 1:names.index(last) + 1 if last else None])
     for following in context.plan[at:at + 1]:
         following.effect.prepare(context.workspace)
 
 # %% ../../nbs/chain/07_run.ipynb #044ae054
+def check_inputs(context: RunContext, step: Step) -> None:
+    "Do an earlier step again if what `step` takes from it is no longer what it wrote. Raise `Damaged` if that differs."
+    for source in dict.fromkeys(source for source, _ in step.files.values()):
+        taken = [output for name, output in step.files.values() if name == source]
+        entry = context.entries[source]
+        if not all(is_whole(entry, output) for output in taken):
+            earlier = next(one for one in context.plan if one.name == source)
+            context.note(earlier, f"{entry.folder} is damaged; {source} is done again")
+            remove(entry.folder)
+            context.known = {name: known for name, known in context.known.items() if name != source}
+            again = context.entries[source] = run_step(context, earlier)
+            if (again.key, again.digests) != (entry.key, entry.digests):
+                raise Damaged(f"{entry.folder} was damaged, and {source} gives something else by now; "
+                              "run the chain again")
+
 def execute_step(context: RunContext, step: Step, recipe: dict[str, Any]) -> Entry:
     "Execute the notebook of `step`, and move its outputs into the store. Raise `InputError` or `NotebookFailed`."
     prepare_later(context, step)
+    check_inputs(context, step)
     key, started = key_of(recipe), time.monotonic()
     work = context.workspace.store.work(step.name, key)
     context.tell(RunEvent("started", step.name))
@@ -271,9 +320,19 @@ def check_approval(context: RunContext) -> str:
     if not version:
         return "unregistered"
     status = context.workspace.registry().get(version).status
-    if status == "PendingManualApproval" and context.request.approve:
+    if may_approve(context):
         return "approved"
     return {"Approved": "approved", "Rejected": "rejected"}.get(status, "waiting")
+
+def may_approve(context: RunContext) -> bool:
+    """Return whether the request approves the version of the run.
+
+    It does not decide about a package that was rejected under another threshold: a person does."""
+    versions = context.workspace.registry().versions()
+    found = next((v for v in versions if v.version == context.run.model_version), None)
+    if not (context.request.approve and found and found.status == "PendingManualApproval"):
+        return False
+    return not any((v.fingerprint, v.status) == (found.fingerprint, "Rejected") for v in versions)
 
 def waits_for_approval(context: RunContext) -> bool:
     "Return whether the version of the run is one that a person has yet to decide about."
@@ -282,7 +341,7 @@ def waits_for_approval(context: RunContext) -> bool:
 
 def grant_approval(context: RunContext) -> None:
     "Approve the version of the run, if the request says so and nobody has decided about it."
-    if context.request.approve and context.run.model_version and waits_for_approval(context):
+    if context.run.model_version and may_approve(context):
         context.workspace.registry().set_status(context.run.model_version, "Approved",
                                                 "approved by the command that ran the chain (--approve)")
 
@@ -330,8 +389,9 @@ def follow_plan(context: RunContext) -> str:
 
 # %% ../../nbs/chain/07_run.ipynb #1d9b6d6a
 def request_of(workspace: Workspace, run_id: str) -> RunRequest:
-    "Return the request of a run."
-    return RunRequest(**read_json(workspace.executed / run_id / "request.json"))
+    "Return the request of a run. Raise `InputError` if there is none, and `Damaged` if it is."
+    path = workspace.executed / run_id / "request.json"
+    return as_dataclass(RunRequest, read_checked(path), path)
 
 # %% ../../nbs/chain/07_run.ipynb #d15d382c
 def open_run(workspace: Workspace, request: RunRequest, run_id: str, plan: tuple[Step, ...]) -> Run:
@@ -341,7 +401,7 @@ def open_run(workspace: Workspace, request: RunRequest, run_id: str, plan: tuple
     if (folder / "run.json").exists():
         run = read_run(workspace.executed, run_id)
     if run.status == "queued" or not (folder / "request.json").exists():
-        write_json(folder / "request.json", asdict(replace(request, run_id=run_id)))
+        write_checked(folder / "request.json", replace(request, run_id=run_id))
         run = replace(run, started=utc_now())
     elif request_of(workspace, run_id).parameters != request.parameters:
         raise InputError(f"run {run_id} was started with other parameters; repeat them, or use another --run-id")

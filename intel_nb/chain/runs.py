@@ -7,21 +7,37 @@ from __future__ import annotations
 
 import base64
 import html
+import os
 import re
 import secrets
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..registry import describe_accuracy
-from ..storage import InputError, is_locked, locked, read_json, utc_now, write_json, write_text
+from intel_nb.storage import (
+    Damaged,
+    InputError,
+    as_dataclass,
+    holder_of,
+    is_locked,
+    lock_owner,
+    locked,
+    read_checked,
+    utc_now,
+    write_checked,
+    write_text,
+)
 
 # %% auto #0
 __all__ = ['RUN_STATUSES', 'PLOT_BYTES', 'STYLE', 'StepRecord', 'Run', 'with_step', 'new_run_id', 'check_run_id', 'write_run',
-           'read_run', 'list_runs', 'queue_run', 'lock_run', 'result_in_words', 'render_report', 'write_report']
+           'read_run', 'list_runs', 'queue_run', 'lock_run', 'cancel_run', 'result_in_words', 'render_report',
+           'write_report']
 
 # %% ../../nbs/chain/04_runs.ipynb #3e642f56
 @dataclass(frozen=True)
@@ -83,17 +99,19 @@ def check_run_id(run_id: str) -> str:
 # %% ../../nbs/chain/04_runs.ipynb #25a17623
 def write_run(executed: Path, run: Run) -> Run:
     "Write `run` to its `run.json`, and return it."
-    write_json(executed / run.run_id / "run.json", asdict(run))
+    write_checked(executed / run.run_id / "run.json", run)
     return run
 
 # %% ../../nbs/chain/04_runs.ipynb #e197ade4
 def read_run(executed: Path, run_id: str) -> Run:
-    "Return the run of that id. Raise `InputError` if there is none."
+    "Return the run of that id. Raise `InputError` if there is none, and `Damaged` if its record is."
     path = executed / check_run_id(run_id) / "run.json"
     if not path.is_file():
         raise InputError(f"there is no run {run_id} in {executed}; intel-nb runs lists them")
-    record = read_json(path)
-    run = Run(**record | {"steps": [StepRecord(**step) for step in record["steps"]]})
+    run = as_dataclass(Run, read_checked(path), path)
+    if run.run_id != run_id or not all(isinstance(step, dict) for step in run.steps):
+        raise Damaged(f"{path} is damaged: it is not the record of this run")
+    run = replace(run, steps=[as_dataclass(StepRecord, cast(dict, step), path) for step in run.steps])
     return run if run.status != "running" or is_locked(path.with_name(".lock")) else _as_failed(run, path.parent)
 
 def _as_failed(run: Run, folder: Path) -> Run:
@@ -103,10 +121,15 @@ def _as_failed(run: Run, folder: Path) -> Run:
     return with_step(run, replace(running, status="failed")) if running else run
 
 # %% ../../nbs/chain/04_runs.ipynb #02c70187
-def list_runs(executed: Path) -> list[Run]:
-    "Return all runs in the folder `executed`, newest first."
+def list_runs(executed: Path, damaged: list[str] | None = None) -> list[Run]:
+    "Return all runs in the folder `executed`, newest first. Of a record that is damaged tell in the list `damaged`."
     folders = [p.parent for p in executed.glob("*/run.json") if re.fullmatch(r"[A-Za-z0-9][\w-]*", p.parent.name)]
-    runs = [(read_run(executed, folder.name), _request_time(folder)) for folder in folders]
+    runs = []
+    for folder in folders:
+        try:
+            runs.append((read_run(executed, folder.name), _request_time(folder)))
+        except Damaged as e:
+            (damaged if damaged is not None else []).append(str(e))
     return [run for run, _ in sorted(runs, key=lambda r: (r[0].started, r[1]), reverse=True)]
 
 def _request_time(folder: Path) -> int:
@@ -129,6 +152,24 @@ def lock_run(executed: Path, run_id: str) -> Iterator[Path]:
             yield folder
     except BlockingIOError:
         raise InputError(f"another command works on run {run_id}; wait for it, or use another --run-id") from None
+
+# %% ../../nbs/chain/04_runs.ipynb #9aa5b2b9
+def cancel_run(executed: Path, run_id: str, patience: float = 60) -> Run:
+    """End the process that works on a run, and record that it failed. Return its record.
+
+    Raise `InputError` for a run that has ended, and where nobody can prove who works on it."""
+    run, lock = read_run(executed, run_id), executed / run_id / ".lock"
+    if not is_locked(lock) and run.status not in ("queued", "interrupted"):
+        raise InputError(f"run {run_id} is {run.status}, and nobody works on it; there is nothing to cancel")
+    deadline = time.monotonic() + patience
+    while is_locked(lock):
+        holder = holder_of(lock)
+        if holder is None and is_locked(lock) and time.monotonic() > deadline - patience + 1:
+            raise InputError(f"{lock} is held by {lock_owner(lock)}, which it does not name; look what that is")
+        if holder:
+            os.kill(holder.pid, signal.SIGTERM if time.monotonic() < deadline else signal.SIGKILL)
+        time.sleep(0.2)
+    return write_run(executed, replace(read_run(executed, run_id), status="failed", finished=utc_now()))
 
 # %% ../../nbs/chain/04_runs.ipynb #fad31d3c
 def result_in_words(result: dict[str, Any]) -> dict[str, Any]:

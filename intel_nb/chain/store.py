@@ -9,6 +9,7 @@ import ast
 import hashlib
 import json
 import re
+import secrets
 import subprocess
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -20,11 +21,22 @@ from typing import Any
 
 import intel_nb
 from .parameters import Cell, read_cells
-from ..storage import read_json, remove, tree_digest, write_json
+from intel_nb.storage import (
+    Damaged,
+    as_dataclass,
+    make_folder,
+    move,
+    read_checked,
+    read_json,
+    remove,
+    tree_digest,
+    write_checked,
+)
 
 # %% auto #0
 __all__ = ['OUTPUTS', 'CHECKPOINTS', 'is_exported', 'is_working', 'code_digest', 'imported_modules', 'module_digests',
-           'recipe_of', 'key_of', 'git_revision', 'Entry', 'read_entry', 'Store', 'empty_outputs', 'publish']
+           'recipe_of', 'key_of', 'git_revision', 'Entry', 'read_entry', 'Store', 'empty_outputs', 'publish',
+           'is_whole']
 
 # %% ../../nbs/chain/02_store.ipynb #0b434b05
 def is_exported(cell: Cell) -> bool:
@@ -135,8 +147,10 @@ class Entry:
     digests: dict[str, str] = field(default_factory=dict)  # output that a later step takes: its digest
     upstream: dict[str, str] = field(default_factory=dict)  # earlier step: its key
     recipe: dict[str, Any] = field(default_factory=dict)
-    created: str = ""  # ISO 8601, UTC, to the microsecond, so that the newer of two entries is known
+    created: str = ""  # ISO 8601, UTC, to the microsecond
     revision: str = ""  # the commit of the code that made it
+    id: str = ""  # random; a key that was done again has another one
+    made_of: dict[str, str] = field(default_factory=dict)  # earlier step: the id of its entry
 
     def file(self, name: str) -> Path:
         "Return the path of the output that `result` has under `name`."
@@ -144,10 +158,11 @@ class Entry:
 
 # %% ../../nbs/chain/02_store.ipynb #f7e03481
 def read_entry(folder: Path) -> Entry | None:
-    "Return the entry in `folder`, or None if there is none."
-    if not (folder / ".step.json").is_file():
-        return None
-    return Entry(folder=folder, **read_json(folder / ".step.json"))
+    "Return the entry in `folder`, or None if there is none, or one that is damaged: its step is done again."
+    path = folder / ".step.json"
+    with suppress(Damaged):
+        return as_dataclass(Entry, read_checked(path) | {"folder": folder}, path) if path.exists() else None
+    return None
 
 # %% ../../nbs/chain/02_store.ipynb #fcfd4976
 @dataclass(frozen=True)
@@ -168,8 +183,9 @@ class Store:
         return self.root / ".work" / f"{step}-{key}.lock"
 
     def find(self, step: str, key: str) -> Entry | None:
-        "Return the entry of a key, or None if there is none."
-        return read_entry(self.folder(step, key))
+        "Return the entry of a key, or None if there is none, or one that is damaged."
+        found = read_entry(self.folder(step, key))
+        return found if found and (found.step, found.key) == (step, key) else None
 
     def entries(self, step: str) -> list[Entry]:
         "Return all entries of a step, newest first."
@@ -198,12 +214,19 @@ def publish(store: Store, step: str, key: str, digested: Mapping[str, str], **fa
     result = read_json(work / OUTPUTS / "result.json")
     digests = {name: result.get(value) or tree_digest(work / OUTPUTS / result[name])
                for name, value in digested.items() if result.get(name)}
-    record = {"step": step, "key": key, "result": result, "digests": digests, **facts,
+    record = {"step": step, "key": key, "result": result, "digests": digests, **facts, "id": secrets.token_hex(8),
               "created": datetime.now(UTC).isoformat(timespec="microseconds")}
-    write_json(work / OUTPUTS / ".step.json", record)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    write_checked(work / OUTPUTS / ".step.json", record)
+    make_folder(folder.parent)
     if folder.exists():  # the step was run again on request
         folder.rename(work / "old")
-    (work / OUTPUTS).rename(folder)
+    move(work / OUTPUTS, folder)
     remove(work)
     return Entry(folder=folder, **record)
+
+# %% ../../nbs/chain/02_store.ipynb #b73cc07d
+def is_whole(entry: Entry, output: str) -> bool:
+    "Tell whether an output of `entry` still is what the step wrote. One without a digest is taken as it is."
+    from intel_nb.model import SIGNATURE  # a package may have been signed since; whoever loads it checks that
+    noted, path = entry.digests.get(output), entry.file(output)
+    return not noted or (path.exists() and noted in (tree_digest(path), tree_digest(path, without=SIGNATURE)))

@@ -14,22 +14,44 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from .captures import TEST
-from .shadow import LOOK_SECONDS, current_tally, read_shadow, read_tally, remove_shadow, write_shadow
-from .supervisor import ENGINES, StageRequest, is_alive, read_record, supervisor_command
-from ..storage import InputError, absolute_keys, cloud_module, last_line, locked, python_path, write_json
+from .shadow import LOOK_SECONDS, current_tally, read_tally, remove_shadow, write_shadow
+from intel_nb.serving.supervisor import (
+    ENGINES,
+    StageRecord,
+    StageRequest,
+    is_alive,
+    read_record,
+    supervisor_command,
+    write_stage,
+)
+from intel_nb.storage import (
+    Damaged,
+    InputError,
+    absolute_keys,
+    cloud_module,
+    holder_of,
+    is_locked,
+    last_line,
+    lock_owner,
+    locked,
+    python_path,
+    sha256_file,
+    write_checked,
+)
 
 # %% auto #0
 __all__ = ['SHADOW_ENV', 'Endpoint', 'EndpointError', 'Endpoints', 'open_endpoints', 'Refused', 'Busy', 'as_refusal',
            'request_json', 'invoke', 'drift_status', 'is_answering', 'read_endpoint', 'check_stage', 'check_engine',
-           'stage_folder', 'captures_folder', 'start_supervisor', 'is_gone', 'send_request', 'wait_for_endpoint',
-           'end_processes', 'LocalEndpoints', 'throwaway']
+           'stage_folder', 'captures_folder', 'start_supervisor', 'package_fingerprint', 'served_fingerprint',
+           'is_served', 'is_gone', 'send_request', 'wait_for_endpoint', 'supervisor_pid', 'end_processes',
+           'LocalEndpoints', 'throwaway']
 
 # %% ../../nbs/serving/12_endpoints.ipynb #1630776e
 @dataclass(frozen=True)
@@ -48,14 +70,16 @@ class EndpointError(RuntimeError):
 # %% ../../nbs/serving/12_endpoints.ipynb #b862c43a
 class Endpoints(Protocol):
     "The endpoints of all stages. A stage that does not exist raises `InputError`, a failure `EndpointError`."
-    def deploy(self, stage: str, package: Path, version: str, *, engine: str = "process",
-               back: bool = False) -> Endpoint:
-        "Serve `package` as `version` behind the URL of `stage`; with `back` this is a return to an earlier version."
+    def deploy(self, stage: str, package: Path, version: str, *, engine: str = "process", back: bool = False,
+               check: Callable[[], Any] = lambda: None) -> Endpoint:
+        """Serve `package` as `version` behind the URL of `stage`; with `back` this is a return to an earlier version.
+
+        `check` is called just before the hand-over and again after it. Where it raises, nothing has changed."""
     def describe(self, stage: str) -> Endpoint:
         "Return the endpoint of `stage`."
     def list(self) -> Sequence[Endpoint]:
         "Return the endpoints of all stages, by name."
-    def start(self, stage: str, *, engine: str | None = None) -> Endpoint:
+    def start(self, stage: str, *, engine: str | None = None, move: bool = False) -> Endpoint:
         "Serve the last version of `stage` again, on `engine` or on the engine that it was served on."
     def stop(self, stage: str) -> None:
         "Stop serving `stage`."
@@ -188,6 +212,20 @@ def start_supervisor(folder: Path, first_port: int, owned: bool, env: Mapping[st
 
 _STARTED: list[subprocess.Popen] = []  # children of this process, to be reaped when they end
 
+# %% ../../nbs/serving/12_endpoints.ipynb #6801f4ba
+def package_fingerprint(package: Path) -> str:
+    "Return the fingerprint of the package in a folder; empty for an archive."
+    return sha256_file(package / "manifest.json") if (package / "manifest.json").is_file() else ""
+
+def served_fingerprint(record: StageRecord) -> str:
+    "Return the fingerprint of what a stage serves. Records of earlier versions lack it, and its package is asked."
+    return record.fingerprint or package_fingerprint(Path(record.package))
+
+def is_served(record: StageRecord, request: StageRequest) -> bool:
+    "Tell whether the stage of `record` serves what `request` asks for."
+    asked = (request.package, request.version, request.engine, request.fingerprint)
+    return (record.package, record.version, record.engine, record.fingerprint) == asked
+
 # %% ../../nbs/serving/12_endpoints.ipynb #0baea053
 def is_gone(pid: int) -> bool:
     "Return whether the process `pid` has ended with all its threads; reap it if it is a child of this process."
@@ -209,9 +247,9 @@ def is_gone(pid: int) -> bool:
 def send_request(folder: Path, request: StageRequest, start: Callable[[Path], subprocess.Popen]) -> Endpoint:
     "Have the stage's supervisor serve `request`; `start` makes a supervisor if there is none. Raise `EndpointError`."
     log = folder / "supervisor.log"
-    write_json(folder / "request.json", asdict(request))
+    write_checked(folder / "request.json", request)
     if is_alive(folder):
-        if pid := read_record(folder).pid:
+        if pid := supervisor_pid(folder):
             os.kill(pid, signal.SIGHUP)
         supervisor_ended = lambda: not is_alive(folder)
     else:
@@ -236,18 +274,34 @@ def wait_for_endpoint(folder: Path, patience: float = 60) -> Endpoint:
     return found
 
 # %% ../../nbs/serving/12_endpoints.ipynb #40c60ca1
+def supervisor_pid(folder: Path, patience: float = 1) -> int | None:
+    """Return the process id of the stage's supervisor, None if there is none.
+
+    The supervisor's lock names it. Raise `EndpointError` if another process holds that lock: it is not ours to end."""
+    lock, deadline = folder / "supervisor.lock", time.monotonic() + patience
+    while is_locked(lock):
+        if holder := holder_of(lock):
+            return holder.pid
+        if lock.exists() and not lock.stat().st_size and (pid := read_record(folder).pid):
+            return pid  # it was started by an earlier version, whose locks name nobody
+        if time.monotonic() > deadline:
+            raise EndpointError(f"{lock} is held by {lock_owner(lock)}, which is not the supervisor that it names; "
+                                "look what that is, and end it by hand")
+        time.sleep(0.02)  # it has just been taken
+    return None
+
 def end_processes(folder: Path, patience: float = 30) -> None:
     "Return when no process of the stage is left; kill what does not end within `patience` seconds."
-    pid = read_record(folder).pid
-    if pid and is_alive(folder):
+    if pid := supervisor_pid(folder):
         os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + patience
         while is_alive(folder) or not is_gone(pid):
             time.sleep(0.02)
             if time.monotonic() > deadline:
                 os.kill(pid, signal.SIGKILL)  # its workers die with it
-    if (record := read_record(folder)).status != "stopped":
-        write_json(folder / "endpoint.json", asdict(record) | {"status": "stopped", "pid": None})
+    with suppress(Damaged):
+        if (record := read_record(folder)).status != "stopped":
+            write_stage(folder, replace(record, status="stopped", pid=None))
 
 # %% ../../nbs/serving/12_endpoints.ipynb #50c1abaa
 SHADOW_ENV = {"INTEL_NB_CAPTURE": "0", "INTEL_NB_WARM": "0", "INTEL_NB_THREADS": "1", "INTEL_NB_NICE": "10"}
@@ -261,36 +315,100 @@ class LocalEndpoints(Endpoints):
         self.folder, self._owned, self._env = Path(folder).absolute(), owned, dict(env or {})
         self._start = partial(start_supervisor, first_port=first_port, owned=owned, env=self._env)
 
-    def deploy(self, stage: str, package: Path, version: str, *, engine: str = "process",
-               back: bool = False) -> Endpoint:
+    def deploy(self, stage: str, package: Path, version: str, *, engine: str = "process", back: bool = False,
+               check: Callable[[], Any] = lambda: None) -> Endpoint:
         "Serve `package` as `version` behind the URL of `stage`; return when it answers."
         check_engine(engine)
-        with locked(self.folder / check_stage(stage) / "request.lock"):
-            request = StageRequest(str(Path(package).absolute()), version, back, engine)
-            return send_request(self.folder / stage, request, self._start)
+        folder, package = self.folder / check_stage(stage), Path(package).absolute()
+        with locked(folder / "request.lock"):
+            check()
+            before = read_record(folder)
+            now = StageRequest(str(package), version, back, engine, fingerprint=package_fingerprint(package))
+            if back and is_served(before, now) and read_endpoint(folder).status == "running":
+                return read_endpoint(folder)
+            found = send_request(folder, now, self._start)
+            try:
+                check()
+            except Exception:
+                self._undo(folder, before)
+                raise
+            return found
+
+    def withdraw(self, stage: str, fingerprint: str, find: Callable[[Sequence[str]], StageRequest | None]) -> Endpoint:
+        """Take the package with this `fingerprint` out of `stage`, if it serves there. Return what serves then.
+
+        `find` gets the history of the stage and returns what serves instead; where it returns None, nothing does."""
+        folder = stage_folder(self.folder, stage)
+        with locked(folder / "request.lock"):
+            record = read_record(folder)
+            if served_fingerprint(record) == fingerprint and is_alive(folder):
+                if request := find(record.history):
+                    return send_request(folder, request, self._start)
+                end_processes(folder)
+            return read_endpoint(folder)
+
+    def _undo(self, folder: Path, before: StageRecord) -> None:
+        "Serve again what `before` served, or nothing if it did not."
+        if before.status == "stopped" or not before.version:
+            end_processes(folder)
+        else:
+            send_request(folder, StageRequest(before.package, before.version, True, before.engine,
+                                              fingerprint=before.fingerprint), self._start)
 
     def describe(self, stage: str) -> Endpoint:
         return read_endpoint(stage_folder(self.folder, stage))
 
     def list(self) -> Sequence[Endpoint]:
-        return [read_endpoint(p) for p in sorted(self.folder.glob("*")) if read_record(p).version]
+        found = []
+        for folder in sorted(self.folder.glob("*")):
+            with suppress(Damaged):  # `check` names it
+                found += [read_endpoint(folder)] if read_record(folder).version else []
+        return found
 
-    def start(self, stage: str, *, engine: str | None = None) -> Endpoint:
-        "Serve the last version of `stage` again, unless it is running on `engine`; return when it answers."
+    def start(self, stage: str, *, engine: str | None = None, move: bool = False) -> Endpoint:
+        """Serve the last version of `stage` again, unless it is running on `engine`; return when it answers.
+
+        With `move` it may take another port, if the stage's own is taken."""
         folder = stage_folder(self.folder, stage)
         with locked(folder / "request.lock"):
             found = wait_for_endpoint(folder)
             check_engine(engine := engine or found.engine)
             if (found.status, found.engine) == ("running", engine):
                 return found
-            request = StageRequest(read_record(folder).package, found.version, engine=engine)
+            record = read_record(folder)
+            request = StageRequest(record.package, found.version, engine=engine, fingerprint=record.fingerprint,
+                                   move=move)
             return send_request(folder, request, self._start)
 
     def stop(self, stage: str) -> None:
         "End all processes of `stage` and of its shadow; the state stays."
-        with locked(stage_folder(self.folder, stage) / "request.lock"):
+        if not (self.folder / check_stage(stage) / "supervisor.lock").exists():
+            stage_folder(self.folder, stage)  # an error if it never served
+        with locked(self.folder / stage / "request.lock"):
             end_processes(self.folder / stage)
         self.unshadow(stage)
+
+    def settle(self, stage: str) -> Endpoint:
+        "Have `stage` serve what its record says, and forget a change that was cut off."
+        folder = stage_folder(self.folder, stage)
+        with locked(folder / "request.lock"):
+            record = read_record(folder)
+            request = StageRequest(record.package, record.version, True, record.engine, fingerprint=record.fingerprint)
+            if is_alive(folder):
+                return send_request(folder, request, self._start)
+            write_checked(folder / "request.json", replace(request, id=record.answered))
+            return read_endpoint(folder)
+
+    @contextmanager
+    def held(self, stage: str) -> Iterator[StageRecord]:
+        "Give the record of `stage`, which nobody can change during the block."
+        with locked((folder := stage_folder(self.folder, stage)) / "request.lock"):
+            yield replace(read_record(folder), status=read_endpoint(folder).status)
+
+    def running_or_known(self) -> Sequence[str]:
+        "Return the stages that have served something, and those with a process that a killed command left, by name."
+        running = {p.name for p in self.folder.glob("*") if is_alive(p) or is_alive(p / "shadow" / p.name)}
+        return sorted(running | {endpoint.stage for endpoint in self.list()})
 
     def history(self, stage: str) -> Sequence[str]:
         return list(read_record(stage_folder(self.folder, stage)).history)
@@ -302,13 +420,15 @@ class LocalEndpoints(Endpoints):
 
     def unshadow(self, stage: str) -> bool:
         "End the shadow of `stage`, and return whether there was one; its tally stays."
-        state = self.folder / stage / "state"
-        if read_shadow(state) is None:
+        state, folder = self.folder / stage / "state", self.shadows(stage).folder / stage
+        is_known = (state / "shadow.json").exists()
+        if not is_known and not is_alive(folder):
             return False
         remove_shadow(state)
-        if self.describe(stage).status == "running":
+        if is_known and self.describe(stage).status == "running":
             time.sleep(1.5 * LOOK_SECONDS)  # until the worker has noticed, and sends no more copies
-        self.shadows(stage).stop(stage)
+        with locked(folder / "request.lock"):
+            end_processes(folder)
         return True
 
     def shadowed(self, stage: str) -> dict[str, Any] | None:

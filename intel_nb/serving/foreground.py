@@ -12,12 +12,18 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 from ..model import Package, load_package
-from .supervisor import StageRequest, StageWorkers, WorkerFailed, read_record, run_supervisor
-from ..storage import InputError, remove, write_json
+from intel_nb.serving.supervisor import (
+    RECORDS,
+    StageRequest,
+    StageWorkers,
+    WorkerFailed,
+    read_record,
+    run_supervisor,
+)
+from ..storage import InputError, remove, write_checked
 
 # %% auto #0
 __all__ = ['state_folder', 'listen', 'check_fingerprint', 'serve_package']
@@ -69,8 +75,9 @@ def serve_package(model: str | Path, host: str = "127.0.0.1", port: int = 8080, 
     request = StageRequest(str(package.path.absolute()), version or package.fingerprint[:12])
     with state_folder(state) as folder, listen(host, port) as listener:
         def open_stage() -> StageWorkers:
-            remove(folder / "endpoint.json")  # of the last time
-            write_json(folder / "request.json", asdict(request))
+            for name in RECORDS:
+                remove(folder / name)  # of the last time
+            write_checked(folder / "request.json", request)
             return StageWorkers(folder, listener)
 
         try:

@@ -14,20 +14,31 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from .worker import Assignment, python_command
-from ..storage import InputError, is_locked, last_line, locked, read_json, utc_now, whole_number, write_json
+from intel_nb.storage import (
+    Damaged,
+    InputError,
+    as_dataclass,
+    is_locked,
+    last_line,
+    locked,
+    read_checked,
+    utc_now,
+    whole_number,
+    write_checked,
+)
 
 # %% auto #0
-__all__ = ['ENGINES', 'START_SECONDS', 'LEAVE_SECONDS', 'STOP_SECONDS', 'STANDBY_SECONDS', 'STANDBY_DEFAULTS', 'StageRequest',
-           'StageRecord', 'read_record', 'extend_history', 'is_alive', 'reserved_ports', 'open_listener',
-           'ServedVersion', 'WorkerFailed', 'WorkerProcess', 'start_worker', 'standby_limit', 'StageWorkers',
-           'apply_request', 'restart_worker', 'serve_requests', 'open_stage', 'run_supervisor', 'supervise',
-           'supervisor_command']
+__all__ = ['RECORDS', 'ENGINES', 'START_SECONDS', 'LEAVE_SECONDS', 'STOP_SECONDS', 'STANDBY_SECONDS', 'STANDBY_DEFAULTS',
+           'StageRequest', 'StageRecord', 'read_record', 'write_stage', 'read_request', 'extend_history', 'is_alive',
+           'reserved_ports', 'port_owner', 'open_listener', 'ServedVersion', 'WorkerFailed', 'WorkerProcess',
+           'start_worker', 'standby_limit', 'StageWorkers', 'apply_request', 'restart_worker', 'serve_requests',
+           'open_stage', 'run_supervisor', 'supervise', 'supervisor_command']
 
 # %% ../../nbs/serving/11_supervisor.ipynb #ce454b24
 @dataclass(frozen=True)
@@ -38,6 +49,8 @@ class StageRequest:
     back: bool = False  # a return to an earlier version of this stage
     engine: str = "process"
     id: str = field(default_factory=lambda: os.urandom(8).hex())
+    fingerprint: str = ""  # of the package, as it was approved; a worker starts with no other one
+    move: bool = False  # take another port if the stage's own is taken
 
 # %% ../../nbs/serving/11_supervisor.ipynb #a85437ef
 @dataclass(frozen=True)
@@ -55,14 +68,29 @@ class StageRecord:
     answered: str = ""       # id of the latest request
     error: str = ""          # why that request failed; empty if it did not
     warm: str = ""           # the version whose worker stands by
+    fingerprint: str = ""    # of the package, as it was approved
 
 def read_record(folder: Path) -> StageRecord:
-    "Return the record in a stage's folder; an empty one if there is none."
-    if not (folder / "endpoint.json").exists():
-        return StageRecord(folder.name)
-    names, values = {f.name for f in fields(StageRecord)}, read_json(folder / "endpoint.json")
-    known: dict[str, Any] = {name: value for name, value in values.items() if name in names}
-    return StageRecord(**known | {"history": tuple(known.get("history", ()))})
+    """Return the record in a stage's folder; an empty one if there is none. A damaged one is read from its copy.
+
+    Raise `Damaged` if both are."""
+    found = [folder / name for name in RECORDS if (folder / name).exists()]
+    for last, path in enumerate(found, 1):
+        with suppress(*([Damaged] if last < len(found) else [])):
+            return replace(as_dataclass(StageRecord, read_checked(path), path), stage=folder.name)
+    return StageRecord(folder.name)
+
+RECORDS = ("endpoint.json", ".endpoint.json")  # the second is a copy of the first
+
+def write_stage(folder: Path, record: StageRecord) -> None:
+    "Write the record of a stage, and its copy."
+    for name in reversed(RECORDS):
+        write_checked(folder / name, record)
+
+def read_request(folder: Path) -> StageRequest | None:
+    "Return the latest request to a stage, or None if there is none. Raise `Damaged`."
+    path = folder / "request.json"
+    return as_dataclass(StageRequest, read_checked(path), path) if path.exists() else None
 
 # %% ../../nbs/serving/11_supervisor.ipynb #e245e14f
 def extend_history(history: tuple[str, ...], version: str, back: bool) -> tuple[str, ...]:
@@ -80,18 +108,37 @@ def is_alive(folder: Path) -> bool:
 # %% ../../nbs/serving/11_supervisor.ipynb #c0231f94
 def reserved_ports(folder: Path) -> set[int]:
     "Return the ports of the other stages beside `folder`."
-    urls = [read_record(p.parent).url for p in folder.parent.glob("*/endpoint.json") if p.parent != folder]
+    urls = []
+    for path in folder.parent.glob("*/endpoint.json"):
+        with suppress(Damaged):
+            urls.append(read_record(path.parent).url if path.parent != folder else "")
     return {int(url.rpartition(":")[2]) for url in urls if url}
 
 # %% ../../nbs/serving/11_supervisor.ipynb #53c25f32
-def open_listener(remembered: int | None, first: int, reserved: set[int], patience: float = 0) -> socket.socket:
+def port_owner(port: int) -> str:
+    "Return who listens on `port`, as far as this user can see it."
+    table = Path("/proc/net/tcp")
+    rows = [line.split() for line in table.read_text().splitlines()[1:]] if table.exists() else []
+    sockets = {f"socket:[{row[9]}]" for row in rows if row[1].endswith(f":{port:04X}") and row[3] == "0A"}
+    for path in Path("/proc").glob("[0-9]*/fd/*") if sockets else ():
+        with suppress(OSError):
+            if str(path.readlink()) in sockets:
+                return f"process {path.parts[2]} ({Path('/proc', path.parts[2], 'comm').read_text().strip()})"
+    return "another program"
+
+def open_listener(remembered: int | None, first: int, reserved: set[int], patience: float = 0,
+                  move: bool = False) -> socket.socket:
     """Return a listening socket on 127.0.0.1, at `remembered` or a free port from `first` up; raise `InputError`.
 
-    Wait up to `patience` seconds for `remembered`, because the process that held it may be about to end."""
+    Wait up to `patience` seconds for `remembered`, because the process that held it may be about to end. A stage's URL
+    never changes, so there is no other port for one that is taken, unless a person asked to `move`."""
     deadline = time.monotonic() + patience
     while remembered:
         with suppress(OSError):
             return socket.create_server(("127.0.0.1", remembered), backlog=2048)
+        if time.monotonic() >= deadline and not move:
+            raise InputError(f"port {remembered}, which is the stage's, is taken by {port_owner(remembered)}; end that "
+                             "program, or take another port with intel-nb start STAGE --new-port")
         if time.monotonic() >= deadline:
             break
         time.sleep(0.02)
@@ -107,6 +154,7 @@ class ServedVersion(NamedTuple):
     package: str
     version: str
     engine: str = "process"
+    fingerprint: str = ""
 
 # The application of each engine. Only workers import it, so a supervisor stays small.
 ENGINES = {"process": "intel_nb.serving:create_app", "ray": "intel_nb.serving.ray:create_ray_app"}
@@ -176,7 +224,7 @@ async def start_worker(served: ServedVersion, folder: Path, sockets: list[socket
     listener, inlet, outlet = (s.fileno() for s in sockets)
     numbers = listener, worker_end.fileno(), inlet, outlet
     command = Assignment(served.package, served.version, str(folder / "state"), *numbers, os.getpid(),
-                         ENGINES[served.engine]).command()
+                         ENGINES[served.engine], served.fingerprint).command()
     alone = 0 if served.engine == "process" else None  # Ctrl-C in a terminal is for the supervisor; Ray does it itself
     process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, pass_fds=numbers,
                                                    process_group=alone)
@@ -213,7 +261,7 @@ class StageWorkers:
     def note(self, **changes: Any) -> None:
         "Change the record and write it."
         self.record = replace(self.record, **changes, warm=self.standby.served.version if self.standby else "")
-        write_json(self.folder / "endpoint.json", asdict(self.record))
+        write_stage(self.folder, self.record)
 
     def is_serving(self) -> bool:
         "Return whether a worker serves."
@@ -303,10 +351,14 @@ class StageWorkers:
 # %% ../../nbs/serving/11_supervisor.ipynb #0ad49251
 async def apply_request(stage: StageWorkers) -> None:
     "Serve what `request.json` asks for, unless that was answered; after a failure the old version serves on."
-    request = StageRequest(**read_json(stage.folder / "request.json"))
-    if request.id == stage.record.answered:
+    try:
+        request = read_request(stage.folder)
+    except Damaged as e:  # who wrote it is told that it has no answer
+        logging.getLogger(__name__).error("%s", e)
         return
-    served = ServedVersion(request.package, request.version, request.engine)
+    if request is None or request.id == stage.record.answered:
+        return
+    served = ServedVersion(request.package, request.version, request.engine, request.fingerprint)
     try:
         await stage.replace(served, keep=not request.back and standby_limit("INTEL_NB_WARM") > 0)
     except WorkerFailed as e:
@@ -325,7 +377,8 @@ async def restart_worker(stage: StageWorkers, pauses: tuple[float, ...] = (0, 0.
     for last, pause in enumerate(pauses, 1):
         await asyncio.sleep(pause)
         try:
-            await stage.replace(ServedVersion(stage.record.package, stage.record.version, stage.record.engine))
+            await stage.replace(ServedVersion(stage.record.package, stage.record.version, stage.record.engine,
+                                              stage.record.fingerprint))
             stage.note(status="running")
             return
         except WorkerFailed as e:
@@ -337,6 +390,8 @@ async def restart_worker(stage: StageWorkers, pauses: tuple[float, ...] = (0, 0.
 async def serve_requests(stage: StageWorkers, requested: asyncio.Event) -> None:
     "Apply requests and restart the worker when it dies; return if the first request fails, as nothing serves then."
     while True:
+        if requested.is_set():
+            stage.note()  # a record that was damaged is whole again
         requested.clear()
         await apply_request(stage)
         if stage.worker is None and stage.record.status != "running":
@@ -354,10 +409,12 @@ async def serve_requests(stage: StageWorkers, requested: asyncio.Event) -> None:
 def open_stage(folder: Path, first_port: int) -> StageWorkers:
     "Open the socket of the stage in `folder`, and note this process as its supervisor."
     before = read_record(folder)
-    write_json(folder / "endpoint.json", asdict(replace(before, pid=os.getpid(), status="starting")))
+    write_stage(folder, replace(before, pid=os.getpid(), status="starting"))
     remembered = int(before.url.rpartition(":")[2]) if before.url else None
     patience = 0 if before.status == "stopped" else 3  # it was killed: its worker may still be dying
-    return StageWorkers(folder, open_listener(remembered, first_port, reserved_ports(folder), patience))
+    request = read_request(folder)
+    move = request is not None and request.move
+    return StageWorkers(folder, open_listener(remembered, first_port, reserved_ports(folder), patience, move))
 
 # %% ../../nbs/serving/11_supervisor.ipynb #62500bfb
 async def run_supervisor(folder: Path, open_stage: Callable[[], StageWorkers], owned: bool = False) -> None:

@@ -18,15 +18,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..storage import InputError
+from ..storage import InputError, sha256_file
 
 if TYPE_CHECKING:
     from intel_nb.serving.app import Application
     from intel_nb.serving.dataplane import Service
 
 # %% auto #0
-__all__ = ['python_command', 'Assignment', 'die_with_parent', 'return_freed_memory', 'load_app', 'wait_to_serve', 'work', 'serve',
-           'read_last_order']
+__all__ = ['python_command', 'Assignment', 'die_with_parent', 'return_freed_memory', 'check_package', 'load_app', 'wait_to_serve',
+           'work', 'serve', 'read_last_order']
 
 # %% ../../nbs/serving/10_worker.ipynb #c740dc31
 def python_command(function: str, *arguments: Any) -> list[str]:
@@ -47,6 +47,7 @@ class Assignment:
     take: int     # the other end, where those of the last worker wait
     parent: int   # process id of the supervisor
     app: str = "intel_nb.serving:create_app"  # makes the application
+    fingerprint: str = ""  # of the package that was approved; empty: any
 
     def command(self) -> list[str]:
         "Return the command line of a worker with this assignment."
@@ -72,13 +73,21 @@ def return_freed_memory() -> None:
             ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**20)
 
 # %% ../../nbs/serving/10_worker.ipynb #72558b57
+def check_package(package: Path, fingerprint: str) -> None:
+    "Raise `InputError` unless the folder `package` has this fingerprint; an empty one fits any."
+    manifest = package / "manifest.json"
+    if fingerprint and (not manifest.is_file() or sha256_file(manifest) != fingerprint):
+        raise InputError(f"{package} holds another package than the one that was approved")
+
 def load_app(assignment: Assignment, control: socket.socket) -> Application:
     "Return the application, ready to run; if it cannot be loaded, tell the supervisor why and end this process."
     try:
         module, _, name = assignment.app.partition(":")
         make = getattr(import_module(module), name)
+        check_package(Path(assignment.package), assignment.fingerprint)
         app: Application = make(assignment.package, assignment.state, version=assignment.version)
         app.service.warm()
+        check_package(Path(assignment.package), assignment.fingerprint)  # what was loaded is held to the manifest
         return app
     except Exception as e:
         why = str(e) if isinstance(e, InputError) else f"{type(e).__name__}: {e}"
