@@ -39,12 +39,22 @@ from intel_nb.serving.supervisor import (
     read_request,
     write_stage,
 )
-from ..storage import Damaged, InputError, is_locked, move, read_checked, remove, utc_now, written_aside
+from intel_nb.storage import (
+    Damaged,
+    InputError,
+    is_locked,
+    move,
+    read_checked,
+    read_json,
+    remove,
+    utc_now,
+    written_aside,
+)
 
 # %% auto #0
 __all__ = ['Difference', 'is_in_progress', 'StageView', 'view_stage', 'stage_differences', 'put_aside', 'run_differences',
-           'record_differences', 'registry_differences', 'version_differences', 'all_stages', 'find_differences',
-           'find_all_differences', 'mend']
+           'record_differences', 'capture_differences', 'registry_differences', 'version_differences', 'all_stages',
+           'find_differences', 'find_all_differences', 'mend']
 
 # %% ../../nbs/chain/10_mending.ipynb #065de8f7
 @dataclass(frozen=True)
@@ -206,6 +216,16 @@ def record_differences(workspace: Workspace) -> Iterator[Difference]:
                 yield Difference(str(e), partial(_write_stage, folder) if name in RECORDS else
                                  partial(_settle, workspace, folder.name))
 
+def capture_differences(workspace: Workspace) -> Iterator[Difference]:
+    "Yield what cannot be read of captures, alarms, and the states of detectors and shadows."
+    found = [*(workspace.home / "captures").glob("*/*/*.json"), *workspace.endpoints().folder.glob("*/state/**/*.json")]
+    for path in sorted(found):
+        try:
+            read_json(path)
+        except InputError as e:
+            if path.exists():
+                yield Difference(str(e), partial(_put_aside, path), waits=True)
+
 def _settle(workspace: Workspace, stage: str) -> str:
     "Write the last request to a stage again."
     workspace.endpoints().settle(stage)
@@ -330,6 +350,7 @@ def find_all_differences(workspace: Workspace) -> Iterator[Difference]:
     "Yield all that differs, in every file of the workspace and of its runs."
     yield from find_differences(workspace)
     yield from run_differences(workspace.executed)
+    yield from capture_differences(workspace)
     yield from registry_differences(workspace)
     yield from version_differences(workspace)
 
