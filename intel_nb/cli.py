@@ -570,7 +570,7 @@ def promote_command(version: VersionArgument, may_replace: Replace = False) -> N
 # %% ../nbs/20_cli.ipynb #b50b2cac
 @app.command("rollback")
 def rollback_command(stage: StageArgument) -> None:
-    "Return a stage to its last earlier version that is not rejected."
+    "Return a stage to its last earlier version that is approved."
     from intel_nb.chain.decisions import rollback
     carry_out_decision(lambda workspace, tell: [rollback(workspace, stage, tell)])
 
@@ -1008,7 +1008,7 @@ def aws_reject_command(version: VersionArgument, name: NameOption = "intel-nb",
 
 @aws_app.command("rollback")
 def aws_rollback_command(stage: StageArgument, name: NameOption = "intel-nb") -> None:
-    "Return a stage to its last earlier version that is not rejected."
+    "Return a stage to its last earlier version that is approved."
     raise typer.Exit(cloud_module("commands").rollback_version(stage, name))
 
 # %% ../nbs/20_cli.ipynb #12779468

@@ -287,7 +287,9 @@ MAX_TEXT_BYTES = 16 * 2**20  # of a file that is read whole
 def pack(folder: str | Path, path: str | Path) -> Path:
     "Write the package in `folder` as the archive `path` and return `path`. The same package gives the same bytes."
     def plain(info: tarfile.TarInfo) -> tarfile.TarInfo:
-        return info.replace(mtime=0, uid=0, gid=0, uname="", gname="", mode=0o644, deep=False)
+        info.mtime = info.uid = info.gid = 0
+        info.uname, info.gname, info.mode = "", "", 0o644
+        return info
 
     with (written_aside(path) as aside, open(aside, "wb") as out,
           gzip.GzipFile("", "wb", 6, out, mtime=0) as zipped, tarfile.open(fileobj=zipped, mode="w") as archive):

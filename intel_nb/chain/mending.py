@@ -82,6 +82,7 @@ class StageView:
     serves: bool
     versions: dict[str, ModelVersion]
     is_sound: bool  # the record of decisions is as it was written
+    is_rejected: bool  # a person has rejected what it serves, under whatever number
 
     @property
     def endpoints(self) -> LocalEndpoints: return self.workspace.endpoints()
@@ -97,9 +98,10 @@ class StageView:
 def view_stage(workspace: Workspace, stage: str, versions: list[ModelVersion]) -> StageView:
     "Return the view of `stage`. Raise `Damaged` if its record and the copy of that are."
     folder = workspace.endpoints().folder / stage
-    record = read_record(folder)
+    record, decisions = read_record(folder), workspace.registry().record()
     return StageView(workspace, stage, record, is_alive(folder) and record.status == "running",
-                     {v.version: v for v in versions}, not workspace.registry().record().problem)
+                     {v.version: v for v in versions}, not decisions.problem,
+                     decisions.rejection(served_fingerprint(record)) is not None)
 
 # %% ../../nbs/chain/10_mending.ipynb #9789926f
 def _withdraw(view: StageView) -> str:
@@ -126,11 +128,13 @@ def _finish(view: StageView, request: StageRequest) -> str:
 
 def _follow(view: StageView) -> str:
     "Let the alias name what serves."
-    registry, record = view.workspace.registry(), view.record
-    serves = view.serves and record.version in view.versions
-    registry.note("repair", stage=view.stage, version=record.version if serves else "",
-                  fingerprint=view.fingerprint if serves else "", reason="the alias was lost")
-    return f"{view.stage}: the alias names {'version ' + record.version if serves else 'nothing'}"
+    serves = view.serves and view.record.version in view.versions
+    with view.endpoints.held(view.stage) as now:
+        if (now.version, now.status == "running") != (view.record.version, view.serves):
+            return f"{view.stage} has changed meanwhile"
+        view.workspace.registry().note("repair", stage=view.stage, version=now.version if serves else "",
+                                       fingerprint=view.fingerprint if serves else "", reason="the alias was lost")
+    return f"{view.stage}: the alias names {'version ' + view.record.version if serves else 'nothing'}"
 
 def _end_shadow(view: StageView) -> str:
     "End a shadow that nothing names."
@@ -146,7 +150,7 @@ def stage_differences(view: StageView) -> Iterator[Difference]:
         cut_off = request is not None and request.id != record.answered and not is_served(record, request)
         status = view.status(record.version, view.fingerprint)
         aliased = [v.version for v in view.versions.values() if stage in v.aliases]
-        if view.serves and status == "Rejected":
+        if view.serves and (status == "Rejected" or view.is_rejected):
             yield Difference(f"{stage} serves version {record.version}, which is rejected", lambda: _withdraw(view))
         elif cut_off and request and record.version:
             yield Difference(f"{stage}: the change to version {request.version} was cut off",
