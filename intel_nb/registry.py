@@ -325,7 +325,7 @@ def as_decided(found: ModelVersion, record: DecisionRecord) -> ModelVersion:
     changes |= {name: tags.get(name, "") for name in ("staging_test", "run_id")}
     verdict = record.verdict(changes.get("fingerprint", found.fingerprint))
     since = verdict.number if verdict else 0
-    if made and made.status == "Rejected" and made.facts.get("passed"):  # for a person's rejection alone
+    if made and verdict and made.facts.get("passed"):  # rejected for a person's rejection alone, if at all
         made = replace(made, status="PendingManualApproval")
     decided = [made] if made and made.status == "Rejected" else [made, verdict]  # the gate's stays when a person's goes
     decided += [line for line in known if line.act == "approve" and line.number > since]
