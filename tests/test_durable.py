@@ -105,6 +105,7 @@ def test_a_verdict_belongs_to_package_threshold_and_champion(registry, package):
     assert [registry.get(v).status for v in "1234"] == ["Rejected", "PendingManualApproval"] * 2
 
 
+@pytest.mark.slow
 def test_a_registry_that_was_deleted_begins_anew_and_revives_nothing(registry, package, twin_model):
     "The numbers start at 1 again. What is said of the old ones does not hold for the new ones, but for a rejection."
     register = lambda folder: registry.register(folder, report(True, .8), status="PendingManualApproval",
@@ -121,6 +122,7 @@ def test_a_registry_that_was_deleted_begins_anew_and_revives_nothing(registry, p
     assert [line.act for line in registry.record().lines].count("begin") == 1
 
 
+@pytest.mark.slow
 def test_a_shard_that_has_lost_a_bit_is_made_again(waiting):
     (shard,) = waiting.home.glob("store/data/*/dataset/test-*.parquet")
     before = hashlib.sha256(shard.read_bytes()).hexdigest()

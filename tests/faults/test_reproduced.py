@@ -61,6 +61,7 @@ def test_a_rejection_that_was_killed_after_its_record(house):
     assert serves(house) == "1" and house.violated() == []
 
 
+@pytest.mark.slow
 def test_a_damaged_record_of_another_run_is_in_nobodys_way(house):
     assert house("promote", "2").status == 0
     path = house.root / "executed" / "first" / "run.json"
