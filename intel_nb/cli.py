@@ -182,7 +182,7 @@ def looked_at(workspace: Workspace) -> Workspace:
 def mended(workspace: Workspace) -> Workspace:
     "Return the workspace, in which all that can be mended at once is mended. Say what was, and what was not."
     from intel_nb.chain.mending import mend
-    for text in mend(workspace, lambda event: print_note(event.text)):
+    for text in mend(workspace, print_note):
         print_note(f"note: {text}; intel-nb check --repair")
     return workspace
 
@@ -841,16 +841,17 @@ def watch_command(
 @app.command("audit")
 def audit_command(as_json: JsonOption = False) -> None:
     "Show who decided what about versions and stages, oldest first, and whether the record is as it was written."
-    from dataclasses import asdict
+    import json
     workspace = _workspace()
     record = workspace.registry().record()
     rows = ({"n": line.number, "time": line.time, "by": f"{line.user}@{line.host}", "act": line.act,
              "version": line.version, "stage": line.stage, "reason": line.reason} for line in record.lines)
-    print_rows(map(asdict, record.lines) if as_json else rows, as_json, f"no decisions yet in {workspace.home}")
+    shown = (json.loads(line.line()) for line in record.lines) if as_json else rows
+    print_rows(shown, as_json, f"no decisions yet in {workspace.home}")
     if record.problem:
         print_note(f"error: {record.problem}; intel-nb check --repair")
     elif not as_json and record.lines:
-        print_line(f"{len(record.lines)} lines, none changed; the last is {record.lines[-1].hash()[:12]}")
+        print_line(f"{len(record.lines)} lines, none changed; the last is {record.lines[-1].hash[:12]}")
     raise typer.Exit(1 if record.problem else 0)
 
 @app.command("check")
@@ -861,7 +862,7 @@ def check_command(
     from intel_nb.chain.mending import find_all_differences, mend
     workspace = _workspace()
     if repair:
-        left = mend(workspace, lambda event: print_line(event.text), find_all_differences, repair=True)
+        left = mend(workspace, print_line, find_all_differences, repair=True)
     else:
         left = [str(one) for one in find_all_differences(workspace)]
     for text in left:

@@ -19,8 +19,9 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -190,13 +191,16 @@ class Decision:
     reason: str = ""
     facts: dict[str, Any] = field(default_factory=dict)  # of a registration: accuracy, images, data, digests
 
+    @cached_property
     def hash(self) -> str:
         "Return the SHA-256 of what the line says."
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True, allow_nan=False).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self._said(), sort_keys=True, allow_nan=False).encode()).hexdigest()
 
     def line(self) -> str:
         "Return the line of JSON, with its hash."
-        return json.dumps(asdict(self) | {"hash": self.hash()}, sort_keys=True)
+        return json.dumps(self._said() | {"hash": self.hash}, sort_keys=True)
+
+    def _said(self) -> dict[str, Any]: return {f.name: getattr(self, f.name) for f in fields(self)}
 
 # %% ../nbs/19_registry.ipynb #abe26051
 @dataclass(frozen=True)
@@ -209,7 +213,7 @@ class DecisionRecord:
     @property
     def head(self) -> str:
         "Return number and hash of the last line, as MLflow keeps them; empty for an empty record."
-        return f"{self.lines[-1].number} {self.lines[-1].hash()}" if self.lines else ""
+        return f"{self.lines[-1].number} {self.lines[-1].hash}" if self.lines else ""
 
     def present(self) -> list[Decision]:
         "Return the lines that are about the present database."
@@ -230,11 +234,6 @@ class DecisionRecord:
         "Return the line in which a person rejected the package, or None if there is none or it was withdrawn."
         found = self.verdict(fingerprint)
         return found if found and found.act == "reject" else None
-
-    def approval(self, fingerprint: str) -> Decision | None:
-        "Return the line that approved the package last, or None if there is none or a person rejected it."
-        made = [line for line in self.lines if line.fingerprint == fingerprint and line.status == "Approved"]
-        return made[-1] if made and not self.rejection(fingerprint) else None
 
     def served(self, stage: str) -> Decision | None:
         "Return the line that says last what `stage` serves, or None."
@@ -267,7 +266,7 @@ def read_decisions(path: Path) -> DecisionRecord:
             rest = tuple(one for one in map(_parse_line, texts[number - 1:]) if one)
             return DecisionRecord(tuple(lines), f"line {number} of {path} is not as it was written", rest)
         lines.append(found)
-        before = found.hash()
+        before = found.hash
     return DecisionRecord(tuple(lines))
 
 # %% ../nbs/19_registry.ipynb #e6882472
@@ -283,7 +282,7 @@ def append_decision(path: Path, act: str, check: Callable[[DecisionRecord], None
         check(record)
         last = (record.suspect or record.lines)[-1:]
         who: dict[str, Any] = {"time": utc_now(), "user": user_name(), "host": socket.gethostname()}
-        place = {"number": len(record.lines) + len(record.suspect) + 1, "before": last[0].hash() if last else ""}
+        place = {"number": len(record.lines) + len(record.suspect) + 1, "before": last[0].hash if last else ""}
         line = Decision(act=act, **who | values | place)
         _append_line(path, line.line())
     return line
@@ -433,7 +432,7 @@ def read_record_of(database: Path) -> DecisionRecord:
         for value, in _query(database, _HEAD):
             number, _, noted = str(value).partition(" ")
             at = record.lines[int(number) - 1:int(number)] if number.isdecimal() and int(number) else ()
-            if [line.hash() for line in at] != [noted]:
+            if [line.hash for line in at] != [noted]:
                 return replace(record, problem=f"{path} lacks lines, or has others than were written")
     return record
 
@@ -519,7 +518,7 @@ class LocalRegistry(Registry):
         version = str(client.create_model_version(MODEL, copied.as_uri(), run, tags=tags).version)
         self.note("register", version=version, fingerprint=loaded.fingerprint, status=status, reason=reason[:5000],
                   facts=registration_facts(files, evaluation))
-        self._note_head(client)
+        self.note_head()
         return version
 
     def versions(self) -> list[ModelVersion]:
@@ -598,14 +597,11 @@ class LocalRegistry(Registry):
         client = _open_client(self.database)
         for key, value in tags.items():
             client.set_model_version_tag(MODEL, version, key, value)
-        self._note_head(client)
+        self.note_head()
 
     def note_head(self) -> None:
-        "Keep number and hash of the record's last line in MLflow."
-        self._note_head(_open_client(self.database))
-
-    def _note_head(self, client: Any) -> None:
         "Keep number and hash of the record's last line in MLflow, so that a file that was cut short shows."
+        client = _open_client(self.database)
         with locked(record_of(self.database).with_name(".decisions.head.lock")):  # the later one is written last
             if head := read_decisions(record_of(self.database)).head:
                 client.set_registered_model_tag(MODEL, "decisions", head)
@@ -619,7 +615,7 @@ class LocalRegistry(Registry):
             client.set_registered_model_alias(MODEL, alias, found.version)
         else:
             client.delete_registered_model_alias(MODEL, alias)
-        self._note_head(client)
+        self.note_head()
 
     def package(self, version: str, into: Path | None = None) -> Path:
         found, files = self.get(version), self._files(version)

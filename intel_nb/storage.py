@@ -166,9 +166,11 @@ def _is_of(value: Any, kind: Any) -> bool:
         return True
     return isinstance(value, _JSON_TYPES.get(plain, plain)) and (plain is bool or not isinstance(value, bool))
 
+_hints_of = cache(get_type_hints)  # it takes longer than all the rest
+
 def as_dataclass(kind: type[T], values: Mapping[str, Any], path: str | Path) -> T:
     "Return `values`, read from `path`, as a dataclass. Leave out names that it lacks. Raise `Damaged` for other types."
-    hints = get_type_hints(kind)
+    hints = _hints_of(cast(Any, kind))
     known = {name: value for name, value in values.items() if name in hints}
     wrong = [name for name, value in known.items() if not _is_of(value, hints[name])]
     wrong += [f.name for f in fields(cast(Any, kind))

@@ -136,7 +136,7 @@ def rollback(workspace: Workspace, stage: str, tell: Tell = lambda event: None) 
 def reject_waiting_runs(workspace: Workspace) -> None:
     "Record for all runs that wait for a version which is rejected that it is."
     rejected = {v.version for v in workspace.registry().versions() if v.status == "Rejected"}
-    for run in list_runs(workspace.executed):
+    for run in list_runs(workspace.executed) if rejected else []:
         if run.status == "waiting" and run.model_version in rejected:
             with suppress(InputError), lock_run(workspace.executed, run.run_id):
                 write_run(workspace.executed, replace(run, status="rejected", finished=utc_now()))

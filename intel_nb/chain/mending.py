@@ -15,12 +15,11 @@ from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
-from .decisions import reject_waiting_runs, withdraw_package
 from .plan import Workspace
-from .run import RunEvent, Tell
 from .runs import Run, read_run, write_run
 from .store import is_whole, read_entry
 from intel_nb.registry import (
+    DecisionRecord,
     ModelVersion,
     append_decision,
     artifact_folder,
@@ -95,10 +94,10 @@ class StageView:
         found = self.versions.get(version)
         return found.status if found and found.fingerprint == fingerprint else ""
 
-def view_stage(workspace: Workspace, stage: str, versions: list[ModelVersion]) -> StageView:
+def view_stage(workspace: Workspace, stage: str, versions: list[ModelVersion], decisions: DecisionRecord) -> StageView:
     "Return the view of `stage`. Raise `Damaged` if its record and the copy of that are."
     folder = workspace.endpoints().folder / stage
-    record, decisions = read_record(folder), workspace.registry().record()
+    record = read_record(folder)
     return StageView(workspace, stage, record, is_alive(folder) and record.status == "running",
                      {v.version: v for v in versions}, not decisions.problem,
                      decisions.rejection(served_fingerprint(record)) is not None)
@@ -106,6 +105,7 @@ def view_stage(workspace: Workspace, stage: str, versions: list[ModelVersion]) -
 # %% ../../nbs/chain/10_mending.ipynb #9789926f
 def _withdraw(view: StageView) -> str:
     "Take what serves out of the stage."
+    from intel_nb.chain.decisions import withdraw_package  # with numpy, which commands that only look do without
     said: list[str] = []
     withdraw_package(view.workspace, view.fingerprint, lambda event: said.append(event.text))
     return "; ".join(said) or f"{view.stage} has changed meanwhile"
@@ -341,14 +341,14 @@ def find_differences(workspace: Workspace) -> Iterator[Difference]:
     "Yield what differs at the stages that nobody is changing. Read nothing else, and change nothing."
     yield from record_differences(workspace)
     try:
-        versions = workspace.registry().versions()
+        versions, decisions = workspace.registry().versions(), workspace.registry().record()
     except (Damaged, sqlite3.OperationalError) as e:  # damaged, or locked for long: nothing is changed
         yield Difference(str(e), lambda: "", waits=True)
         return
     for stage in all_stages(workspace):
         if not is_in_progress(workspace, stage):
             with suppress(Damaged):  # named above
-                yield from stage_differences(view_stage(workspace, stage, versions))
+                yield from stage_differences(view_stage(workspace, stage, versions, decisions))
 
 def find_all_differences(workspace: Workspace) -> Iterator[Difference]:
     "Yield all that differs, in every file of the workspace and of its runs."
@@ -358,12 +358,13 @@ def find_all_differences(workspace: Workspace) -> Iterator[Difference]:
     yield from registry_differences(workspace)
     yield from version_differences(workspace)
 
-def mend(workspace: Workspace, tell: Tell = lambda event: None,
+def mend(workspace: Workspace, tell: Callable[[str], None] = lambda text: None,
          find: Callable[[Workspace], Iterator[Difference]] = find_differences, repair: bool = False) -> list[str]:
     """Mend what `find` yields, and `tell` what was done. Return the sentences about what was not mended.
 
     What has to wait for `intel-nb check --repair` is mended with `repair` alone. One thing that is mended may show
     another one, so it goes on until nothing new is found."""
+    from intel_nb.chain.decisions import reject_waiting_runs
     tried: set[str] = set()
     left: dict[str, str] = {}
     while new := [one for one in find(workspace) if one.text not in tried]:
@@ -374,7 +375,7 @@ def mend(workspace: Workspace, tell: Tell = lambda event: None,
             except (InputError, RuntimeError, OSError) as e:
                 said, left[one.text] = "", f"{one.text} ({e})"
             if said:
-                tell(RunEvent("note", text=f"mended: {said}"))
+                tell(f"mended: {said}")
             else:
                 left.setdefault(one.text, one.text)
     with suppress(Damaged):

@@ -443,7 +443,7 @@ class Watcher:
             self._next_alarms = time.monotonic() + 2
             report_alarms(self.queue, self.tell)
             if not self.working:  # what a killed command has left, and nobody else acts here
-                for text in mend(self.workspace, lambda event: self.tell(event.text)):
+                for text in mend(self.workspace, self.tell):
                     self._tell_once(text)
         if not self.working:
             self._start_next()

@@ -74,10 +74,12 @@ def read_record(folder: Path) -> StageRecord:
     """Return the record in a stage's folder; an empty one if there is none. A damaged one is read from its copy.
 
     Raise `Damaged` if both are."""
-    found = [folder / name for name in RECORDS if (folder / name).exists()]
-    for last, path in enumerate(found, 1):
-        with suppress(*([Damaged] if last < len(found) else [])):
+    for path in (folder / name for name in RECORDS if (folder / name).exists()):
+        try:
             return replace(as_dataclass(StageRecord, read_checked(path), path), stage=folder.name)
+        except Damaged:
+            if path.name == RECORDS[-1] or not (folder / RECORDS[-1]).exists():
+                raise
     return StageRecord(folder.name)
 
 RECORDS = ("endpoint.json", ".endpoint.json")  # the second is a copy of the first
