@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from conftest import QUICK
+
 from intel_nb.chain.mending import find_differences
 from intel_nb.chain.plan import open_workspace
 from intel_nb.registry import read_versions
@@ -20,6 +22,9 @@ from intel_nb.storage import holder_of, is_locked
 
 WRITES = {"os.rename", "os.remove", "os.mkdir", "subprocess.Popen", "os.kill", "os.truncate", "sqlite3.connect",
           "shutil.copyfile", "os.rmdir"}  # audit events of what others can see; open counts if it is for writing
+
+
+WATCHED = 8  # seconds after which a watcher is interrupted
 
 
 def is_write(event: str, arguments: tuple) -> bool:
@@ -85,6 +90,9 @@ class FaultHouse:
             def interrupt(number, frame):
                 raise KeyboardInterrupt
             signal.signal(signal.SIGTERM, interrupt)
+            if command[0] == "watch":  # it would never end by itself
+                signal.signal(signal.SIGALRM, interrupt)
+                signal.alarm(WATCHED)
             from intel_nb.cli import call
             if kill_at:
                 KilledAt(kill_at)
@@ -107,7 +115,8 @@ class FaultHouse:
         said = [(self.root / "said" / f"{pid}.{name}").read_text(errors="replace") if
                 (self.root / "said" / f"{pid}.{name}").exists() else "" for name in ("out", "err")]
         ended = Ended(command, os.waitstatus_to_exitcode(raw), *said)
-        self.log.append(f"{' '.join(command)} -> {ended.status} {(ended.err.strip().splitlines() or [''])[-1][:200]}")
+        words = " ".join(word for word in command if word not in QUICK)
+        self.log.append(f"{words} -> {ended.status} {(ended.err.strip().splitlines() or [''])[-1][:200]}")
         assert "Traceback" not in ended.out + ended.err, f"{self.log[-1]}\n{ended.err}"
         return ended
 
@@ -238,19 +247,46 @@ def deploy_first(house: FaultHouse) -> FaultHouse:
     return house
 
 
-def draw_command(house: FaultHouse, rng: random.Random) -> tuple[str, ...]:
-    "Return a command that makes sense now, more or less."
+def give_work(house: FaultHouse, archive: Path) -> FaultHouse:
+    "Lay what the commands of the chain take into `house`: an archive, an inbox with the same one, a package."
+    from intel_nb.model import sample_package
+    (house.root / "inbox" / "annotations").mkdir(parents=True)
+    for path in (house.root / "scenes.zip", house.root / "inbox" / "intel.zip"):
+        shutil.copyfile(archive, path)
+    sample_package(house.root / "elsewhere", seed=3)
+    return house
+
+
+def decisions(house: FaultHouse, rng: random.Random) -> list[tuple[str, ...]]:
+    "Return the commands that decide about versions and stages, some of them twice, so that they are drawn more often."
     statuses = house.statuses()
-    version = rng.choice(sorted(statuses))
-    stage = rng.choice(["staging", "production"])
-    commands = [("promote", version), ("promote", version), ("reject", version), ("reject", version),
-                ("rollback", stage), ("rollback", stage), ("start", stage), ("stop", stage), ("shadow", version),
-                ("shadow", "--stop"), ("check", "--repair"), ("stop",), ("withdraw", version), ("endpoints",)]
+    version, stage = rng.choice(sorted(statuses)), rng.choice(["staging", "production"])
     if "Approved" not in statuses.values() or rng.random() < .35:  # so that something is there to decide about
         rejected = [v for v, status in statuses.items() if status == "Rejected"]
         waiting = [v for v, status in statuses.items() if status == "PendingManualApproval"]
-        commands = [("withdraw", v) for v in rejected] + [("approve", v) for v in waiting] or commands
-    return rng.choice(commands)
+        found = [("withdraw", v) for v in rejected] + [("approve", v) for v in waiting]
+        if found:
+            return found
+    return [("promote", version), ("promote", version), ("reject", version), ("reject", version),
+            ("rollback", stage), ("rollback", stage), ("start", stage), ("stop", stage), ("shadow", version),
+            ("shadow", "--stop"), ("check", "--repair"), ("stop",), ("withdraw", version), ("endpoints",)]
+
+
+def chain_commands(house: FaultHouse, rng: random.Random) -> list[tuple[str, ...]]:
+    "Return the commands that run the chain, and that carry packages in and out."
+    run_id, version = rng.choice(["first", "second", "third"]), rng.choice(sorted(house.statuses()))
+    run = ("run", "--data", "scenes.zip", *QUICK, "--run-id", run_id, "--param",
+           f"evaluate.min_accuracy={rng.choice([.5, .6, .7])}", *rng.choice([(), ("--approve",), ("--replace",)]))
+    watch = ("watch", "inbox", *QUICK, "--rest", "0.1", *rng.choice([(), ("--approve",)]))
+    return [run, run, run, (*run, "--from", "deploy"), watch, watch, ("import", "elsewhere"),
+            ("export", version, "--overwrite"), ("prune", "--yes", "--keep", str(rng.randrange(3))),
+            ("cancel", run_id), ("logs", run_id), ("models",), ("runs",), ("audit",), ("report", run_id)]
+
+
+def draw_command(house: FaultHouse, rng: random.Random, of_chain: float = 0) -> tuple[str, ...]:
+    "Return a command that makes sense now, more or less; the share `of_chain` are commands that run the chain."
+    draw = chain_commands if rng.random() < of_chain else decisions
+    return rng.choice(draw(house, rng))
 
 
 def wait_for_locks(house: FaultHouse, patience: float = 30) -> None:
