@@ -83,7 +83,7 @@ def raw_request(body: bytes, content_type: str) -> bytes:
     token = os.environ.get("INTEL_NB_TOKEN")
     head = [
         "POST /invocations HTTP/1.1",
-        "Host: bench",
+        "Host: localhost",
         f"Content-Type: {content_type}",
         f"Content-Length: {len(body)}",
     ]

@@ -44,7 +44,7 @@ from .labels.near_duplicates import MEASURE, near_groups
 from .labels.records import as_one_line
 from .labels.resolve import count_outcomes, resolve_labels
 from .model import cores
-from .storage import InputError, read_json, remove, tree_digest, write_json, written_aside
+from .storage import InputError, as_cell, read_json, remove, tree_digest, write_json, written_aside
 
 # %% ../nbs/00_data.ipynb #6e92a1a2
 archive = ""         # str: zip, tar or folder of labelled images, a path or s3:// URI; empty: drawn scenes
@@ -456,7 +456,7 @@ def write_shards(dataset: Path, contents: Contents, folder: Path) -> None:
 def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> None:
     "Write CSV; bytes of a file name that are not Unicode become escapes."
     with written_aside(path) as aside, open(aside, "w", newline="", encoding="utf-8", errors="backslashreplace") as out:
-        csv.writer(out, lineterminator="\n").writerows(chain([header], rows))
+        csv.writer(out, lineterminator="\n").writerows(chain([header], (map(as_cell, row) for row in rows)))
 
 def write_lists(out: Path, contents: Contents, left: Iterable[tuple[str, str, str]], outcomes: list[LabelOutcome],
                 path: Callable[[int], str]) -> None:

@@ -51,19 +51,27 @@ def declared(name: str, default: Any, comment: str, where: str) -> Parameter:
     return Parameter(name, default, match[1], match[2] or "", match[3] or "")
 
 # %% ../nbs/11_parameters.ipynb #eeccdddd
+def _statements(source: str, where: str) -> list[ast.stmt]:
+    "Return the statements of a parameters cell. Raise `InputError` if it is no Python."
+    try:
+        list(tokenize.generate_tokens(io.StringIO(source).readline))
+        return ast.parse(source).body
+    except (SyntaxError, tokenize.TokenError, ValueError, RecursionError, MemoryError) as e:
+        raise InputError(f"{where}, parameters cell: this is no Python ({str(e)[:100]})") from None
+
 def read_literals(source: str, where: str) -> dict[str, tuple[Any, int]]:
     """Return what `source` assigns: by name the value, and the number of its last line.
 
     Raise `InputError`, naming `where`, for anything but plain assignments of literals."""
     found = {}
-    for node in ast.parse(source).body:
+    for node in _statements(source, where):
         try:
             match node:
                 case ast.Assign(targets=[ast.Name(id=name)], value=value):
                     found[name] = ast.literal_eval(value), node.end_lineno or node.lineno
                 case _:
                     raise ValueError("not a plain assignment")
-        except ValueError:
+        except (ValueError, RecursionError, MemoryError, TypeError):
             raise InputError(f"{where}, parameters cell, line {node.lineno}: only plain assignments of literals are "
                              f"allowed here, such as seed = 0") from None
     return found
@@ -71,10 +79,10 @@ def read_literals(source: str, where: str) -> dict[str, tuple[Any, int]]:
 # %% ../nbs/11_parameters.ipynb #56dfd766
 def read_declarations(source: str, where: str) -> dict[str, Parameter]:
     "Return the parameters that a parameters cell declares, by name. Raise `InputError`, naming `where`."
+    literals = read_literals(source, where)
     comments = {token.start[0]: token.string for token in tokenize.generate_tokens(io.StringIO(source).readline)
                 if token.type == tokenize.COMMENT}
-    return {name: declared(name, value, comments.get(line, ""), where)
-            for name, (value, line) in read_literals(source, where).items()}
+    return {name: declared(name, value, comments.get(line, ""), where) for name, (value, line) in literals.items()}
 
 # %% ../nbs/11_parameters.ipynb #32c79cf1
 def read_profiles(sources: Iterable[str]) -> dict[str, dict[str, Any]]:

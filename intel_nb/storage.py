@@ -32,8 +32,8 @@ T = TypeVar("T")
 # %% auto #0
 __all__ = ['T', 'InputError', 'Damaged', 'remove', 'sync', 'sync_tree', 'make_folder', 'move', 'written_aside', 'write_bytes',
            'write_text', 'write_json', 'read_json', 'with_check', 'write_checked', 'read_checked', 'as_dataclass',
-           'printable', 'last_line', 'sha256_file', 'is_hidden_name', 'files_of', 'tree_digest', 'is_remote',
-           'cloud_module', 'fetch', 'each_source', 'put', 'link', 'utc_text', 'utc_now', 'output_folder',
+           'printable', 'as_cell', 'last_line', 'user_name', 'sha256_file', 'is_hidden_name', 'files_of', 'tree_digest',
+           'is_remote', 'cloud_module', 'fetch', 'each_source', 'put', 'link', 'utc_text', 'utc_now', 'output_folder',
            'check_all_or_none', 'absolute_keys', 'python_path', 'missing_packages', 'check_extra', 'explain_missing',
            'whole_number', 'Process', 'started_at', 'this_process', 'is_running', 'locked', 'is_locked', 'holder_of',
            'lock_owner']
@@ -185,11 +185,24 @@ def printable(text: str) -> str:
     "Return `text` without what a terminal would obey: names and reasons from outside may hold anything."
     return "".join(one if one.isprintable() or one == "\t" else "·" for one in text)
 
+def as_cell(value: Any) -> Any:
+    "Return a value for CSV that no spreadsheet takes for a formula: such a text begins with an apostrophe."
+    is_formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\uff1d"))
+    return f"'{value}" if is_formula else value
+
 # %% ../nbs/10_storage.ipynb #bb88a796
 def last_line(log: Path) -> str:
     "Return the last line of `log` that is not blank; empty if there is none."
     lines = log.read_text(errors="replace").split("\n") if log.exists() else []
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+def user_name() -> str:
+    "Return the name of the user, or the number of one without a name."
+    import getpass
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 # %% ../nbs/10_storage.ipynb #a51153c9
 def sha256_file(path: str | Path) -> str:

@@ -428,7 +428,7 @@ def test_a_slow_upload_survives_an_update(running, packages):
     observed = drift_status(endpoint.url)["observations"]
     host, port = endpoint.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=20) as slow:
-        headers = "Host: x", "Content-Type: image/jpeg", f"Content-Length: {len(PHOTO)}"
+        headers = "Host: localhost", "Content-Type: image/jpeg", f"Content-Length: {len(PHOTO)}"
         slow.sendall("\r\n".join(("POST /invocations HTTP/1.1", *headers, "", "")).encode() + PHOTO[:100])
         while not is_answering(endpoint.url):  # a round trip: the worker has seen the head
             pass

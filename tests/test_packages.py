@@ -256,7 +256,7 @@ def test_a_slow_upload_is_answered_after_the_signal(signals, package, tmp_path):
     served = start_serving(package, tmp_path)
     photo = sample_jpeg(4, [0])
     with socket.create_connection(("127.0.0.1", served[1])) as client:
-        head = ["POST /invocations HTTP/1.1", "Host: x", "Content-Type: image/jpeg",
+        head = ["POST /invocations HTTP/1.1", "Host: localhost", "Content-Type: image/jpeg",
                 f"Content-Length: {len(photo)}", "", ""]
         client.sendall("\r\n".join(head).encode() + photo[:100])
         time.sleep(0.2)

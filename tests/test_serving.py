@@ -258,7 +258,7 @@ def connection(url: str):
 
 def raw_request(body: bytes, *, headers: str = "", length: int | None = None) -> bytes:
     size = len(body) if length is None else length
-    head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nContent-Length: {size}\r\n"
+    head = f"POST /invocations HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/jpeg\r\nContent-Length: {size}\r\n"
     return f"{head}{headers}\r\n".encode() + body
 
 

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from importlib.resources import files
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,13 @@ from .dataplane import DriftMonitor, InferenceRequest, Service, Settings
 from .openapi import describe_api
 from .payloads import Refusal, read_media_type
 from .shadow import Copy
-from .telemetry import choose_request_id, log_request
+from .telemetry import Limiter, choose_request_id, log_request
 
 # %% auto #0
 __all__ = ['DRAIN_SECONDS', 'METRICS_TYPE', 'ROUTES', 'PAGE', 'CSP', 'DRIFT_TYPE', 'make_refusal_response', 'DrainingResponse',
            'on_error', 'read_body', 'read_request', 'wait_while_connected', 'answer_invocation', 'make_route',
-           'make_content_policy', 'make_page_response', 'is_authorized', 'make_unauthorized_response', 'lifespan',
-           'Application', 'make_app']
+           'make_content_policy', 'make_page_response', 'is_authorized', 'make_unauthorized_response', 'known_host',
+           'is_own_page', 'check_caller', 'lifespan', 'Application', 'make_app']
 
 # %% ../../nbs/serving/09_app.ipynb #2e7fcdee
 def make_refusal_response(refusal: Refusal, response: type[JSONResponse] = JSONResponse) -> JSONResponse:
@@ -154,7 +155,7 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # as Prometheus reads
 
 ROUTES: dict[str, Callable[[Service], Response]] = {
     "/ping": lambda service: JSONResponse({"status": "ready", "model": service.when_ready().model}),
-    "/drift": lambda service: JSONResponse(service.when_ready().monitor.status()),
+    "/drift": lambda service: JSONResponse(service.when_ready().drift()),
     "/history": lambda service: JSONResponse({"readings": service.when_ready().monitor.history()}),
     "/metrics": lambda service: Response(service.metrics.exposition(), media_type=METRICS_TYPE),
     "/openapi.json": lambda service: JSONResponse(describe_api(with_token=bool(service.settings.token))),
@@ -204,6 +205,39 @@ def make_unauthorized_response(path: str) -> Response:
     refusal = Refusal("unauthorized", "this endpoint needs the header Authorization: Bearer <its token>")
     return make_refusal_response(refusal, DrainingResponse)
 
+# %% ../../nbs/serving/09_app.ipynb #12975896
+_HOST = re.compile(rb"([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{0,5})?", re.IGNORECASE)
+
+def known_host(host: bytes, names: str) -> bool:
+    """Return whether a header Host has an address, `localhost`, or one of `names`, which have commas between them.
+
+    Raise `Refusal` if it has no form of a host."""
+    if not (found := _HOST.fullmatch(host)):
+        raise Refusal("malformed", "the header Host has no host in it")
+    name = found[1].decode().lower()
+    with suppress(ValueError):
+        return bool(ip_address(name.strip("[]")))
+    return name in {"localhost", *(one.strip().lower() for one in names.split(","))}
+
+# %% ../../nbs/serving/09_app.ipynb #480fd760
+def is_own_page(headers: dict[bytes, bytes]) -> bool:
+    "Return whether a request that changes something comes from no page, or from one of this endpoint."
+    if site := headers.get(b"sec-fetch-site"):
+        return site in (b"same-origin", b"none")  # none: a person typed the address
+    origin = headers.get(b"origin")
+    return origin is None or origin.partition(b"://")[2].lower() == headers.get(b"host", b"").lower()
+
+def check_caller(scope: Scope, headers: dict[bytes, bytes], names: str | None) -> None:
+    "Raise `Refusal` for a request that another site's page has sent, or that asks a host not in `names` (None: any)."
+    if sum(name == b"authorization" for name, _ in scope["headers"]) > 1:
+        raise Refusal("malformed", "the request has more than one header Authorization")
+    host, is_open = headers.get(b"host"), scope["path"] in ("/ping", "/metrics")
+    if host is not None and not known_host(host, names or "") and names is not None and not is_open:
+        raise Refusal("misdirected", f"this endpoint is not known as {host.decode()!r}: ask it by its address, or "
+                      "start it with INTEL_NB_HOSTS, which names its hosts")
+    if scope["method"] not in ("GET", "HEAD", "OPTIONS") and not is_own_page(headers):
+        raise Refusal("cross_origin", "a page of another site has sent this; only the endpoint's own page may")
+
 # %% ../../nbs/serving/09_app.ipynb #0cb20b04
 @asynccontextmanager
 async def lifespan(app: Application) -> AsyncIterator[None]:
@@ -223,6 +257,8 @@ class Application(FastAPI):
         super().__init__(title="intel-nb", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None,
                          redirect_slashes=False, exception_handlers=dict.fromkeys((Refusal, HTTPException), on_error))
         self.service = service
+        self.hosts: str | None = service.settings.hosts or None  # None: any; a worker knows where it listens
+        self._may_log_refusal = Limiter(10)
         for path, answer in ROUTES.items():
             self.add_api_route(path, make_route(answer), methods=["GET", "HEAD"])
 
@@ -252,6 +288,10 @@ class Application(FastAPI):
 
     def _route(self, scope: Scope, headers: dict[bytes, bytes]) -> ASGIApp:
         "Return the ASGI application that answers the request; invocations go past the router."
+        try:
+            check_caller(scope, headers, self.hosts)
+        except Refusal as e:
+            return make_refusal_response(e, DrainingResponse)
         if not is_authorized(self.service.settings.token, scope["path"], headers):
             return make_unauthorized_response(scope["path"])
         kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
@@ -264,8 +304,11 @@ class Application(FastAPI):
     def _log(self, scope: Scope, name: str, status: int, size: int, seconds: float) -> None:
         if scope["path"] == "/invocations":
             self.service.metrics.count(status, seconds)
+        if status >= 400 and not self._may_log_refusal():
+            return
         log_request(id=name, method=scope["method"], path=scope["path"][:200], status=status,
-                    ms=round(1000 * seconds, 2), bytes=size, version=self.service.model["version"])
+                    ms=round(1000 * seconds, 2), bytes=size, version=self.service.model["version"],
+                    unlogged=self._may_log_refusal.take_missed() or None)
 
 # %% ../../nbs/serving/09_app.ipynb #a7333ef6
 def make_app(package: str | Path | Package, state_dir: str | Path, *, version: str | None = None,

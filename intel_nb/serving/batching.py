@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # %% auto #0
-__all__ = ['QueuedItem', 'WorkQueue', 'ReorderBuffer', 'run_worker', 'Batcher', 'Overloaded']
+__all__ = ['QueuedItem', 'WorkQueue', 'ReorderBuffer', 'run_worker', 'Lane', 'Batcher', 'Overloaded']
 
 # %% ../../nbs/serving/02_batching.ipynb #3e0a5989
 @dataclass(eq=False)
@@ -101,6 +101,27 @@ def run_worker(queue: WorkQueue, work: Callable[[list], list],
             entry.result = result
         on_batch(batch, len(live))
 
+# %% ../../nbs/serving/02_batching.ipynb #109d41c3
+class Lane:
+    "A worker in its thread: how many batches it has begun and ended, and how many `steps` it counts, if it does."
+    def __init__(self, work: Callable[[list], list]):
+        self.work, self.begun, self.ended = work, 0, 0
+
+    def __call__(self, items: list) -> list:
+        self.begun += 1
+        try:
+            return self.work(items)
+        finally:
+            self.ended += 1
+
+    def place(self) -> tuple[int, int, int]:
+        "Return where the worker is. While it is busy, the same place twice means that it has not moved."
+        return self.begun, self.ended, getattr(self.work, "steps", 0)
+
+    def is_busy(self) -> bool:
+        "Return whether the worker has begun a batch and not ended it."
+        return self.begun > self.ended
+
 # %% ../../nbs/serving/02_batching.ipynb #7a8faaf1
 class Batcher:
     """Answers the items of an event loop with threads, one for each of `workers`.
@@ -114,8 +135,9 @@ class Batcher:
         self._queue, self._buffer = WorkQueue(len(workers), batch), ReorderBuffer(self._answer)
         self.idle = asyncio.Event()  # set while nothing is in hand
         self.idle.set()
-        self._threads = [threading.Thread(target=run_worker, args=(self._queue, work, self._processed), daemon=True)
-                         for work in workers]
+        self._lanes, self._delivered = [Lane(work) for work in workers], 0
+        self._threads = [threading.Thread(target=run_worker, args=(self._queue, lane, self._processed), daemon=True)
+                         for lane in self._lanes]
         for thread in self._threads:
             thread.start()
 
@@ -128,6 +150,18 @@ class Batcher:
         self._arrivals, self.in_hand = self._arrivals + 1, self.in_hand + 1
         self.idle.clear()
         return entry.future
+
+    async def beat(self, probe: Any) -> None:
+        """Return as soon as there is a sign of life from each worker that is busy; never, if one of them hangs.
+
+        Where nothing is in hand, that is the answer to `probe`. Else each busy worker must move on, or, where none is
+        busy now, an answer must come out."""
+        if not self.in_hand:
+            await asyncio.wait([self.submit(probe)])
+            return
+        busy, delivered = {lane: lane.place() for lane in self._lanes if lane.is_busy()}, self._delivered
+        while any(lane.place() == place for lane, place in busy.items()) or not busy and self._delivered == delivered:
+            await asyncio.sleep(0.01)
 
     def close(self) -> None:
         "End the threads once the queue is empty."
@@ -146,7 +180,7 @@ class Batcher:
             entry.result = answer
 
     def _deliver(self, due: list[QueuedItem]) -> None:
-        self.in_hand -= len(due)
+        self.in_hand, self._delivered = self.in_hand - len(due), self._delivered + len(due)
         if not self.in_hand:
             self.idle.set()
         for entry in due:

@@ -146,6 +146,7 @@ class BackgroundThread:
                  most: int = 0):
         self._work, self._rest, self._seconds, self._most_bytes = work, rest, seconds, most_bytes
         self._jobs: Queue[tuple[Any, int] | None] = Queue(most)
+        self.problem = ""  # the last one; empty if there was none
         self._bytes_put = self._bytes_done = 0  # each of them is written by one thread, so they need no lock
         self._thread: threading.Thread | None = None
 
@@ -176,16 +177,23 @@ class BackgroundThread:
     def _run(self) -> None:
         while entry := self._next():
             job, size = entry
-            self._work(job)
+            self._try(self._work, job)
             self._bytes_done += size
-        self._rest()
+        self._try(self._rest)
 
     def _next(self) -> tuple[Any, int] | None:
         while True:
             try:
                 return self._jobs.get(timeout=self._seconds)
             except Empty:
-                self._rest()
+                self._try(self._rest)
+
+    def _try(self, do: Callable[..., None], *arguments: Any) -> None:
+        "Call `do`. What the disk does not take is a `problem`, and the thread goes on."
+        try:
+            do(*arguments)
+        except OSError as e:
+            self.problem = f"{type(self).__name__}: {e.strerror}"
 
 # %% ../../nbs/serving/05_captures.ipynb #8bf4b90b
 FLUSH_SECONDS = 0.5  # without a new image, after which the tasks are written
@@ -194,7 +202,7 @@ class CaptureThread(BackgroundThread):
     "A thread whose jobs are alarms and their images; `open_capture` returns an alarm's capture, or None without room."
     def __init__(self, open_capture: Callable[[dict[str, Any]], CaptureFolder | None]):
         super().__init__(self._carry_out, self._flush, FLUSH_SECONDS, HELD_BYTES)
-        self._open_capture = open_capture
+        self._open_capture, self.given_up = open_capture, 0
         self._capture: CaptureFolder | None = None
         self._body, self._files = b"", list[bytes]()  # the latest body, and the images in it
 
@@ -202,19 +210,20 @@ class CaptureThread(BackgroundThread):
         try:
             if isinstance(job, dict):
                 self._flush()
-                self._capture = self._open_capture(job)
+                self._capture, self.problem = self._open_capture(job), ""
             elif self._capture:
                 self._capture.add(self._image_files(job)[job.position], job)
         except Exception as e:  # for example a full disk: the endpoint goes on answering
             logging.getLogger(__name__).warning("a capture is given up: %s", e)
-            self._capture = None
+            self.problem, self._capture = f"the images of an alarm are not kept: {e}", None
+            self.given_up += 1
 
     def _flush(self) -> None:
         try:
             if self._capture:
                 self._capture.write_tasks()
-        except OSError as e:
-            logging.getLogger(__name__).warning("the tasks of a capture could not be written: %s", e)
+        except OSError as e:  # the next flush writes them
+            self.problem = f"the tasks of a capture are not written: {e.strerror}"
 
     def _image_files(self, image: AnsweredImage) -> list[bytes]:
         from intel_nb.serving.payloads import image_files
@@ -255,6 +264,14 @@ class Recorder:
     def close(self) -> None:
         "Write what there is, and wait for it."
         self._thread.end()
+
+    def problems(self) -> list[str]:
+        "Return what could not be kept lately."
+        return [self._thread.problem] if self._thread.problem else []
+
+    def given_up(self) -> int:
+        "Return of how many alarms the images, or the rest of them, could not be kept."
+        return self._thread.given_up
 
     def _begin(self, alarm: dict[str, Any]) -> None:
         self._thread.start()

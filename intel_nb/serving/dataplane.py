@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -29,8 +30,8 @@ from .telemetry import Metrics
 from ..storage import whole_number
 
 # %% auto #0
-__all__ = ['DRIFT_GAUGES', 'Settings', 'InferenceRequest', 'Outputs', 'ModelWorker', 'load_workers', 'label_predictions',
-           'ByteBudget', 'DriftMonitor', 'make_recorder', 'Service']
+__all__ = ['CAPTURE_GAUGES', 'DRIFT_GAUGES', 'Settings', 'InferenceRequest', 'Outputs', 'ModelWorker', 'load_workers',
+           'label_predictions', 'ByteBudget', 'blank_request', 'DriftMonitor', 'make_recorder', 'Service']
 
 # %% ../../nbs/serving/08_dataplane.ipynb #3f5eff5c
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Settings:
     body_seconds: int = 30          # that a client may take to send its request
     save_every: int = 16            # observations between two writes of the detector's state
     token: str = field(default="", repr=False)  # that clients must send for all but /ping; empty: none
+    hosts: str = ""                 # names of the endpoint in Host, with commas between; an address is always known
     capture: int = 500              # images that an alarm keeps for labelling; 0: none
     captures: int = 20              # alarms whose images are kept
     capture_days: int = 30          # after which these images are removed
@@ -77,6 +79,7 @@ class Outputs(NamedTuple):
 class ModelWorker:
     "A session of a package's model that answers batches of requests, with at most `batch` images in one pass."
     def __init__(self, package: Package, batch: int):
+        self.steps = 0  # requests read, and passes made: a sign of life
         self._session, self._side, self._batch = package.session(1), package.image_size, batch
         self.run(np.zeros((batch, self._side, self._side, 3), np.uint8))  # its memory does not grow after this
 
@@ -94,10 +97,15 @@ class ModelWorker:
     def run(self, images: np.ndarray) -> Outputs:
         "Return the model's outputs for uint8 `images` (N, side, side, 3)."
         chunks = [images[i:i + self._batch] for i in range(0, len(images), self._batch)]
-        parts = [self._session.run(["probabilities", "drift"], {"images": chunk}) for chunk in chunks]
+        parts = [self._pass(chunk) for chunk in chunks]
         return Outputs(*(np.concatenate(column) if len(parts) > 1 else column[0] for column in zip(*parts)))
 
+    def _pass(self, images: np.ndarray) -> list[np.ndarray]:
+        self.steps += 1
+        return self._session.run(["probabilities", "drift"], {"images": images})
+
     def _read(self, request: InferenceRequest) -> np.ndarray | Refusal:
+        self.steps += 1
         try:
             return parse(request.content_type, request.body, self._side)
         except Refusal as e:
@@ -141,6 +149,13 @@ class ByteBudget:
         finally:
             self.held -= reserved
 
+# %% ../../nbs/serving/08_dataplane.ipynb #166ec861
+def blank_request(side: int) -> InferenceRequest:
+    "Return a request with a black image, which no detector sees."
+    stream = BytesIO()
+    np.save(stream, np.zeros((side, side, 3), np.uint8))
+    return InferenceRequest("application/x-npy", stream.getvalue(), is_test=True)
+
 # %% ../../nbs/serving/08_dataplane.ipynb #448e1c09
 class DriftMonitor(Protocol):
     "What a service needs of a monitor, as `Monitor` has it. Threads call `update`; the event loop the other methods."
@@ -157,7 +172,9 @@ def make_recorder(package: Package, state_dir: str | Path, version: str, setting
     return Recorder(folder, about, settings.capture, settings.captures, settings.capture_days)
 
 # %% ../../nbs/serving/08_dataplane.ipynb #5a6f1684
-DRIFT_GAUGES = {"observations": "Images seen by the drift detector.", "alarms": "Drift alarms raised.",
+CAPTURE_GAUGES = {"given_up": "Drift alarms whose images could not be kept."}
+DRIFT_GAUGES = {"unwritten": "1 while the detector's state cannot be written.",
+                "observations": "Images seen by the drift detector.", "alarms": "Drift alarms raised.",
                 "statistic": "The detector's statistic.", "threshold": "What the statistic must exceed."}
 
 class Service:
@@ -171,6 +188,7 @@ class Service:
         self.recorder = make_recorder(package, state_dir, version, settings)
         self.mirror = Mirror(state_dir, self.metrics, settings.token)
         self.ready = self.leaving = False
+        self._probe = blank_request(package.image_size)
         self._open_monitor = open_monitor or partial(Monitor, package, state_dir, version, settings.save_every)
 
     def warm(self) -> None:
@@ -185,7 +203,8 @@ class Service:
                                on_batch=self.metrics.batch.observe)
         self.metrics.watch("intel_nb_", {"requests_in_hand": "Requests that wait or are worked on."},
                            lambda: {"requests_in_hand": self.batcher.in_hand})
-        self.metrics.watch("intel_nb_drift_", DRIFT_GAUGES, self.monitor.status)
+        self.metrics.watch("intel_nb_drift_", DRIFT_GAUGES, self._drift_gauges)
+        self.metrics.watch("intel_nb_captures_", CAPTURE_GAUGES, lambda: {"given_up": self.recorder.given_up()})
         self.ready = True
 
     def when_ready(self) -> Service:
@@ -202,12 +221,27 @@ class Service:
             message = f"{self.settings.queue} requests are in hand; come back in a moment"
             raise Refusal("overloaded", message) from None
 
+    async def beat(self) -> None:
+        "Return once this service has shown that it works, through the batcher and the model; never if it hangs."
+        if self.ready and all(isinstance(worker, ModelWorker) for worker in self.workers):  # others are looked after
+            await self.batcher.beat(self._probe)
+
+    def drift(self) -> dict[str, Any]:
+        "Return the counts and the latest reading of the detector, and the `problems` with what is to be kept."
+        status = self.monitor.status()
+        problems = [*status.get("problems", []), *self.recorder.problems()]
+        return status | {"problems": problems} if problems else status
+
     async def release(self) -> None:
         "Answer what is in hand, then write the detector's state and the images of an alarm for the last time."
         await self.batcher.idle.wait()
         await asyncio.to_thread(self.monitor.release)
         await asyncio.to_thread(self.recorder.close)
         await asyncio.to_thread(self.mirror.close)
+
+    def _drift_gauges(self) -> dict[str, Any]:
+        status = self.monitor.status()
+        return status | {"unwritten": int(bool(status.get("problems")))}
 
     def _finish(self, pairs: list[tuple[InferenceRequest, Outputs]]) -> list[bytes]:
         "Observe the images of all requests but tests in order, and return the answers of all."

@@ -63,6 +63,7 @@ class Endpoint:
     status: str
     pid: int | None
     engine: str
+    error: str = ""  # why it is dead, as far as its supervisor could say
 
 class EndpointError(RuntimeError):
     "An endpoint failed; the version that served before still serves."
@@ -79,8 +80,11 @@ class Endpoints(Protocol):
         "Return the endpoint of `stage`."
     def list(self) -> Sequence[Endpoint]:
         "Return the endpoints of all stages, by name."
-    def start(self, stage: str, *, engine: str | None = None, move: bool = False) -> Endpoint:
-        "Serve the last version of `stage` again, on `engine` or on the engine that it was served on."
+    def start(self, stage: str, *, engine: str | None = None, move: bool = False,
+              check: Callable[[], Any] = lambda: None) -> Endpoint:
+        """Serve the last version of `stage` again, on `engine` or on the engine that it was served on.
+
+        `check` is called as by `deploy`."""
     def stop(self, stage: str) -> None:
         "Stop serving `stage`."
     def history(self, stage: str) -> Sequence[str]:
@@ -169,7 +173,8 @@ def read_endpoint(folder: Path) -> Endpoint:
     "Return the endpoint of the stage with this `folder`."
     record, alive = read_record(folder), is_alive(folder)
     status = record.status if alive or record.status == "stopped" else "dead"
-    return Endpoint(record.stage, record.url, record.version, status, record.pid if alive else None, record.engine)
+    return Endpoint(record.stage, record.url, record.version, status, record.pid if alive else None, record.engine,
+                    record.error if status == "dead" else "")
 
 # %% ../../nbs/serving/12_endpoints.ipynb #5f99e669
 def check_stage(stage: str) -> str:
@@ -257,7 +262,8 @@ def send_request(folder: Path, request: StageRequest, start: Callable[[Path], su
         supervisor_ended = lambda: process.poll() is not None
     while read_record(folder).answered != request.id:
         if supervisor_ended() and read_record(folder).answered != request.id:
-            raise EndpointError(f"the supervisor of {folder.name} died: {last_line(log)}")
+            why = last_line(log).removeprefix("intel_nb.storage.InputError: ").replace("STAGE", folder.name)
+            raise EndpointError(f"{folder.name} does not start: {why}")
         time.sleep(0.02)
     if error := read_record(folder).error:
         raise EndpointError(f"version {request.version} does not serve {folder.name}: {error} ({log})")
@@ -304,6 +310,12 @@ def end_processes(folder: Path, patience: float = 30) -> None:
             write_stage(folder, replace(record, status="stopped", pid=None))
 
 # %% ../../nbs/serving/12_endpoints.ipynb #50c1abaa
+def _is_readable(folder: Path) -> bool:
+    "Tell whether the record of a stage can be read."
+    with suppress(Damaged):
+        return bool(read_record(folder).url)
+    return False
+
 SHADOW_ENV = {"INTEL_NB_CAPTURE": "0", "INTEL_NB_WARM": "0", "INTEL_NB_THREADS": "1", "INTEL_NB_NICE": "10"}
 
 class LocalEndpoints(Endpoints):
@@ -345,7 +357,23 @@ class LocalEndpoints(Endpoints):
                 if request := find(record.history):
                     return send_request(folder, request, self._start)
                 end_processes(folder)
+            if served_fingerprint(record := read_record(folder)) == fingerprint:  # not even without a registry
+                write_stage(folder, replace(record, rejected=True))
             return read_endpoint(folder)
+
+    def refresh(self, patience: float = 5) -> None:
+        """Have supervisors write their records again where these cannot be read. Raise `EndpointError` if one does not.
+
+        What a stage serves is known to its supervisor, whatever has become of the files."""
+        for folder in filter(is_alive, self.folder.glob("*")):
+            deadline = time.monotonic() + patience
+            while not _is_readable(folder):
+                if pid := supervisor_pid(folder):
+                    os.kill(pid, signal.SIGHUP)
+                time.sleep(0.1)
+                if time.monotonic() > deadline:
+                    raise EndpointError(f"nobody can say what {folder.name} serves, as its record is damaged and its "
+                                        f"supervisor does not write it again: intel-nb stop {folder.name}")
 
     def _undo(self, folder: Path, before: StageRecord) -> None:
         "Serve again what `before` served, or nothing if it did not."
@@ -365,20 +393,28 @@ class LocalEndpoints(Endpoints):
                 found += [read_endpoint(folder)] if read_record(folder).version else []
         return found
 
-    def start(self, stage: str, *, engine: str | None = None, move: bool = False) -> Endpoint:
+    def start(self, stage: str, *, engine: str | None = None, move: bool = False,
+              check: Callable[[], Any] = lambda: None) -> Endpoint:
         """Serve the last version of `stage` again, unless it is running on `engine`; return when it answers.
 
         With `move` it may take another port, if the stage's own is taken."""
         folder = stage_folder(self.folder, stage)
         with locked(folder / "request.lock"):
             found = wait_for_endpoint(folder)
+            check()
             check_engine(engine := engine or found.engine)
             if (found.status, found.engine) == ("running", engine):
                 return found
             record = read_record(folder)
             request = StageRequest(record.package, found.version, engine=engine, fingerprint=record.fingerprint,
                                    move=move)
-            return send_request(folder, request, self._start)
+            started = send_request(folder, request, self._start)
+            try:
+                check()
+            except Exception:
+                end_processes(folder)
+                raise
+            return started
 
     def stop(self, stage: str) -> None:
         "End all processes of `stage` and of its shadow; the state stays."
@@ -413,10 +449,10 @@ class LocalEndpoints(Endpoints):
     def history(self, stage: str) -> Sequence[str]:
         return list(read_record(stage_folder(self.folder, stage)).history)
 
-    def shadow(self, stage: str, package: Path, version: str) -> None:
+    def shadow(self, stage: str, package: Path, version: str, check: Callable[[], Any] = lambda: None) -> None:
         "Have `package` answer copies of the requests to `stage` as `version`; return when it is ready."
         state = stage_folder(self.folder, stage) / "state"
-        write_shadow(state, version, self.shadows(stage).deploy(stage, package, version).url)
+        write_shadow(state, version, self.shadows(stage).deploy(stage, package, version, check=check).url)
 
     def unshadow(self, stage: str) -> bool:
         "End the shadow of `stage`, and return whether there was one; its tally stays."

@@ -10,6 +10,8 @@ import logging
 import threading
 from base64 import b64decode, b64encode
 from collections import Counter, deque
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
@@ -23,8 +25,8 @@ from ..model import Package
 from ..storage import InputError, read_json, utc_now, write_json, write_text
 
 # %% auto #0
-__all__ = ['HISTORY', 'MonitorState', 'save_state', 'load_state', 'clean_folder', 'name_features', 'describe_shift',
-           'describe_alarm', 'raise_alarm', 'Observation', 'Monitor']
+__all__ = ['HISTORY', 'REPORTS', 'AGAIN', 'MonitorState', 'save_state', 'load_state', 'clean_folder', 'name_features',
+           'describe_shift', 'describe_alarm', 'raise_alarm', 'Observation', 'Monitor']
 
 # %% ../../nbs/serving/03_monitor.ipynb #9fa9e9d1
 @dataclass
@@ -54,8 +56,8 @@ def _check_counts(state: MonitorState, classes: int) -> None:
     whole = all(type(n) is int and 0 <= n < 2**53 for n in numbers)
     if not whole or max(state.recent, default=0) >= classes:
         raise InputError("its counts are damaged")
-    for time in filter(None, (state.last_alarm, state.last_report)):
-        datetime.fromisoformat(time)
+    for raised in filter(None, (state.last_alarm, state.last_report)):
+        datetime.fromisoformat(raised)
 
 def load_state(path: Path, package: Package) -> tuple[MonitorState, OnlineMMD]:
     "Return the counts and the detector in `path`. After another package only the counts go on; damage is as no file."
@@ -77,7 +79,8 @@ def clean_folder(folder: Path) -> Path:
     "Make `folder` if it is missing, remove the temporary files that a killed process left in it, and return it."
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".*"):
-        left.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that cannot be written to
+            left.unlink()
     return folder
 
 # %% ../../nbs/serving/03_monitor.ipynb #63099111
@@ -112,9 +115,9 @@ def describe_alarm(state: MonitorState, detector: OnlineMMD, package: Package, v
             "classes": {package.labels[k]: n for k, n in Counter(state.recent).most_common()}}
 
 # %% ../../nbs/serving/03_monitor.ipynb #50f8efbd
-def raise_alarm(folder: Path, state: MonitorState, detector: OnlineMMD, package: Package,
-                version: str) -> dict[str, Any]:
-    """Count an alarm, report it in `folder` if it is the first of this minute, and reset `detector`.
+def raise_alarm(report: Callable[[str, dict[str, Any]], None], state: MonitorState, detector: OnlineMMD,
+                package: Package, version: str) -> dict[str, Any]:
+    """Count an alarm, give it to `report` if it is the first of this minute, by name, and reset `detector`.
 
     Return its `name`, when it was `raised`, after how many `observations`, the `window` of the latest images that
     moved, and whether it was `reported`."""
@@ -123,15 +126,15 @@ def raise_alarm(folder: Path, state: MonitorState, detector: OnlineMMD, package:
     alarm = {"name": f"{now.replace(':', '')}-{state.observations:08}", "raised": now, "reported": reported,
              "observations": state.observations, "window": len(latest_rows(detector))}
     if reported:
-        report = {"raised": now, **describe_alarm(state, detector, package, version)}
-        write_json(folder / f"{alarm['name']}.json", report)
+        report(str(alarm["name"]), {"raised": now, **describe_alarm(state, detector, package, version)})
         state.last_report = now
     state.alarms, state.last_alarm, state.recent = state.alarms + 1, now, []
     detector.reset()
     return alarm
 
 # %% ../../nbs/serving/03_monitor.ipynb #91eec527
-HISTORY = 300  # observations that are remembered for the page
+HISTORY = 300           # observations that are remembered for the page
+REPORTS, AGAIN = 100, 1  # alarms that wait for a disk with room; seconds between two tries
 
 class Observation(NamedTuple):
     "The detector's `reading` of one image, and the alarm that the image raised (see `raise_alarm`), if it raised one."
@@ -145,12 +148,14 @@ class Monitor:
     own it."""
     def __init__(self, package: Package, folder: str | Path, version: str = "", every: int = 16):
         self._path, self._every = clean_folder(Path(folder)) / "state.json", every
-        self._owner, self._lock = True, threading.Lock()
+        self._owner, self._lock, self.problem = True, threading.Lock(), ""
+        self._reports: deque[tuple[str, dict[str, Any]]] = deque(maxlen=REPORTS)
+        self._again: threading.Timer | None = None
         self.state, self.detector = load_state(self._path, package)
         self._saved = self.state.observations
         self._latest: deque[list[Any]] = deque(maxlen=HISTORY)
         self._save_state = partial(save_state, self._path, self.state, self.detector, package.fingerprint)
-        self._alarm = partial(raise_alarm, Path(folder) / "alarms", self.state, self.detector, package, version)
+        self._alarm = partial(raise_alarm, self._keep_report, self.state, self.detector, package, version)
 
     def update(self, features: np.ndarray, classes: np.ndarray) -> list[Observation]:
         "Observe N images in order: their drift features (N, D) and predicted `classes` (N,)."
@@ -166,7 +171,7 @@ class Monitor:
         "Return the counts and the latest reading, as `GET /drift` shows them."
         with self._lock:
             return {"observations": self.state.observations, **self.detector.reading, "alarms": self.state.alarms,
-                    "last_alarm": self.state.last_alarm}
+                    "last_alarm": self.state.last_alarm, **({"problems": [self.problem]} if self.problem else {})}
 
     def history(self) -> list[list[Any]]:
         "Return statistic, threshold and `is_drift` of the latest observations in this process, oldest first."
@@ -190,7 +195,33 @@ class Monitor:
             self._save()
         return [*map(Observation, readings[:last]), Observation(readings[last], alarm)]
 
+    def _keep_report(self, name: str, report: dict[str, Any]) -> None:
+        self._reports.append((name, report))
+
     def _save(self) -> None:
-        if self._owner:
+        "Write what is not written yet, the reports first; where that fails, remember why and try again later."
+        if not self._owner:
+            return
+        self._saved = self.state.observations
+        try:
+            while self._reports:
+                name, report = self._reports[0]
+                write_json(self._path.with_name("alarms") / f"{name}.json", report)
+                self._reports.popleft()
             self._save_state()
-            self._saved = self.state.observations
+            self.problem = ""
+        except OSError as e:
+            self.problem = f"the detector's state is in memory only: {e.strerror}"
+            self._try_again()
+
+    def _try_again(self) -> None:
+        "Have another thread save in a second, unless one is about to."
+        if not self._again or not self._again.is_alive():
+            self._again = threading.Timer(AGAIN, self._save_again)
+            self._again.daemon = True
+            self._again.start()
+
+    def _save_again(self) -> None:
+        with self._lock:
+            self._again = None
+            self._save()

@@ -54,14 +54,20 @@ SCHEMAS: dict[str, Any] = {
 }
 
 # %% ../../nbs/serving/00_openapi.ipynb #0c9ff439
+SCHEMAS["Drift"]["properties"]["problems"] = {  # it is there only if there are some
+    "type": "array", "items": {"type": "string"},
+    "description": "What could not be written, for example on a full disk; requests are answered."}
+
 REFUSALS: dict[int, tuple[str, list[str]]] = {  # status: when, and the codes
     400: ("The body is not what its type promises, or not an image.", ["undecodable", "malformed"]),
     401: ("The token is missing or wrong.", ["unauthorized"]),
+    403: ("A page of another site has sent it.", ["cross_origin"]),
     404: ("There is no such path.", ["not_found"]),
     405: ("The path takes other methods, which the header Allow names.", ["method_not_allowed"]),
     408: ("The body did not arrive in time.", ["slow_body"]),
     413: ("Too many bytes, pixels or images.", ["too_large", "too_many"]),
     415: ("The content type is not one of those named here.", ["unsupported_media_type"]),
+    421: ("The endpoint does not know itself by the name in the header Host.", ["misdirected"]),
     422: ("Well formed, but no image for the model.", ["fields", "shape", "values", "not_finite"]),
     503: ("Not ready, too much in hand, or a batch that failed; come back in a moment.",
           ["not_ready", "overloaded", "failed"]),
@@ -91,11 +97,11 @@ def _of(name: str) -> dict[str, Any]:
 READ: dict[str, tuple[str, str, dict[str, Any], tuple[int, ...]]] = {  # path: summary, media type, content, refusals
     "/ping": ("Whether the endpoint is ready, and what it serves; needs no token.", "application/json", _of("Ready"),
               (503,)),
-    "/drift": ("The drift detector's counts and latest reading.", "application/json", _of("Drift"), (401, 503)),
-    "/history": ("The latest 300 readings.", "application/json", _of("History"), (401, 503)),
+    "/drift": ("The drift detector's counts and latest reading.", "application/json", _of("Drift"), (401, 421, 503)),
+    "/history": ("The latest 300 readings.", "application/json", _of("History"), (401, 421, 503)),
     "/metrics": ("Metrics, as Prometheus reads them.", "text/plain", {}, (401,)),
-    "/openapi.json": ("This description.", "application/json", {"schema": {"type": "object"}}, (401,)),
-    "/": ("A page for people.", "text/html", {}, ()),
+    "/openapi.json": ("This description.", "application/json", {"schema": {"type": "object"}}, (401, 421)),
+    "/": ("A page for people.", "text/html", {}, (421,)),
 }
 IMAGE_TYPES = ("image/*", "application/octet-stream", "application/x-image")
 INVOCATIONS: dict[str, Any] = {
@@ -112,7 +118,7 @@ INVOCATIONS: dict[str, Any] = {
         "200": {"description": "The predictions; for `application/x-intel-nb-drift` what `GET /drift` answers.",
                 "headers": _headers(), "content": {"application/json": {"schema": {"anyOf": [
                     {"$ref": "#/components/schemas/Answer"}, {"$ref": "#/components/schemas/Drift"}]}}}},
-        **_refused(400, 401, 408, 413, 415, 422, 503)},
+        **_refused(400, 401, 403, 408, 413, 415, 421, 422, 503)},
 }
 
 def _reading(path: str, method: str) -> dict[str, Any]:
@@ -133,7 +139,8 @@ def describe_api(with_token: bool) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "intel-nb", "version": __version__,
                  "description": "An image classifier with a drift detector. Other paths are answered with 404, other "
-                                "methods with 405, and what is not HTTP with 400 and plain text."},
+                                "methods with 405, and what is not HTTP as RFC 9112 has it with 400, 431, 501 or "
+                                "505, after which the connection closes."},
         "servers": [{"url": "./"}],
         "paths": {"/invocations": {"post": INVOCATIONS}, **paths},
         "security": [{"token": []}] if with_token else [],

@@ -27,8 +27,8 @@ __all__ = ['STATUS', 'MAX_INSTANCES', 'JSON_FIELDS', 'CONTENT_TYPES', 'Refusal',
 # %% ../../nbs/serving/01_payloads.ipynb #549a28fd
 STATUS = {
     "undecodable": 400, "malformed": 400,  # not what the content type promises
-    "unauthorized": 401, "not_found": 404, "method_not_allowed": 405, "slow_body": 408,
-    "too_large": 413, "too_many": 413, "unsupported_media_type": 415,
+    "unauthorized": 401, "cross_origin": 403, "not_found": 404, "method_not_allowed": 405, "slow_body": 408,
+    "too_large": 413, "too_many": 413, "unsupported_media_type": 415, "misdirected": 421,
     "fields": 422, "shape": 422, "values": 422, "not_finite": 422,  # well formed, but not an image for the model
     "left": 499,  # the client is gone and never reads this
     "not_ready": 503, "overloaded": 503, "failed": 503,

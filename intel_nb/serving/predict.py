@@ -25,7 +25,7 @@ from ..registry import Registry
 from .dataplane import InferenceRequest, ModelWorker, Settings, label_predictions
 from .endpoints import Busy, EndpointError, Refused, invoke, is_answering
 from .payloads import Refusal
-from ..storage import InputError, is_hidden_name, printable
+from ..storage import InputError, as_cell, is_hidden_name, printable
 
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -244,7 +244,7 @@ def csv_text(rows: Iterable[Row]) -> Iterator[str]:
     yield _csv_line(COLUMNS)
     for row in rows:
         image = f"./{row['image']}" if row["image"].startswith(("=", "+", "-", "@", "\t")) else row["image"]
-        yield _csv_line([image, *(row.get(name, "") for name in COLUMNS[1:])])
+        yield _csv_line([image, *(as_cell(row.get(name, "")) for name in COLUMNS[1:])])
 
 def _csv_line(values: Iterable[Any]) -> str:
     csv.writer(out := io.StringIO(), lineterminator="\r\n").writerow(values)  # so that a name with \r is quoted

@@ -195,7 +195,7 @@ class Mirror(BackgroundThread):
         self.end(patience=0.5, drop=True)
         self._closed = True  # from now on another process writes the file
         if tally:
-            write_tally(self._state, tally)
+            self._try(write_tally, self._state, tally)
 
     def _compare(self, job: tuple[Copy, Tally]) -> None:
         copy, self._compared = job

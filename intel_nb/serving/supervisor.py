@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,17 +28,19 @@ from intel_nb.storage import (
     last_line,
     locked,
     read_checked,
+    user_name,
     utc_now,
     whole_number,
     write_checked,
 )
 
 # %% auto #0
-__all__ = ['RECORDS', 'ENGINES', 'START_SECONDS', 'LEAVE_SECONDS', 'STOP_SECONDS', 'STANDBY_SECONDS', 'STANDBY_DEFAULTS',
-           'StageRequest', 'StageRecord', 'read_record', 'write_stage', 'read_request', 'extend_history', 'is_alive',
-           'reserved_ports', 'port_owner', 'open_listener', 'ServedVersion', 'WorkerFailed', 'WorkerProcess',
-           'start_worker', 'standby_limit', 'StageWorkers', 'apply_request', 'restart_worker', 'serve_requests',
-           'open_stage', 'run_supervisor', 'supervise', 'supervisor_command']
+__all__ = ['RECORDS', 'ENGINES', 'START_SECONDS', 'LEAVE_SECONDS', 'STOP_SECONDS', 'STANDBY_SECONDS', 'BEAT_SECONDS',
+           'MISS_SECONDS', 'MISSES', 'LATE_SECONDS', 'STANDBY_DEFAULTS', 'LOG_BYTES', 'StageRequest', 'StageRecord',
+           'read_record', 'write_stage', 'read_request', 'extend_history', 'is_alive', 'reserved_ports', 'port_owner',
+           'open_listener', 'ServedVersion', 'WorkerFailed', 'WorkerProcess', 'start_worker', 'standby_limit',
+           'bound_log', 'StageWorkers', 'apply_request', 'restart_worker', 'serve_requests', 'open_stage', 'keep_lock',
+           'run_supervisor', 'supervise', 'supervisor_command']
 
 # %% ../../nbs/serving/11_supervisor.ipynb #ce454b24
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class StageRequest:
     id: str = field(default_factory=lambda: os.urandom(8).hex())
     fingerprint: str = ""  # of the package, as it was approved; a worker starts with no other one
     move: bool = False  # take another port if the stage's own is taken
+    user: str = field(default_factory=user_name)  # who asks
 
 # %% ../../nbs/serving/11_supervisor.ipynb #a85437ef
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class StageRecord:
     error: str = ""          # why that request failed; empty if it did not
     warm: str = ""           # the version whose worker stands by
     fingerprint: str = ""    # of the package, as it was approved
+    rejected: bool = False   # a person has rejected it since
 
 def read_record(folder: Path) -> StageRecord:
     """Return the record in a stage's folder; an empty one if there is none. A damaged one is read from its copy.
@@ -192,6 +196,17 @@ class WorkerProcess:
                 await self.process.wait()  # after that the log is complete
             raise WorkerFailed(line.removeprefix("failed ") or last_line(self.log) or "it died and left no message")
 
+    async def has_beat(self, seconds: float) -> bool:
+        "Return whether the worker shows within `seconds` that it works; one that has died is another matter, and has."
+        self.writer.write(b"beat\n")
+        began = time.monotonic()
+        with suppress(TimeoutError, OSError):
+            async with asyncio.timeout(seconds):
+                while await self.reader.readline() not in (b"alive\n", b""):
+                    continue  # a late answer to another question
+                return True
+        return time.monotonic() - began > seconds + LATE_SECONDS  # this process was kept waiting too
+
     async def count_requests(self, patience: float = 1) -> int:
         "Return how many requests the worker has answered since it began to serve; 0 if it does not say."
         self.writer.write(b"count\n")
@@ -209,14 +224,17 @@ class WorkerProcess:
         self.writer.close()
 
     async def _read_answer(self) -> str:
-        "Return the next line that is not a late answer to `count`."
-        while (line := await self.reader.readline()).strip().isdigit():
+        "Return the next line that is not a late answer to `count` or `beat`."
+        while (line := await self.reader.readline()).strip().isdigit() or line == b"alive\n":
             pass
         return line.decode().strip()
 
 # %% ../../nbs/serving/11_supervisor.ipynb #9b703227
 # to load and serve; to leave; to finish with all clients; to load again and stand by
 START_SECONDS, LEAVE_SECONDS, STOP_SECONDS, STANDBY_SECONDS = 120, 15, 22, 5
+BEAT_SECONDS = 1.0     # between two heartbeats
+MISS_SECONDS, MISSES = 3.0, 2  # after which one is missing; so many in a row mean that the worker hangs
+LATE_SECONDS = 0.5     # by which this process's own timer may be late; a later one means that the machine is busy
 
 async def start_worker(served: ServedVersion, folder: Path, sockets: list[socket.socket]) -> WorkerProcess:
     """Start a worker and return it once it has loaded its package; raise `WorkerFailed`.
@@ -228,9 +246,13 @@ async def start_worker(served: ServedVersion, folder: Path, sockets: list[socket
     command = Assignment(served.package, served.version, str(folder / "state"), *numbers, os.getpid(),
                          ENGINES[served.engine], served.fingerprint).command()
     alone = 0 if served.engine == "process" else None  # Ctrl-C in a terminal is for the supervisor; Ray does it itself
-    process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, pass_fds=numbers,
-                                                   process_group=alone)
-    worker_end.close()
+    try:
+        process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, pass_fds=numbers,
+                                                       process_group=alone)
+    except OSError as e:  # no memory, no descriptor, no process to be had
+        raise WorkerFailed(f"no process can be started ({e})") from None
+    finally:
+        worker_end.close()
     worker = WorkerProcess(process, *await asyncio.open_connection(sock=control), folder / "supervisor.log", served)
     try:
         await worker.expect("ready", START_SECONDS)
@@ -247,6 +269,19 @@ def standby_limit(name: str, environ: Mapping[str, str] = os.environ) -> int:
     "Return the setting `name` of `STANDBY_DEFAULTS`, where 0 keeps no predecessor loaded; raise `InputError`."
     return whole_number(name, environ.get(name) or str(STANDBY_DEFAULTS[name]))
 
+# %% ../../nbs/serving/11_supervisor.ipynb #75651faa
+LOG_BYTES = 2**22
+
+def bound_log(path: Path, most: int = LOG_BYTES) -> None:
+    "Cut the file `path` to nothing once it has more than `most` bytes, and keep its last half in `path`.1."
+    if not path.exists() or path.stat().st_size <= most:
+        return
+    with suppress(OSError), open(path, "rb") as log:
+        log.seek(-(most // 2), os.SEEK_END)
+        path.with_name(f"{path.name}.1").write_bytes(log.read())
+    with suppress(OSError):
+        os.truncate(path, 0)
+
 # %% ../../nbs/serving/11_supervisor.ipynb #b17cf54f
 class StageWorkers:
     "The record of a stage, and its workers: one that serves, one that stands by, and those that are ending."
@@ -254,16 +289,21 @@ class StageWorkers:
         self.folder = folder
         self.worker: WorkerProcess | None = None
         self.standby: WorkerProcess | None = None
-        self._standby_until = 0.0
+        self._standby_until, self._misses, self.is_unwritten = 0.0, 0, False
         self._ending: set[asyncio.Task[None]] = set()
         self._sockets = [listener, *socket.socketpair()]
         self.record = read_record(folder)
         self.note(url=f"http://127.0.0.1:{listener.getsockname()[1]}", error="")
 
     def note(self, **changes: Any) -> None:
-        "Change the record and write it."
+        "Change the record and write it, or remember that this is still to be done: the worker serves all the same."
         self.record = replace(self.record, **changes, warm=self.standby.served.version if self.standby else "")
-        write_stage(self.folder, self.record)
+        try:
+            write_stage(self.folder, self.record)
+            self.is_unwritten = False
+        except OSError as e:
+            self.is_unwritten = True
+            logging.getLogger(__name__).warning("the record of the stage is not written: %s", e)
 
     def is_serving(self) -> bool:
         "Return whether a worker serves."
@@ -284,6 +324,20 @@ class StageWorkers:
             raise
         self.worker = new
 
+    async def look_after(self) -> None:
+        "Kill a worker that hangs, end one that stands by too long, write what waits for room, and bound the log."
+        if self.worker and self.is_serving():
+            self._misses = 0 if await self.worker.has_beat(MISS_SECONDS) else self._misses + 1
+            if self._misses >= MISSES:
+                logging.getLogger(__name__).error("the worker of version %s hangs and is killed",
+                                                  self.worker.served.version)
+                self._misses = 0
+                await self.worker.end()
+        await self.release_standby()
+        if self.is_unwritten or not (self.folder / RECORDS[0]).exists():
+            self.note()
+        bound_log(self.folder / "supervisor.log")
+
     async def release_standby(self) -> None:
         "End the worker that stands by if it died, its time is over, or the present one has answered enough requests."
         if self.standby is None:
@@ -294,8 +348,8 @@ class StageWorkers:
             self._end_standby()
             self.note()
 
-    async def close(self) -> None:
-        "Have the workers leave, and wait up to 5 seconds for their last clients."
+    async def close(self, error: str = "") -> None:
+        "Have the workers leave, and wait up to 5 seconds for their last clients; `error` says why that was not wished."
         self._sockets[0].close()
         await self._retire("stop")
         self._end_standby()
@@ -303,7 +357,7 @@ class StageWorkers:
             await asyncio.wait(self._ending, timeout=5)
         for end in self._sockets[1:]:
             end.close()  # this closes the connections that no worker took over
-        self.note(status="stopped", pid=None)
+        self.note(pid=None, **({"status": "dead", "error": error} if error else {"status": "stopped"}))
 
     async def _load(self, served: ServedVersion) -> WorkerProcess:
         "Return a worker that is ready to serve `served`: the one that stands by, or a new one."
@@ -369,7 +423,7 @@ async def apply_request(stage: StageWorkers) -> None:
     else:
         history = extend_history(stage.record.history, request.version, request.back)
         stage.note(**served._asdict(), answered=request.id, error="", status="running", history=history,
-                   since=utc_now())
+                   since=utc_now(), rejected=False)
         logging.getLogger(__name__).info("version %s serves at %s", request.version, stage.record.url)
 
 # %% ../../nbs/serving/11_supervisor.ipynb #735f815c
@@ -389,8 +443,11 @@ async def restart_worker(stage: StageWorkers, pauses: tuple[float, ...] = (0, 0.
                 raise
 
 # %% ../../nbs/serving/11_supervisor.ipynb #9508f0ee
-async def serve_requests(stage: StageWorkers, requested: asyncio.Event) -> None:
-    "Apply requests and restart the worker when it dies; return if the first request fails, as nothing serves then."
+async def serve_requests(stage: StageWorkers, requested: asyncio.Event,
+                         also: Callable[[], None] = lambda: None) -> None:
+    """Apply requests and restart the worker when it dies; return if the first request fails, as nothing serves then.
+
+    Call `also` about once a second."""
     while True:
         if requested.is_set():
             stage.note()  # a record that was damaged is whole again
@@ -402,10 +459,11 @@ async def serve_requests(stage: StageWorkers, requested: asyncio.Event) -> None:
             await restart_worker(stage)
         worker = cast(WorkerProcess, stage.worker)
         events = [asyncio.ensure_future(worker.process.wait()), asyncio.ensure_future(requested.wait())]
-        await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED, timeout=1 if stage.standby else None)
+        await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED, timeout=BEAT_SECONDS)
         for event in events:
             event.cancel()
-        await stage.release_standby()
+        await stage.look_after()
+        also()
 
 # %% ../../nbs/serving/11_supervisor.ipynb #9cbe3da6
 def open_stage(folder: Path, first_port: int) -> StageWorkers:
@@ -419,6 +477,12 @@ def open_stage(folder: Path, first_port: int) -> StageWorkers:
     return StageWorkers(folder, open_listener(remembered, first_port, reserved_ports(folder), patience, move))
 
 # %% ../../nbs/serving/11_supervisor.ipynb #62500bfb
+def keep_lock(path: Path, locks: ExitStack) -> None:
+    "Take the lock `path` again if somebody has removed its file: who finds none takes this process for dead."
+    if not path.exists():
+        with suppress(OSError):  # another one has been faster, and will find the port taken
+            locks.enter_context(locked(path, patience=0))
+
 async def run_supervisor(folder: Path, open_stage: Callable[[], StageWorkers], owned: bool = False) -> None:
     "Supervise the stage in `folder` until a signal, or with `owned` the end of standard input, ends this process."
     loop, requested = asyncio.get_running_loop(), asyncio.Event()
@@ -428,15 +492,18 @@ async def run_supervisor(folder: Path, open_stage: Callable[[], StageWorkers], o
         loop.add_signal_handler(number, task.cancel)
     if owned:
         loop.add_reader(sys.stdin.fileno(), lambda: loop.remove_reader(sys.stdin.fileno()) and task.cancel())
-    with locked(folder / "supervisor.lock", patience=5):
-        stage = open_stage()
+    with ExitStack() as locks:
+        locks.enter_context(locked(lock := folder / "supervisor.lock", patience=5))
+        stage, error = open_stage(), ""
         try:
             with suppress(asyncio.CancelledError):
-                await serve_requests(stage, requested)
+                await serve_requests(stage, requested, partial(keep_lock, lock, locks))
+        except WorkerFailed as e:
+            error = f"version {stage.record.version} does not come back: {e}"
         finally:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, lambda: None)  # it is ending; a second one cuts nobody off
-            await stage.close()
+            await stage.close(error)
 
 def supervise(folder: str, first_port: int, owned: bool) -> None:
     "Be the supervisor process of the stage in `folder`; raise `InputError` for a wrong setting."

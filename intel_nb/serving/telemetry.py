@@ -10,7 +10,9 @@ import logging
 import random
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from logging.handlers import RotatingFileHandler
@@ -20,7 +22,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 # %% auto #0
-__all__ = ['requests_log', 'FLUSH_SECONDS', 'Metrics', 'choose_request_id', 'log_request', 'log_requests_to']
+__all__ = ['requests_log', 'FLUSH_SECONDS', 'Metrics', 'choose_request_id', 'log_request', 'Limiter', 'RequestsFile',
+           'log_requests_to']
 
 # %% ../../nbs/serving/04_telemetry.ipynb #3f3116af
 class Metrics:
@@ -30,14 +33,20 @@ class Metrics:
         self.requests = Counter("intel_nb_requests", "Invocations by HTTP status.", ["status"], registry=self.registry)
         self.seconds = Histogram("intel_nb_request_seconds", "Time from request to response.", registry=self.registry,
                                  buckets=(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10))
-        self.batch = Histogram("intel_nb_batch_requests", "Requests worked on together.", registry=self.registry,
-                               buckets=(1, 2, 4, 8, 16, 32))
+        self.batch = Histogram("intel_nb_batch_requests", "Requests worked on together; one a second is a heartbeat.",
+                               registry=self.registry, buckets=(1, 2, 4, 8, 16, 32))
+        self.refused = Counter("intel_nb_refused_connections", "Requests that were not HTTP as RFC 9112 has it.",
+                               ["status"], registry=self.registry)
 
     def count(self, status: int, seconds: float) -> None:
         "Count an invocation that was answered with `status` after `seconds`."
         self.answered += status == 200
         self.requests.labels(str(status)).inc()
         self.seconds.observe(seconds)
+
+    def refuse(self, status: int) -> None:
+        "Count a request that was refused with `status` before it was one."
+        self.refused.labels(str(status)).inc()
 
     def watch(self, prefix: str, texts: Mapping[str, str], read: Callable[[], Mapping[str, float | None]]) -> None:
         "Add a gauge for each name in `texts`. It shows what `read` returns under that name; NaN for None or nothing."
@@ -68,12 +77,31 @@ def log_request(**fields: Any) -> None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         requests_log.info(json.dumps({"time": now, **{k: v for k, v in fields.items() if v is not None}}))
 
+# %% ../../nbs/serving/04_telemetry.ipynb #676c6ff3
+class Limiter:
+    "Lets at most `most` events pass in a second, and counts the others."
+    def __init__(self, most: int):
+        self._most, self._second, self._passed, self.missed = most, 0, 0, 0
+
+    def __call__(self) -> bool:
+        "Return whether this event passes."
+        if (second := int(time.monotonic())) != self._second:
+            self._second, self._passed = second, 0
+        self._passed += 1
+        self.missed += self._passed > self._most
+        return self._passed <= self._most
+
+    def take_missed(self) -> int:
+        "Return how many events did not pass since this was last asked."
+        missed, self.missed = self.missed, 0
+        return missed
+
 # %% ../../nbs/serving/04_telemetry.ipynb #a5f13ab7
 FLUSH_SECONDS = 0.5
 
-class _RequestsFile(RotatingFileHandler):
+class RequestsFile(RotatingFileHandler):
     "A rotating file that counts its bytes, where its base class asks the file system before each line."
-    written = 0
+    written = lost = 0
 
     def __init__(self, path: str | Path, size: int, backups: int):
         super().__init__(path, maxBytes=size, backupCount=backups, encoding="utf-8", delay=True)
@@ -90,6 +118,9 @@ class _RequestsFile(RotatingFileHandler):
         super().doRollover()
         self.written = 0
 
+    def handleError(self, record: logging.LogRecord) -> None:
+        self.lost += 1
+
     def flush(self) -> None:
         "Do nothing: the base class calls it after each line, and `_write_out` flushes the file."
 
@@ -99,11 +130,12 @@ class _RequestsFile(RotatingFileHandler):
 
     def _write_out(self) -> None:
         while not self._ended.wait(FLUSH_SECONDS):
-            super().flush()
+            with suppress(OSError, ValueError):  # no room, or closed: `emit` meets the same and counts
+                super().flush()
 
-def log_requests_to(path: str | Path, size: int = 2**24, backups: int = 3) -> logging.Handler:
+def log_requests_to(path: str | Path, size: int = 2**24, backups: int = 3) -> RequestsFile:
     "Write the lines to the file `path` alone. At `size` bytes it becomes `path`.1; keep `backups` of these."
-    handler = _RequestsFile(path, size, backups)
+    handler = RequestsFile(path, size, backups)
     handler.setFormatter(logging.Formatter("%(message)s"))
     requests_log.addHandler(handler)
     requests_log.setLevel(logging.INFO)

@@ -15,6 +15,7 @@ import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['python_command', 'Assignment', 'die_with_parent', 'return_freed_memory', 'check_package', 'load_app', 'wait_to_serve',
-           'work', 'serve', 'read_last_order']
+           'work', 'serve', 'read_last_order', 'answer_beat']
 
 # %% ../../nbs/serving/10_worker.ipynb #c740dc31
 def python_command(function: str, *arguments: Any) -> list[str]:
@@ -114,11 +115,12 @@ def work(assignment: dict[str, Any]) -> None:
     die_with_parent(mine.parent)
     os.nice(int(os.environ.get("INTEL_NB_NICE") or 0))
     return_freed_memory()
-    log_requests_to(Path(mine.state).parent / "requests.log")
+    log = log_requests_to(Path(mine.state).parent / "requests.log")
     control, numbers = socket.socket(fileno=mine.control), (mine.control, mine.listener, mine.give, mine.take)
     stands_by = True
     while stands_by:
         app = load_app(mine, control)
+        app.service.metrics.watch("intel_nb_log_", {"lost": "Lines that could not be written."}, lambda: vars(log))
         if not wait_to_serve(control):
             return
         stands_by = uvloop.run(serve(app, *(socket.socket(fileno=os.dup(n)) for n in numbers)))
@@ -130,7 +132,9 @@ async def serve(app: Application, control: socket.socket, listener: socket.socke
     "Serve `app` on `listener` until the supervisor or a signal ends it; return whether to stand by."
     from intel_nb.serving.protocol import HttpServer
     reader, writer = await asyncio.open_connection(sock=control)
-    server = HttpServer(app)
+    server = HttpServer(app, app.service.metrics.refuse)
+    if ip_address(listener.getsockname()[0]).is_loopback:
+        app.hosts = app.hosts or ""  # a name that leads here from outside is somebody's trick
     serving = await server.begin(listener.dup())
     await server.take_over(take)
     writer.write(b"serving\n")
@@ -152,7 +156,18 @@ async def serve(app: Application, control: socket.socket, listener: socket.socke
     return order.done() and order.result() == b"stand by\n"
 
 async def read_last_order(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, service: Service) -> bytes:
-    "Answer the order `count` until another order comes, and return that; empty if the supervisor is dead."
-    while (order := await reader.readline()) == b"count\n":
-        writer.write(b"%d\n" % service.metrics.answered)
+    "Answer the orders `count` and `beat` until another order comes, and return that; empty if the supervisor is dead."
+    beats = set()
+    while (order := await reader.readline()) in (b"count\n", b"beat\n"):
+        if order == b"count\n":
+            writer.write(b"%d\n" % service.metrics.answered)
+        else:  # the next order must not wait for a model that hangs
+            beats.add(asyncio.create_task(answer_beat(writer, service)))
+    for beat in beats:
+        beat.cancel()
     return order
+
+async def answer_beat(writer: asyncio.StreamWriter, service: Service) -> None:
+    "Say `alive` once the service has shown that it is."
+    await service.beat()
+    writer.write(b"alive\n")
