@@ -28,19 +28,20 @@ __all__ = ['app', 'aws_app', 'INTERRUPTED', 'JsonOption', 'VersionArgument', 'St
            'Engine', 'Approve', 'Replace', 'BAR_FROM', 'ImagesArgument', 'CsvOption', 'ObserveOption', 'ModelArgument',
            'RunArgument', 'NameOption', 'PipelineOption', 'StackOption', 'YesOption', 'Reason', 'print_line',
            'print_error', 'check_none_empty', 'call', 'main', 'format_table', 'print_json', 'print_rows', 'print_note',
-           'looked_at', 'mended', 'complete_with', 'complete_versions', 'complete_runs', 'complete_steps',
-           'complete_profiles', 'complete_settings', 'PlainProgress', 'BarProgress', 'show_progress', 'data_lines',
-           'annotation_lines', 'describe_run', 'exit_with_outcome', 'request_from', 'run_command', 'runs_command',
-           'report_command', 'version_row', 'print_versions', 'models_command', 'trace_command', 'describe_shadow',
-           'describe_drift', 'drift_and_shadow', 'endpoints_command', 'captures_command', 'carry_out_decision',
-           'approve_command', 'reject_command', 'withdraw_command', 'promote_command', 'rollback_command',
-           'shadow_command', 'start_command', 'stop_command', 'with_bar', 'print_predictions', 'print_prediction_table',
-           'print_data', 'check_at_most_one', 'predict_command', 'serve_command', 'sign_command', 'export_command',
-           'import_command', 'watch_command', 'audit_command', 'check_command', 'cancel_command', 'logs_command',
-           'prune_command', 'confirm_unless', 'aws_template_command', 'aws_definition_command', 'aws_rehearse_command',
-           'aws_cost_command', 'aws_deploy_command', 'aws_start_command', 'aws_status_command', 'aws_models_command',
-           'aws_approve_command', 'aws_promote_command', 'aws_reject_command', 'aws_rollback_command',
-           'aws_invoke_command', 'aws_logs_command', 'aws_destroy_command']
+           'looked_at', 'mended', 'with_remedy', 'complete_with', 'complete_versions', 'complete_runs',
+           'complete_steps', 'complete_profiles', 'complete_settings', 'PlainProgress', 'BarProgress', 'show_progress',
+           'data_lines', 'annotation_lines', 'describe_run', 'exit_with_outcome', 'request_from', 'run_command',
+           'runs_command', 'report_command', 'version_row', 'print_versions', 'models_command', 'trace_command',
+           'describe_shadow', 'describe_drift', 'drift_and_shadow', 'endpoints_command', 'captures_command',
+           'carry_out_decision', 'approve_command', 'reject_command', 'withdraw_command', 'promote_command',
+           'rollback_command', 'shadow_command', 'start_command', 'stop_command', 'with_bar', 'print_predictions',
+           'print_prediction_table', 'print_data', 'check_at_most_one', 'predict_command', 'check_not_rejected',
+           'serve_command', 'sign_command', 'export_command', 'import_command', 'watch_command', 'audit_command',
+           'check_command', 'cancel_command', 'logs_command', 'prune_command', 'confirm_unless', 'aws_template_command',
+           'aws_definition_command', 'aws_rehearse_command', 'aws_cost_command', 'aws_deploy_command',
+           'aws_start_command', 'aws_status_command', 'aws_models_command', 'aws_approve_command',
+           'aws_promote_command', 'aws_reject_command', 'aws_rollback_command', 'aws_invoke_command',
+           'aws_logs_command', 'aws_destroy_command']
 
 # %% ../nbs/20_cli.ipynb #d6fdda1b
 app = typer.Typer(name="intel-nb", no_args_is_help=True, rich_markup_mode=None,
@@ -176,15 +177,19 @@ def looked_at(workspace: Workspace) -> Workspace:
     "Return the workspace. Say what in it is not as it was decided, and what mends it."
     from intel_nb.chain.mending import find_differences
     for one in find_differences(workspace):
-        print_note(f"note: {one}; intel-nb check --repair")
+        print_note(f"note: {with_remedy(str(one))}")
     return workspace
 
 def mended(workspace: Workspace) -> Workspace:
     "Return the workspace, in which all that can be mended at once is mended. Say what was, and what was not."
     from intel_nb.chain.mending import mend
     for text in mend(workspace, print_note):
-        print_note(f"note: {text}; intel-nb check --repair")
+        print_note(f"note: {with_remedy(text)}")
     return workspace
+
+def with_remedy(text: str) -> str:
+    "Return a sentence about damage with the command that mends it, unless it names one."
+    return text if "intel-nb " in text else f"{text}; intel-nb check --repair"
 
 # %% ../nbs/20_cli.ipynb #9fb05ad7
 def complete_with(find: Callable[[str], Iterable[Any]]) -> Callable[[str], list[Any]]:
@@ -491,7 +496,8 @@ def describe_drift(found: dict[str, Any]) -> str:
     level = "nothing seen since"
     if found["time"]:
         level = f"statistic {found['statistic']:.2f} of {found['threshold']:.2f} at {found['time']}"
-    return f"{level}, {found['alarms']} alarms{last}"
+    problems = "".join(f"; {problem}" for problem in found.get("problems", []))
+    return f"{level}, {found['alarms']} alarms{last}{problems}"
 
 # %% ../nbs/20_cli.ipynb #e6677cf7
 def drift_and_shadow(endpoint: Any, endpoints: Any) -> dict[str, str]:
@@ -500,7 +506,7 @@ def drift_and_shadow(endpoint: Any, endpoints: Any) -> dict[str, str]:
     seen = endpoints.shadowed(endpoint.stage)
     shadow = describe_shadow(seen) if seen and seen["status"] == "running" else ""
     try:
-        drift = describe_drift(drift_status(endpoint.url)) if endpoint.status == "running" else ""
+        drift = describe_drift(drift_status(endpoint.url)) if endpoint.status == "running" else endpoint.error
     except (EndpointError, InputError) as e:  # it has ended meanwhile, or asks for another token
         drift = f"not known: {e}"
     return {"drift": drift, "shadow": shadow}
@@ -615,7 +621,10 @@ def stop_command(
     from intel_nb.chain.decisions import find_endpoint
     from intel_nb.serving.endpoints import EndpointError
     endpoints, failed = _workspace().endpoints(), False
-    for name in [find_endpoint(_workspace(), stage).stage] if stage else endpoints.running_or_known():
+    names = [find_endpoint(_workspace(), stage).stage] if stage else endpoints.running_or_known()
+    if not names:
+        print_line(f"nothing runs in {_workspace().home}")
+    for name in names:
         try:
             endpoints.stop(name)
             print_line(f"{name} is stopped")
@@ -712,6 +721,8 @@ def predict_command(
     for other in {"--stage": stage is not None}, {"--observe": observe}:
         check_at_most_one(asked | other)
     check_at_most_one({"--csv": as_csv, "--json": as_json})
+    if version is not None and (known := _workspace().registry().get(version)).status == "Rejected":
+        print_note(f"note: version {version} is rejected ({known.reason})")
     if any(asked.values()):
         found = load_package(package) if package is not None else open_version(_workspace().registry(), str(version))
         rows = predict_package(found, files := find_files(images))
@@ -728,6 +739,12 @@ def _find_package(model: str) -> tuple[str, str]:
     return str(_workspace().registry().package(model)), model
 
 # %% ../nbs/20_cli.ipynb #f9783291
+def check_not_rejected(version: str) -> None:
+    "Raise `NotAllowed` for a version of this workspace that is rejected; an empty one is of none."
+    from intel_nb.chain.decisions import NotAllowed
+    if version and (found := _workspace().registry().get(version)).status == "Rejected":
+        raise NotAllowed(f"version {version} is rejected ({found.reason}); intel-nb models lists the others")
+
 def _copies(path: str) -> list[str]:
     "Return where the package of the workspace's registry at `path` lies: there, and as a training step's output."
     from pathlib import Path
@@ -752,6 +769,7 @@ def serve_command(
 ) -> None:
     "Serve a model package in the foreground, until Ctrl-C."
     path, version = _find_package(model)
+    check_not_rejected(version)
     version = os.environ.get("INTEL_NB_VERSION") or version
     if ray_config:
         from intel_nb.serving.ray import serve_config
@@ -844,9 +862,10 @@ def audit_command(as_json: JsonOption = False) -> None:
     import json
     workspace = _workspace()
     record = workspace.registry().record()
+    lines = [*record.lines, *record.suspect]
     rows = ({"n": line.number, "time": line.time, "by": f"{line.user}@{line.host}", "act": line.act,
-             "version": line.version, "stage": line.stage, "reason": line.reason} for line in record.lines)
-    shown = (json.loads(line.line()) for line in record.lines) if as_json else rows
+             "version": line.version, "stage": line.stage, "reason": line.reason} for line in lines)
+    shown = (json.loads(line.line()) for line in lines) if as_json else rows
     print_rows(shown, as_json, f"no decisions yet in {workspace.home}")
     if record.problem:
         print_note(f"error: {record.problem}; intel-nb check --repair")
@@ -867,7 +886,8 @@ def check_command(
         left = [str(one) for one in find_all_differences(workspace)]
     for text in left:
         print_line(printable(text))
-    print_line(f"{len(left)} things are not as they should be" + ("" if repair else ": intel-nb check --repair")
+    things = f"{len(left)} things are" if len(left) > 1 else "1 thing is"
+    print_line(f"{things} not as it was written or decided" + ("" if repair else ": intel-nb check --repair")
                if left else "all is as it should be")
     raise typer.Exit(1 if left else 0)
 

@@ -5,7 +5,6 @@
 # %% ../nbs/19_registry.ipynb #079cb740
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
 import math
@@ -34,6 +33,7 @@ from intel_nb.storage import (
     read_json,
     sha256_file,
     sync,
+    user_name,
     utc_now,
     utc_text,
     write_json,
@@ -43,10 +43,10 @@ from intel_nb.storage import (
 # %% auto #0
 __all__ = ['STATUSES', 'ACTS', 'STAGE_ACTS', 'STRICTEST', 'MODEL', 'ModelVersion', 'check_status', 'find_version', 'metrics_of',
            'images_of', 'data_fingerprint', 'wilson_interval', 'describe_accuracy', 'describe_version', 'Registry',
-           'Decision', 'DecisionRecord', 'read_decisions', 'append_decision', 'user_name', 'as_decided',
-           'import_client', 'artifact_folder', 'record_of', 'create_database', 'create_database_in_background',
-           'read_versions', 'read_record_of', 'copy_files', 'log_run', 'decision_tags', 'registration_facts',
-           'LocalRegistry', 'open_registry', 'note_stage', 'note_test']
+           'Decision', 'DecisionRecord', 'read_decisions', 'append_decision', 'as_decided', 'import_client',
+           'artifact_folder', 'record_of', 'create_database', 'create_database_in_background', 'read_versions',
+           'noted_head', 'read_record_of', 'lost_versions', 'copy_files', 'log_run', 'decision_tags',
+           'registration_facts', 'LocalRegistry', 'open_registry', 'note_stage', 'note_test']
 
 # %% ../nbs/19_registry.ipynb #b4d6de69
 STATUSES = ("PendingManualApproval", "Approved", "Rejected")
@@ -221,8 +221,14 @@ class DecisionRecord:
         return list(self.lines[begun + 1:])
 
     def about(self, version: str) -> list[Decision]:
-        "Return the lines about `version` of the present database, oldest first."
-        return [line for line in self.present() if line.version == version]
+        "Return the lines about `version` of the present database since it was registered last, oldest first."
+        lines = [line for line in self.present() if line.version == version]
+        made = max((k for k, line in enumerate(lines) if line.act == "register"), default=0)
+        return lines[made:]
+
+    def registered(self) -> dict[str, Decision]:
+        "Return the lines that registered the versions of the present database, by version."
+        return {line.version: line for line in self.present() if line.act == "register"}
 
     def verdict(self, fingerprint: str) -> Decision | None:
         "Return the line in which a person last rejected the package or took that back, or None. A suspect line counts."
@@ -292,19 +298,16 @@ def _append_line(path: Path, text: str) -> None:
     is_new = not path.exists()
     with open(path, "a+b") as out:
         out.seek(0)
-        out.truncate(out.read().rfind(b"\n") + 1)  # of a process that was killed while it wrote
+        whole, _, rest = out.read().rpartition(b"\n")
+        if rest.startswith(b"{"):  # of a process that was killed while it wrote
+            out.truncate(len(whole) + (1 if whole else 0))
+        elif rest:  # no process of ours wrote that: it stays, and shows as damage
+            out.write(b"\n")
         out.write(f"{text}\n".encode())
         out.flush()
         os.fsync(out.fileno())
     if is_new:
         sync(path.parent)
-
-def user_name() -> str:
-    "Return the name of the user, or the number of one without a name."
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return str(os.getuid())
 
 # %% ../nbs/19_registry.ipynb #8080f191
 STRICTEST = ("Rejected", "PendingManualApproval", "Approved")
@@ -369,8 +372,8 @@ def create_database(database: Path) -> Path:
     "Create MLflow's `database` with our experiment and model in it, if it does not exist, and return it."
     with locked(database.with_name(f".{database.name}.lock")):
         if not database.exists():
-            if read_decisions(record := record_of(database)).lines:  # of a database that has gone
-                append_decision(record, "begin")
+            if read_decisions(record_of(database)).registered():  # numbers of versions would begin again at 1
+                raise Damaged(f"{database} is missing; intel-nb check --repair makes it again from the record")
             with written_aside(database) as aside:
                 client = _open_client(aside)
                 client.create_experiment(MODEL, artifact_location=artifact_folder(database).as_uri())
@@ -398,6 +401,8 @@ left join (select version, json_group_array(alias) as aliases
            from registered_model_aliases where name = :model group by version) using (version)
 where name = :model and current_stage != 'Deleted_Internal' order by version desc"""
 
+_NUMBERS = "select version from model_versions where name = :model"  # with those that somebody deleted in MLflow
+
 _HEAD = "select value from registered_model_tags where name = :model and key = 'decisions'"
 
 def _query(database: Path, query: str) -> list[tuple]:
@@ -422,6 +427,12 @@ def read_versions(database: Path) -> list[ModelVersion]:
         if isinstance(e, Damaged):
             raise
         raise Damaged(f"{database} is damaged ({e}); intel-nb check --repair") from None
+
+def noted_head(database: Path) -> int:
+    "Return the number of the last line of the record that MLflow knows of; 0 if it knows of none."
+    with suppress(Damaged, ValueError, sqlite3.OperationalError):
+        return max((int(str(value).partition(" ")[0]) for value, in _query(database, _HEAD)), default=0)
+    return 0
 
 def read_record_of(database: Path) -> DecisionRecord:
     "Return the record of decisions beside `database`, held against what MLflow has of its last line."
@@ -450,6 +461,16 @@ def _known_status(tags: dict[str, str]) -> str:
     "Return the status in MLflow's tags. One that is none counts as waiting: nobody has approved that."
     found = tags.get("approval", "PendingManualApproval")
     return found if found in STATUSES else "PendingManualApproval"
+
+# %% ../nbs/19_registry.ipynb #c30d56a4
+def lost_versions(database: Path, record: DecisionRecord) -> list[ModelVersion]:
+    "Return the versions that `record` has and MLflow's tables lack, newest first, as they were registered."
+    known: set[str] = set()
+    with suppress(Damaged):
+        known = {str(number) for number, in _query(database, _NUMBERS)} if database.exists() else known
+    return [ModelVersion(version=line.version, status=line.status, reason=line.reason, accuracy=math.nan, aliases=[],
+                         run_id="", fingerprint=line.fingerprint, data="", created=line.time)
+            for line in reversed(record.registered().values()) if line.version not in known]
 
 # %% ../nbs/19_registry.ipynb #92c1e288
 def copy_files(target: Path, package: Path, evaluation: dict, artifacts: Sequence[Path]) -> Path:
@@ -491,7 +512,13 @@ class LocalRegistry(Registry):
     database: Path
 
     def prepare(self) -> None:
+        self.check_complete()
         create_database_in_background(self.database)
+
+    def check_complete(self) -> None:
+        "Raise `Damaged` where MLflow's tables lack versions, whose numbers would be given again."
+        if problems := self.problems():
+            raise Damaged(f"{problems[0]}; intel-nb check --repair makes it again from the record")
 
     def record(self) -> DecisionRecord:
         "Return the record of decisions."
@@ -511,6 +538,7 @@ class LocalRegistry(Registry):
                 **decision_tags(status, reason)}
         if "imported" in evaluation:  # it was not measured here
             tags["imported"] = evaluation["imported"]["from"]
+        self.check_complete()
         client = _open_client(create_database(self.database))
         run = client.create_run(client.get_experiment_by_name(MODEL).experiment_id).info.run_id
         copied = copy_files(files := artifact_folder(self.database, run), loaded.path, evaluation, artifacts)
@@ -523,7 +551,25 @@ class LocalRegistry(Registry):
 
     def versions(self) -> list[ModelVersion]:
         record = self.record()
-        return [as_decided(found, record) for found in read_versions(self.database)]
+        try:
+            tables = read_versions(self.database)
+        except Damaged:
+            if not record.registered():
+                raise
+            tables = []
+        known = sorted([*tables, *lost_versions(self.database, record)], key=lambda v: int(v.version), reverse=True)
+        return [as_decided(found, record) for found in known]
+
+    def problems(self) -> list[str]:
+        "Return what is wrong with MLflow's tables as a whole: missing, damaged, or without registered versions."
+        try:
+            read_versions(self.database)
+        except Damaged as e:
+            return [str(e)]
+        lost = lost_versions(self.database, self.record())
+        if lost and not self.database.exists():
+            return [f"{self.database} is missing"]
+        return [f"{self.database} lacks version {', '.join(v.version for v in reversed(lost))}"] if lost else []
 
     def get(self, version: str) -> ModelVersion:
         return find_version(self.versions(), version, str(self.database.parent))
@@ -558,6 +604,8 @@ class LocalRegistry(Registry):
         tags = {"fingerprint": found.fingerprint, "accuracy": repr(found.accuracy), "images": str(found.images),
                 "data": found.data, **decision_tags(found.status, found.reason, found.tags.get("decided", ""))}
         self._write_tags(found.version, found.tags | tags)
+        if not self._has(found.version):
+            return
         client = _open_client(self.database)
         there = next(v.aliases for v in read_versions(self.database) if v.version == found.version)
         for alias in {*there} - {*found.aliases}:
@@ -575,7 +623,7 @@ class LocalRegistry(Registry):
         """Make MLflow's database anew from the record, where there is none. Return the number of versions.
 
         Raise `InputError` if the record lacks some. The files of the versions stay where they are."""
-        made = [line for line in self.record().present() if line.act == "register"]
+        made = sorted(self.record().registered().values(), key=lambda line: int(line.version))
         if not made or [line.version for line in made] != [str(n + 1) for n in range(len(made))]:
             raise InputError(f"{record_of(self.database)} does not tell of all versions; restore the database from a "
                              "backup")
@@ -593,14 +641,26 @@ class LocalRegistry(Registry):
             self.copy_version(found)
         return len(made)
 
+    def _has(self, version: str) -> bool:
+        "Tell whether MLflow has this version. Where it has not, a copy of the record waits until it has."
+        with suppress(Damaged):
+            return any(v.version == version for v in read_versions(self.database))
+        return False
+
     def _write_tags(self, version: str, tags: dict[str, str]) -> None:
+        if not self._has(version):
+            return
         client = _open_client(self.database)
         for key, value in tags.items():
             client.set_model_version_tag(MODEL, version, key, value)
         self.note_head()
 
-    def note_head(self) -> None:
-        "Keep number and hash of the record's last line in MLflow, so that a file that was cut short shows."
+    def note_head(self, mended: bool = False) -> None:
+        """Keep number and hash of the record's last line in MLflow, so that a file that was cut short shows.
+
+        What MLflow has of a damaged record is the only witness, so it stays until the record is `mended`."""
+        if not mended and self.record().problem:
+            return
         client = _open_client(self.database)
         with locked(record_of(self.database).with_name(".decisions.head.lock")):  # the later one is written last
             if head := read_decisions(record_of(self.database)).head:
@@ -610,6 +670,8 @@ class LocalRegistry(Registry):
         found = self.get(version) if version else None
         self.note(act if found else "stop", stage=alias, version=found.version if found else "",
                   fingerprint=found.fingerprint if found else "", reason=reason)
+        if self.problems():
+            return
         client = _open_client(create_database(self.database))
         if found:
             client.set_registered_model_alias(MODEL, alias, found.version)
@@ -631,17 +693,22 @@ class LocalRegistry(Registry):
 
     def predictions(self, version: str) -> Path | None:
         path = self._files(version) / "predictions.parquet"
-        return self._whole(version, path.name) if path.exists() else None
+        return self._whole(version, path.name) if path.exists() or path.name in self.digests(version) else None
+
+    def digests(self, version: str) -> dict[str, str]:
+        "Return the digests of the files that a version was registered with, by name."
+        made = self.record().registered().get(version)
+        return made.facts.get("files", {}) if made else {}
 
     def _files(self, version: str) -> Path:
         return artifact_folder(self.database, self.get(version).tracking_run)
 
     def _whole(self, version: str, name: str) -> Path:
         "Return the path of a file that `version` was registered with. Raise `Damaged` if its digest is another one."
-        path = self._files(version) / name
-        made = next((line for line in self.record().about(version) if line.act == "register"), None)
-        noted = made.facts.get("files", {}).get(name) if made else None
-        if noted and path.is_file() and sha256_file(path) != noted:
+        path, noted = self._files(version) / name, self.digests(version).get(name)
+        if noted and not path.is_file():
+            raise Damaged(f"{path} is missing, with which version {version} was registered")
+        if noted and sha256_file(path) != noted:
             raise Damaged(f"{path} is damaged: it is not what version {version} was registered with")
         return path
 

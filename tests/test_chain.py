@@ -90,8 +90,18 @@ def test_a_parameter_of_evaluate_leaves_data_and_train_alone(waiting):
 
 def test_a_version_that_the_registry_lost_is_registered_again(waiting):
     (waiting.home / "mlflow.db").unlink()
+    (waiting.home / "decisions.jsonl").unlink()
     assert waiting.run().status == 3
     assert waiting.statuses()["evaluate"] == "succeeded"
+    assert [v["version"] for v in waiting("models", "--json").json] == ["1"]
+
+
+@pytest.mark.slow
+def test_a_database_that_is_lost_is_made_again_from_the_record(waiting):
+    (waiting.home / "mlflow.db").unlink()
+    answer = waiting.run()
+    assert answer.status == 3 and "1 versions are made anew from the record" in answer.err
+    assert waiting.statuses()["evaluate"] == "cached"
     assert [v["version"] for v in waiting("models", "--json").json] == ["1"]
 
 

@@ -13,7 +13,7 @@ import pytest
 from intel_nb.chain.watch import alarm_events
 from intel_nb.evaluate import register_package
 from intel_nb.registry import LocalRegistry, append_decision, import_client
-from intel_nb.storage import sync, write_json
+from intel_nb.storage import Damaged, sync, write_json
 
 WRITE = "import sys; from intel_nb.storage import write_json; write_json(sys.argv[1], {'a': 1})"
 
@@ -106,8 +106,8 @@ def test_a_verdict_belongs_to_package_threshold_and_champion(registry, package):
 
 
 @pytest.mark.slow
-def test_a_registry_that_was_deleted_begins_anew_and_revives_nothing(registry, package, twin_model):
-    "The numbers start at 1 again. What is said of the old ones does not hold for the new ones, but for a rejection."
+def test_a_database_that_was_deleted_is_made_again_before_it_is_written_to(registry, package, twin_model):
+    "Numbers that would begin at 1 again would take over what was decided about others."
     register = lambda folder: registry.register(folder, report(True, .8), status="PendingManualApproval",
                                                 reason="passed", params={})
     assert [register(package.path), register(twin_model)] == ["1", "2"]
@@ -115,11 +115,12 @@ def test_a_registry_that_was_deleted_begins_anew_and_revives_nothing(registry, p
     registry.set_status("2", "Rejected", "it takes fog for sea")
     registry.set_alias("production", "1", "promote")
     registry.database.unlink()
-    assert registry.versions() == []
-    assert [register(twin_model), register(package.path)] == ["1", "2"]
-    assert [(v.version, v.status, v.aliases) for v in registry.versions()] == [
-        ("2", "PendingManualApproval", []), ("1", "Rejected", [])]
-    assert [line.act for line in registry.record().lines].count("begin") == 1
+    known = [("2", "Rejected", []), ("1", "Approved", ["production"])]
+    assert [(v.version, v.status, v.aliases) for v in registry.versions()] == known
+    with pytest.raises(Damaged, match="is missing; intel-nb check --repair makes it again"):
+        register(twin_model)
+    registry.set_status("1", "Rejected", "a person can reject what serves all the same")
+    assert registry.rebuild() == 2 and registry.get("1").status == "Rejected"
 
 
 @pytest.mark.slow

@@ -346,7 +346,9 @@ class SageMakerEndpoints(Endpoints):
         return self._serve("rollback", stage, choose)
 
     @translate_errors()
-    def start(self, stage: str, *, engine: str | None = None, move: bool = False) -> Endpoint:
+    def start(self, stage: str, *, engine: str | None = None, move: bool = False,
+              check: Callable[[], Any] = lambda: None) -> Endpoint:
+        check()
         state, found = self._known(stage)
         last = state.config or found["EndpointConfigName"]
         return self._serve("start", stage, lambda state: state.config or last)

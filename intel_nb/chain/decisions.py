@@ -66,7 +66,8 @@ def approve(workspace: Workspace, version: str, reason: str = "", tell: Tell = l
     registry = workspace.registry()
     found = registry.get(version)
     if found.status == "Rejected":
-        raise NotAllowed(f"version {version} is rejected ({found.reason}) and stays so; run the chain for another one")
+        raise NotAllowed(f"version {version} is rejected ({found.reason}); if a person decided that, intel-nb withdraw "
+                         f"{version} takes it back; else run the chain for another one")
     ask = ask and cache(ask)
     if replaced := Deployment().replacement(workspace, {"stage": "staging", "version": version, "back": False}):
         check_replacement(replaced, may_replace, ask)
@@ -156,14 +157,17 @@ def earlier_request(workspace: Workspace, history: Sequence[str], fingerprint: s
 def withdraw_package(workspace: Workspace, fingerprint: str, tell: Tell) -> list[str]:
     "Take the package with this `fingerprint` out of all stages where it serves. Return the names of these."
     endpoints, changed = workspace.endpoints(), []
+    endpoints.refresh()
     for before in endpoints.list():
         record = read_record(endpoints.folder / before.stage)
-        if served_fingerprint(record) != fingerprint or before.status in ("stopped", "dead"):
+        if served_fingerprint(record) != fingerprint:
             continue
         def find(history: Sequence[str], engine: str = record.engine) -> StageRequest | None:
             found = earlier_request(workspace, history, fingerprint)
             return found and replace(found, engine=engine)
         now = endpoints.withdraw(before.stage, fingerprint, find)
+        if before.status in ("stopped", "dead"):
+            continue
         goes_back = now.status == "running"
         news = f"goes back to version {now.version}" if goes_back else "has no earlier version and is stopped"
         tell(RunEvent("note", text=f"{before.stage} {news}"))
@@ -209,14 +213,17 @@ def withdraw_rejection(workspace: Workspace, version: str, reason: str = "") -> 
 # %% ../../nbs/chain/08_decisions.ipynb #85c3d79e
 def start_shadow(workspace: Workspace, version: str, stage: str) -> None:
     "Send copies of the requests to `stage` to `version`. Raise `NotAllowed` if it is rejected or serves there."
-    endpoint, found = find_endpoint(workspace, stage), workspace.registry().get(version)
-    if found.status == "Rejected":
-        raise NotAllowed(f"version {version} is rejected ({found.reason}); shadow another one")
+    endpoint = find_endpoint(workspace, stage)
+    def check() -> None:
+        found = workspace.registry().get(version)
+        if found.status == "Rejected":
+            raise NotAllowed(f"version {version} is rejected ({found.reason}); shadow another one")
+    check()
     if endpoint.version == version:
         raise NotAllowed(f"version {version} is what {stage} serves; shadow another one")
     if endpoint.status != "running":
         raise NotAllowed(f"{stage} is {endpoint.status}; intel-nb start {stage}")
-    workspace.endpoints().shadow(stage, workspace.registry().package(version), version)
+    workspace.endpoints().shadow(stage, workspace.registry().package(version), version, check)
 
 def _stop_shadows(workspace: Workspace, fingerprint: str) -> None:
     "End all shadows of the package with this `fingerprint`."
@@ -240,6 +247,8 @@ def check_may_start(workspace: Workspace, stage: str) -> None:
         raise NotAllowed(f"{served} is rejected; intel-nb rollback {stage}")
     if found and found.status != "Approved":
         raise NotAllowed(f"{served} waits for approval; intel-nb approve {record.version}")
+    if not found and record.rejected:
+        raise NotAllowed(f"{served} was rejected, and the registry does not say otherwise; deploy another")
     if not found and not record.fingerprint:
         raise NotAllowed(f"{served} is not in the registry, so nobody can say whether it was approved; deploy another")
 
@@ -248,7 +257,7 @@ def start_stage(workspace: Workspace, stage: str, engine: str | None = None, mov
 
     Raise `NotAllowed` for what is not approved."""
     find_endpoint(workspace, stage)
-    check_may_start(workspace, stage)
-    found = workspace.endpoints().start(stage, engine=engine, move=move)
+    found = workspace.endpoints().start(stage, engine=engine, move=move,
+                                        check=lambda: check_may_start(workspace, stage))
     note_served(workspace, stage, "deploy")
     return found

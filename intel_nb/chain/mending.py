@@ -24,6 +24,7 @@ from intel_nb.registry import (
     append_decision,
     artifact_folder,
     as_decided,
+    noted_head,
     read_decisions,
     read_versions,
     record_of,
@@ -46,14 +47,16 @@ from intel_nb.storage import (
     read_checked,
     read_json,
     remove,
+    sha256_file,
     utc_now,
+    write_bytes,
     written_aside,
 )
 
 # %% auto #0
 __all__ = ['Difference', 'is_in_progress', 'StageView', 'view_stage', 'stage_differences', 'put_aside', 'run_differences',
-           'record_differences', 'capture_differences', 'registry_differences', 'version_differences', 'all_stages',
-           'find_differences', 'find_all_differences', 'mend']
+           'record_differences', 'capture_differences', 'lines_lost', 'registry_problems', 'registry_differences',
+           'version_differences', 'all_stages', 'find_differences', 'find_and_copy', 'find_all_differences', 'mend']
 
 # %% ../../nbs/chain/10_mending.ipynb #065de8f7
 @dataclass(frozen=True)
@@ -126,6 +129,14 @@ def _finish(view: StageView, request: StageRequest) -> str:
     stays = f"version {view.record.version} serves on" if view.serves else f"intel-nb start {view.stage}"
     return f"{view.stage}: the change to version {request.version}, which was cut off, is taken back; {stays}"
 
+def _who_asked(view: StageView) -> str:
+    "Return why a stage serves what it serves, as far as the last request to it says."
+    with suppress(Damaged):
+        request = read_request(view.endpoints.folder / view.stage)
+        if request and request.id == view.record.answered and view.serves:
+            return f"{request.user} {'went back to' if request.back else 'deployed'} it, and nobody noted that"
+    return "what it served is rejected" if not view.serves else "the alias was lost"
+
 def _follow(view: StageView) -> str:
     "Let the alias name what serves."
     serves = view.serves and view.record.version in view.versions
@@ -133,7 +144,7 @@ def _follow(view: StageView) -> str:
         if (now.version, now.status == "running") != (view.record.version, view.serves):
             return f"{view.stage} has changed meanwhile"
         view.workspace.registry().note("repair", stage=view.stage, version=now.version if serves else "",
-                                       fingerprint=view.fingerprint if serves else "", reason="the alias was lost")
+                                       fingerprint=view.fingerprint if serves else "", reason=_who_asked(view))
     return f"{view.stage}: the alias names {'version ' + view.record.version if serves else 'nothing'}"
 
 def _end_shadow(view: StageView) -> str:
@@ -181,12 +192,15 @@ def _put_aside(path: Path) -> str:
 
 def _fail_run(path: Path) -> str:
     "Put the record of a run aside, and write one that says that it failed."
-    said = _put_aside(path)
+    said = _put_aside(path) if path.exists() else f"{path} was missing"
     write_run(path.parent.parent, Run(path.parent.name, "failed", utc_now(), utc_now(), "unknown", cause="repair"))
     return f"{said}; the run counts as failed"
 
 def run_differences(executed: Path) -> Iterator[Difference]:
     "Yield the files of runs that are damaged."
+    for folder in sorted(p for p in executed.glob("[!.]*") if p.is_dir() and (p / "request.json").exists()):
+        if not (folder / "run.json").exists() and not is_locked(folder / ".lock"):
+            yield Difference(f"{folder / 'run.json'} is missing", partial(_fail_run, folder / "run.json"), waits=True)
     for path in sorted(executed.glob("[!.]*/run.json")):
         try:
             read_run(executed, path.parent.name)
@@ -202,11 +216,14 @@ def run_differences(executed: Path) -> Iterator[Difference]:
 # %% ../../nbs/chain/10_mending.ipynb #23f3f133
 def _write_stage(folder: Path) -> str:
     "Write a stage's record and its copy again, from the one that is whole. A supervisor that runs does it itself."
-    record = read_record(folder)
-    if pid := supervisor_pid(folder):
-        os.kill(pid, signal.SIGHUP)
+    for path in (folder / name for name in RECORDS):
+        if path.is_dir():
+            put_aside(path)
+    if supervisor_pid(folder):
+        LocalEndpoints(folder.parent).refresh()
+        os.kill(supervisor_pid(folder) or 0, signal.SIGHUP)
         return f"{folder.name}: its supervisor writes the record again"
-    write_stage(folder, record)
+    write_stage(folder, read_record(folder))
     return f"{folder.name}: the record is written again from its copy"
 
 def record_differences(workspace: Workspace) -> Iterator[Difference]:
@@ -222,27 +239,42 @@ def record_differences(workspace: Workspace) -> Iterator[Difference]:
 
 def capture_differences(workspace: Workspace) -> Iterator[Difference]:
     "Yield what cannot be read of captures, alarms, and the states of detectors and shadows."
-    found = [*(workspace.home / "captures").glob("*/*/*.json"), *workspace.endpoints().folder.glob("*/state/**/*.json")]
+    captures, states = workspace.home / "captures", workspace.endpoints().folder
+    found = [*captures.glob("*/*/*.json"), *states.glob("*/state/*.json"), *states.glob("*/state/alarms/*.json")]
     for path in sorted(found):
         try:
-            read_json(path)
+            kind, name = (list, "list") if path.name == "tasks.json" else (dict, "object")
+            if not isinstance(read_json(path), kind):
+                raise Damaged(f"{path} is damaged: it holds no JSON {name}")
         except InputError as e:
             if path.exists():
                 yield Difference(str(e), partial(_put_aside, path), waits=True)
+    for folder in sorted(captures.glob("*/*Z-*")):
+        if (folder / "tasks.json").exists() and not (folder / "capture.json").exists():
+            yield Difference(f"{folder / 'capture.json'} is missing", lambda: "", waits=True)
 
 def _settle(workspace: Workspace, stage: str) -> str:
     "Write the last request to a stage again."
+    request = workspace.endpoints().folder / stage / "request.json"
+    if request.is_dir():
+        put_aside(request)
     workspace.endpoints().settle(stage)
     return f"{stage}: it serves what its record says"
 
 # %% ../../nbs/chain/10_mending.ipynb #a2a53c9b
+def lines_lost(database: Path, record: DecisionRecord) -> int:
+    "Return how many lines the record lacks of those that MLflow knows of."
+    return max(0, noted_head(database) - len(record.lines) - len(record.suspect))
+
 def _mend_decisions(workspace: Workspace) -> str:
     """Put a damaged record aside, and begin a new one with the lines that are whole.
 
     What a lost line decided about a version, MLflow's tags have too."""
     registry = workspace.registry()
-    path, record = record_of(registry.database), registry.record()
-    tags = {v.version: v for v in read_versions(registry.database)}
+    path, record, tags = record_of(registry.database), registry.record(), dict[str, ModelVersion]()
+    with suppress(Damaged):  # which is mended next
+        tags = {v.version: v for v in read_versions(registry.database)}
+    lost = lines_lost(registry.database, record)
     said = _put_aside(path) if path.exists() else f"{path} was missing"
     for line in (*record.lines, *record.suspect):
         kept = {f.name: getattr(line, f.name) for f in fields(line) if f.name not in ("number", "before", "act")}
@@ -252,19 +284,23 @@ def _mend_decisions(workspace: Workspace) -> str:
     for found in tags.values():
         if as_decided(found, kept_lines).status != found.status != "PendingManualApproval":
             registry.decide(found.version, found.status, f"as MLflow has it: {found.reason}")
-    registry.note_head()
-    return f"{said}; {len(record.lines) + len(record.suspect)} lines are kept"
+    if not registry.problems():
+        registry.note_head(mended=True)
+    gone = f", and {lost} lost: look in intel-nb models whether what is approved should be" if lost else ""
+    return f"{said}; {len(record.lines) + len(record.suspect)} lines are kept{gone}"
 
 def _rebuild_database(workspace: Workspace) -> str:
     "Put MLflow's database aside, and make it anew from the record."
     registry = workspace.registry()
-    aside = put_aside(registry.database)
+    database, aside = registry.database, put_aside(registry.database) if registry.database.exists() else None
     try:
         count = registry.rebuild()
     except InputError:
-        aside.rename(registry.database)
+        if aside:
+            aside.rename(database)
         raise
-    return f"{registry.database} is put aside as {aside.name}; {count} versions are made anew from the record"
+    said = f"is put aside as {aside.name}" if aside else "was missing"
+    return f"{database} {said}; {count} versions are made anew from the record"
 
 def _adopt(workspace: Workspace, found: ModelVersion) -> str:
     "Write MLflow's tags of a version again, as the record has them."
@@ -272,25 +308,28 @@ def _adopt(workspace: Workspace, found: ModelVersion) -> str:
     registry.copy_version(registry.get(found.version))
     return f"version {found.version}: MLflow's tags are written again from the record"
 
-def registry_differences(workspace: Workspace) -> Iterator[Difference]:
-    "Yield what differs between the record of decisions, MLflow's tables, and the files of the versions."
+def registry_problems(workspace: Workspace) -> Iterator[Difference]:
+    "Yield what is wrong with the record of decisions, and with MLflow's tables as a whole."
     registry = workspace.registry()
     if problem := registry.record().problem:
         yield Difference(problem, partial(_mend_decisions, workspace), waits=True)
-        return
-    try:
-        tables = read_versions(registry.database)
-    except Damaged as e:
-        yield Difference(str(e), partial(_rebuild_database, workspace), waits=True)
-        return
+    else:  # first the one, then the other is made from it; what somebody wrote into the database is to be looked at
+        yield from (Difference(problem, partial(_rebuild_database, workspace), waits=" is damaged" in problem)
+                    for problem in registry.problems())
+
+def registry_differences(workspace: Workspace) -> Iterator[Difference]:
+    "Yield the versions of which MLflow's tables say something else than the record of decisions."
+    registry = workspace.registry()
     record = registry.record()
-    for found in tables:
+    if record.problem or registry.problems():
+        return
+    for found in read_versions(registry.database):
         decided = as_decided(found, record)
         names = ("status", "fingerprint", "accuracy", "images", "data", "aliases")
         wrong = [n for n in names if repr(getattr(found, n)) != repr(getattr(decided, n))]
         if wrong:
             yield Difference(f"version {found.version}: MLflow has another {wrong[0]} than the record",
-                             partial(_adopt, workspace, found), waits=True)
+                             partial(_adopt, workspace, found))
 
 # %% ../../nbs/chain/10_mending.ipynb #c3ae15e5
 def version_differences(workspace: Workspace) -> Iterator[Difference]:
@@ -306,15 +345,37 @@ def version_differences(workspace: Workspace) -> Iterator[Difference]:
             registry.evaluation(found.version)
             registry.predictions(found.version)
         except InputError as e:
-            yield Difference(f"version {found.version}: {e}", partial(_restore_package, workspace, found), waits=True)
+            yield Difference(f"version {found.version}: {e}", partial(_restore_version, workspace, found), waits=True)
     for path in sorted(workspace.store.root.glob("*/*/.step.json")):
         entry = read_entry(path.parent)
         if entry is None or not all(is_whole(entry, output) for output in entry.digests):
             yield Difference(f"{path.parent} is damaged", partial(_remove_entry, path.parent), waits=True)
 
+def _restore_version(workspace: Workspace, found: ModelVersion) -> str:
+    "Copy what is not whole of a version's files again, from where it lies whole; return what was copied."
+    registry = workspace.registry()
+    files = artifact_folder(registry.database, found.tracking_run)
+    said = [_restore_file(workspace, files / name, digest) for name, digest in registry.digests(found.version).items()]
+    return "; ".join(filter(None, [*said, _restore_package(workspace, found)]))
+
+def _restore_file(workspace: Workspace, path: Path, digest: str) -> str:
+    "Copy a file that a version was registered with again from the store, if it is not whole and one there is."
+    others = workspace.store.root.glob(f"*/*/{path.name}")
+    if path.is_file() and sha256_file(path) == digest:
+        return ""
+    other = next((p for p in others if p.is_file() and sha256_file(p) == digest), None)
+    if other is None:
+        return ""
+    aside = f", {put_aside(path).name} is what was there" if path.exists() else ""
+    write_bytes(path, other.read_bytes())
+    return f"{path} is copied again from {other}{aside}"
+
 def _restore_package(workspace: Workspace, found: ModelVersion) -> str:
-    "Copy the package of a version again from the store or from another version, if one of them has it whole."
+    "Copy the package of a version again from the store or from another version, if it is not whole and one is."
     from intel_nb.model import load_package
+    with suppress(InputError):
+        load_package(workspace.registry().package(found.version))
+        return ""
     target = artifact_folder(workspace.registry().database, found.tracking_run) / "package"
     others = [*workspace.store.root.glob("train/*/model"), *target.parents[2].glob("*/artifacts/package")]
     for other in others:
@@ -335,49 +396,60 @@ def _remove_entry(folder: Path) -> str:
 # %% ../../nbs/chain/10_mending.ipynb #85fcf8fe
 def all_stages(workspace: Workspace) -> list[str]:
     "Return the stages that have a record, by name."
-    return sorted(p.parent.name for p in workspace.endpoints().folder.glob("*/request.json"))
+    folder = workspace.endpoints().folder
+    return sorted({p.parent.name for name in ("request.json", *RECORDS) for p in folder.glob(f"*/{name}")})
 
 def find_differences(workspace: Workspace) -> Iterator[Difference]:
     "Yield what differs at the stages that nobody is changing. Read nothing else, and change nothing."
     yield from record_differences(workspace)
+    yield from registry_problems(workspace)
     try:
         versions, decisions = workspace.registry().versions(), workspace.registry().record()
-    except (Damaged, sqlite3.OperationalError) as e:  # damaged, or locked for long: nothing is changed
-        yield Difference(str(e), lambda: "", waits=True)
+    except Damaged:  # named above
+        return
+    except sqlite3.OperationalError as e:  # locked for long: nothing is changed
+        yield Difference(f"MLflow's database does not answer ({e})", lambda: "", waits=True)
         return
     for stage in all_stages(workspace):
         if not is_in_progress(workspace, stage):
             with suppress(Damaged):  # named above
                 yield from stage_differences(view_stage(workspace, stage, versions, decisions))
 
+def find_and_copy(workspace: Workspace) -> Iterator[Difference]:
+    "Yield what differs at the stages, and what MLflow has not been told of the record."
+    yield from find_differences(workspace)
+    yield from registry_differences(workspace)
+
 def find_all_differences(workspace: Workspace) -> Iterator[Difference]:
     "Yield all that differs, in every file of the workspace and of its runs."
-    yield from find_differences(workspace)
+    yield from find_and_copy(workspace)
     yield from run_differences(workspace.executed)
     yield from capture_differences(workspace)
-    yield from registry_differences(workspace)
     yield from version_differences(workspace)
 
 def mend(workspace: Workspace, tell: Callable[[str], None] = lambda text: None,
-         find: Callable[[Workspace], Iterator[Difference]] = find_differences, repair: bool = False) -> list[str]:
+         find: Callable[[Workspace], Iterator[Difference]] = find_and_copy, repair: bool = False) -> list[str]:
     """Mend what `find` yields, and `tell` what was done. Return the sentences about what was not mended.
 
     What has to wait for `intel-nb check --repair` is mended with `repair` alone. One thing that is mended may show
     another one, so it goes on until nothing new is found."""
     from intel_nb.chain.decisions import reject_waiting_runs
-    tried: set[str] = set()
-    left: dict[str, str] = {}
-    while new := [one for one in find(workspace) if one.text not in tried]:
-        for one in new:
-            tried.add(one.text)
-            try:
-                said = one.mend() if repair or not one.waits else ""
-            except (InputError, RuntimeError, OSError) as e:
-                said, left[one.text] = "", f"{one.text} ({e})"
-            if said:
-                tell(f"mended: {said}")
-            else:
-                left.setdefault(one.text, one.text)
+    tried: dict[str, str] = {}  # what was tried, and why that failed
+    found = list(find(workspace))
+    while not tried.keys() >= {one.text for one in found}:
+        for one in found:
+            if one.text not in tried:
+                tried[one.text] = _try_to_mend(one, tell) if repair or not one.waits else ""
+        found = list(find(workspace))
     with suppress(Damaged):
         reject_waiting_runs(workspace)
-    return list(left.values())
+    return list(dict.fromkeys(one.text + tried[one.text] for one in found))
+
+def _try_to_mend(one: Difference, tell: Callable[[str], None]) -> str:
+    "Mend a difference and `tell` what was done; return why that failed, or an empty text."
+    try:
+        if said := one.mend():
+            tell(f"mended: {said}")
+        return ""
+    except (InputError, RuntimeError, OSError) as e:
+        return f" ({e})"

@@ -106,7 +106,7 @@ def write_run(executed: Path, run: Run) -> Run:
 def read_run(executed: Path, run_id: str) -> Run:
     "Return the run of that id. Raise `InputError` if there is none, and `Damaged` if its record is."
     path = executed / check_run_id(run_id) / "run.json"
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"there is no run {run_id} in {executed}; intel-nb runs lists them")
     run = as_dataclass(Run, read_checked(path), path)
     if run.run_id != run_id or not all(isinstance(step, dict) for step in run.steps):

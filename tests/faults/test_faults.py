@@ -35,7 +35,7 @@ def kill_one(house, seed: int, of_chain: float = 0) -> None:
     rng = random.Random(seed)
     command = draw_command(house, rng, of_chain)
     rejected = {v for v, status in house.statuses().items() if status == "Rejected"}
-    ended = house(*command, kill_at=round(2 ** rng.uniform(0, 10 if command[0] in ("run", "watch") else 7)))
+    house(*command, kill_at=round(2 ** rng.uniform(0, 10 if command[0] in ("run", "watch") else 7)))
     said = f"seed {seed}: {house.log[-1]}"
     print(said, flush=True)
     if command[0] not in ("withdraw", "approve"):  # no other command takes a person's rejection back

@@ -15,7 +15,7 @@ import pytest
 from intel_nb.chain.mending import find_all_differences
 from intel_nb.registry import record_of
 from intel_nb.serving.supervisor import StageRequest, is_alive, read_record, read_request
-from intel_nb.storage import write_checked
+from intel_nb.storage import is_locked, write_checked
 
 from .harness import copy_house, deploy_first
 
@@ -155,7 +155,8 @@ def test_a_missing_registry_starts_only_what_was_approved(house):
     "The approval is kept with the stage. A stage of an earlier version has none."
     assert house("stop").status == 0
     database = house.workspace.registry().database
-    database.rename(database.with_name("elsewhere.db"))
+    for path in (database, record_of(database)):
+        path.rename(path.with_name(f"elsewhere-{path.name}"))
     assert house("start", "production").status == 0 and serves(house) == "1"
     assert house("stop").status == 0
     record = json.loads((folder_of(house) / "endpoint.json").read_text())
@@ -212,3 +213,130 @@ def test_a_run_is_cancelled_and_leaves_no_process(house):
     assert json.loads((path.parent / "run.json").read_text())["status"] == "failed"
     assert house("cancel", "long").status == 2 and house("logs", "staging").status == 0
     house.settle()
+
+
+def database_of(house) -> Path:
+    return house.root / "workspace" / "mlflow.db"
+
+
+def without_last_line(house) -> None:
+    path = record_of(database_of(house))
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+
+@pytest.mark.slow
+def test_a_lost_rejection_is_not_covered_by_the_next_one(house):
+    "The record comes back as it was a minute ago; MLflow's head is the only witness, until it is mended."
+    assert house("reject", "2", "--reason", "it takes fog for sea").status == 0
+    without_last_line(house)
+    assert house("reject", "3").status == 0
+    said = house("models")
+    assert house.statuses()["2"] == "Rejected" and "lacks lines" in said.err and said.status == 0
+    assert house("audit").status == 1 and house("promote", "2").status != 0
+    assert house("check", "--repair").status == 0, house.log
+    assert house.statuses() == {"1": "Approved", "2": "Rejected", "3": "Rejected"}
+    assert house("audit").status == 0 and house.violated() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("content", [b"", b"\0" * 9000])
+def test_a_record_that_was_emptied_is_put_aside(house, content):
+    path = record_of(database_of(house))
+    path.write_bytes(content)
+    assert house("reject", "2").status == 0 and house("check").status == 1
+    repaired = house("check", "--repair")
+    assert repaired.status == 0 and "lost" in repaired.out, repaired
+    assert house.statuses() == {"1": "Approved", "2": "Rejected", "3": "Approved"}
+    assert list(path.parent.glob("decisions.jsonl.damaged-*"))
+
+
+@pytest.mark.slow
+def test_a_rejection_while_a_stage_starts(house):
+    "The command that starts has been delayed before it had the stage."
+    assert house("promote", "2").status == 0 and house("stop", "production").status == 0
+    code = "import sys; from intel_nb.storage import locked\nwith locked(sys.argv[1]): sys.stdin.read()"
+    holder = subprocess.Popen([sys.executable, "-c", code, folder_of(house) / "request.lock"], stdin=subprocess.PIPE)
+    wait_for(lambda: is_locked(folder_of(house) / "request.lock"))
+    starting = house.begin("start", "production")
+    time.sleep(2)
+    house.workspace.registry().decide("2", "Rejected", "it takes fog for sea")
+    holder.kill()
+    holder.wait()
+    assert house.end(starting, ("start", "production")).status != 0 and serves(house) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [["endpoint.json", ".endpoint.json"], ["supervisor.lock"], ["request.json"]])
+def test_a_rejection_reaches_a_stage_that_has_lost_files(house, lost):
+    assert house("promote", "2").status == 0
+    for name in lost:
+        path = folder_of(house) / name
+        path.write_bytes(b"") if "endpoint" in name else path.unlink()
+    if lost == ["supervisor.lock"]:
+        wait_for(lambda: is_alive(folder_of(house)), 10)  # its process takes it again
+    if lost == ["request.json"]:  # the command was cut off after its line
+        house.workspace.registry().decide("2", "Rejected", "it takes fog for sea")
+        assert "serves version 2, which is rejected" in house("models").err
+        assert house("start", "staging").status == 0
+    else:
+        assert house("reject", "2").status == 0, house.log
+    assert serves(house) == "1" and house.violated() == []
+
+
+@pytest.mark.slow
+def test_a_folder_that_was_removed_below_a_stage(house):
+    shutil.rmtree(folder_of(house))
+    wait_for(lambda: is_alive(folder_of(house)), 10)
+    assert "production is stopped" in house("stop").out and house.strangers() == []
+
+
+@pytest.mark.slow
+def test_rows_that_the_database_has_lost(house):
+    "An older copy was restored: what serves can be rejected, and no number is given twice."
+    import sqlite3
+    assert house("promote", "3").status == 0
+    with sqlite3.connect(database_of(house)) as db:
+        for table in ("registered_model_aliases", "model_version_tags", "model_versions"):
+            db.execute(f"delete from {table} where version = 3")
+    assert "lacks version 3" in house("models").err and house.statuses()["3"] == "Approved"
+    assert house("reject", "3").status == 0 and serves(house) == "1"
+    assert house("check", "--repair").status == 0 and house.copies_agree() == []
+    assert house.statuses() == {"1": "Approved", "2": "Approved", "3": "Rejected"}
+
+
+@pytest.mark.slow
+def test_a_database_that_is_missing_is_made_again(house):
+    assert house("promote", "2").status == 0
+    database_of(house).unlink()
+    said = house("models")
+    assert said.status == 0 and "is missing" in said.err and "Approved" in said.out
+    assert house("reject", "2").status == 0 and serves(house) == "1"
+    assert house("check").status == 0 and house.violated() == [] == house.copies_agree()
+
+
+@pytest.mark.slow
+def test_a_rejected_version_stays_away_without_a_registry(house):
+    assert house("promote", "2").status == 0 and house("stop", "production").status == 0
+    assert house("reject", "2").status == 0
+    database_of(house).unlink()
+    record_of(database_of(house)).unlink()
+    said = house("start", "production")
+    assert said.status != 0 and "was rejected" in said.err and serves(house) == ""
+
+
+@pytest.mark.slow
+def test_nobody_serves_a_rejected_version_by_its_number(house):
+    assert house("reject", "2").status == 0
+    said = house("serve", "2", "--port", "0")
+    assert said.status == 1 and "is rejected" in said.err
+    assert "is rejected" in house("predict", "--version", "2", "nothing.jpg").err
+
+
+@pytest.mark.slow
+def test_an_evaluation_is_copied_again(house):
+    files = database_of(house).parent / "artifacts" / house.workspace.registry().get("1").tracking_run / "artifacts"
+    (files / "evaluation.json").write_bytes(b"{}")
+    (files / "predictions.parquet").unlink()
+    assert house("check").status == 1
+    assert house("check", "--repair").status == 0, house.log
+    assert house("check").status == 0
