@@ -39,7 +39,7 @@ def test_what_once_went_wrong(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_mutations(name):
     target, rng = targets()[name], random.Random(name)
-    for _ in range(target.share // 400):
+    for _ in range(target.share // 1000):
         try_case(target, mutate(rng, rng.choice(target.seeds)))
 
 
