@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from ..storage import InputError, read_json, remove, write_bytes, write_json, write_text
 
 # %% auto #0
-__all__ = ['TEST', 'WINDOW', 'HELD_BYTES', 'CAPTURE_BYTES', 'FLUSH_SECONDS', 'THUMBNAILS', 'SIDE', 'AnsweredImage',
+__all__ = ['TEST', 'WINDOW', 'HELD_BYTES', 'CAPTURE_BYTES', 'FLUSH_SECONDS', 'AGAIN', 'THUMBNAILS', 'SIDE', 'AnsweredImage',
            'answered_images', 'RecentImages', 'label_studio_task', 'label_config', 'image_file_name', 'CaptureFolder',
            'capture_time', 'make_room', 'BackgroundThread', 'CaptureThread', 'Recorder', 'CaptureRecord',
            'list_captures', 'next_step', 'captures_section']
@@ -145,6 +145,7 @@ class BackgroundThread:
     def __init__(self, work: Callable[[Any], None], rest: Callable[[], None], seconds: float, most_bytes: int,
                  most: int = 0):
         self._work, self._rest, self._seconds, self._most_bytes = work, rest, seconds, most_bytes
+        self.ending = threading.Event()
         self._jobs: Queue[tuple[Any, int] | None] = Queue(most)
         self.problem = ""  # the last one; empty if there was none
         self._bytes_put = self._bytes_done = 0  # each of them is written by one thread, so they need no lock
@@ -153,6 +154,7 @@ class BackgroundThread:
     def start(self) -> None:
         "Start the thread, unless it runs."
         if not self._thread:
+            self.ending.clear()
             self._thread = threading.Thread(target=self._run, daemon=True)
             self._thread.start()
 
@@ -167,6 +169,7 @@ class BackgroundThread:
     def end(self, patience: float = 10, drop: bool = False) -> None:
         "Have the thread end after the jobs that wait, or with `drop` without them, and wait up to `patience` seconds."
         if self._thread:
+            self.ending.set()
             with suppress(Empty):
                 while drop:
                     self._jobs.get_nowait()
@@ -197,6 +200,7 @@ class BackgroundThread:
 
 # %% ../../nbs/serving/05_captures.ipynb #8bf4b90b
 FLUSH_SECONDS = 0.5  # without a new image, after which the tasks are written
+AGAIN = 1.0          # seconds until what found no room is tried again
 
 class CaptureThread(BackgroundThread):
     "A thread whose jobs are alarms and their images; `open_capture` returns an alarm's capture, or None without room."
@@ -207,21 +211,33 @@ class CaptureThread(BackgroundThread):
         self._body, self._files = b"", list[bytes]()  # the latest body, and the images in it
 
     def _carry_out(self, job: dict[str, Any] | AnsweredImage) -> None:
+        "Do a job. Where the disk has no room try again until it has; the endpoint goes on answering meanwhile."
+        try:
+            while not self._is_done(job):
+                if self.ending.wait(AGAIN):
+                    raise OSError("the endpoint ends")
+        except Exception as e:
+            logging.getLogger(__name__).warning("a capture is given up: %s", e)
+            self._capture, self.given_up = None, self.given_up + 1
+
+    def _is_done(self, job: dict[str, Any] | AnsweredImage) -> bool:
         try:
             if isinstance(job, dict):
                 self._flush()
-                self._capture, self.problem = self._open_capture(job), ""
+                self._capture = self._open_capture(job)
             elif self._capture:
                 self._capture.add(self._image_files(job)[job.position], job)
-        except Exception as e:  # for example a full disk: the endpoint goes on answering
-            logging.getLogger(__name__).warning("a capture is given up: %s", e)
-            self.problem, self._capture = f"the images of an alarm are not kept: {e}", None
-            self.given_up += 1
+            self.problem = ""
+            return True
+        except OSError as e:
+            self.problem = f"the images of an alarm wait for room: {e.strerror}"
+            return False
 
     def _flush(self) -> None:
         try:
             if self._capture:
                 self._capture.write_tasks()
+                self.problem = ""
         except OSError as e:  # the next flush writes them
             self.problem = f"the tasks of a capture are not written: {e.strerror}"
 
@@ -244,6 +260,7 @@ class Recorder:
 
     def __post_init__(self) -> None:
         self._recent, self._thread = RecentImages(), CaptureThread(self._open_capture)
+        self._lost = 0  # images for which memory had no room
         self._left, self._until = 0, 0.0  # images that the present capture still takes, and until when
 
     def note(self, content_type: str, body: bytes, predictions: list[dict[str, Any]],
@@ -270,8 +287,8 @@ class Recorder:
         return [self._thread.problem] if self._thread.problem else []
 
     def given_up(self) -> int:
-        "Return of how many alarms the images, or the rest of them, could not be kept."
-        return self._thread.given_up
+        "Return how many images and alarms could not be kept."
+        return self._thread.given_up + self._lost
 
     def _begin(self, alarm: dict[str, Any]) -> None:
         self._thread.start()
@@ -282,7 +299,7 @@ class Recorder:
 
     def _add(self, image: AnsweredImage) -> None:
         self._left -= 1
-        self._thread.put(image, image.size)
+        self._lost += not self._thread.put(image, image.size)
 
     def _open_capture(self, alarm: dict[str, Any]) -> CaptureFolder | None:
         if not make_room(self.folder, self.keep, self.days, datetime.now(UTC)):

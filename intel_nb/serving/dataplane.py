@@ -172,7 +172,7 @@ def make_recorder(package: Package, state_dir: str | Path, version: str, setting
     return Recorder(folder, about, settings.capture, settings.captures, settings.capture_days)
 
 # %% ../../nbs/serving/08_dataplane.ipynb #5a6f1684
-CAPTURE_GAUGES = {"given_up": "Drift alarms whose images could not be kept."}
+CAPTURE_GAUGES = {"given_up": "Images of drift alarms, and alarms, that could not be kept."}
 DRIFT_GAUGES = {"unwritten": "1 while the detector's state cannot be written.",
                 "observations": "Images seen by the drift detector.", "alarms": "Drift alarms raised.",
                 "statistic": "The detector's statistic.", "threshold": "What the statistic must exceed."}
