@@ -8,6 +8,7 @@ import re
 import socket
 import statistics
 import struct
+import sys
 import threading
 import time
 import zlib
@@ -411,7 +412,7 @@ class Target:
             assert len(answer["drift"]) == len(answer["predictions"])
             assert all(set(p["probabilities"]) <= {*SAMPLE_CLASSES} for p in answer["predictions"])
             return len(answer["predictions"])
-        assert status in (400, 404, 405, 408, 413, 415, 421, 422, 431, 501, 505), (status, body[:300])
+        assert status in (400, 404, 405, 408, 413, 415, 421, 422, 429, 431, 501, 505), (status, body[:300])
         assert set(json.loads(body)["error"]) == {"code", "message"}
         return 0
 
@@ -536,12 +537,18 @@ RAW: dict[str, tuple[bytes, list[list[int]]]] = {  # what is sent, and which sta
     "a length of a terabyte": (head(JPEG, "Content-Length: 1099511627776", body=PHOTO), [[413]]),
     "a length of 100 digits": (head(JPEG, "Content-Length: " + "9" * 100, body=PHOTO), [[400]]),
     "a length of 5,000 digits": (head(JPEG, "Content-Length: " + "9" * 5000, body=PHOTO), [[400]]),
+    "a length of zeros": (head(JPEG, f"Content-Length: {'0' * 5000}{len(PHOTO)}", body=PHOTO), [[400]]),
     "a length twice": (head(JPEG, LENGTH, LENGTH, body=PHOTO), [[400]]),
     "two lengths": (head(JPEG, LENGTH, "Content-Length: 5", body=PHOTO), [[400]]),
     "length and chunks": (head(JPEG, LENGTH, CHUNKED, body=PHOTO), [[400]]),
     "chunks": (head(JPEG, CHUNKED, body=b"%x\r\n%s\r\n0\r\n\r\n" % (len(PHOTO), PHOTO)), [[200]]),
     "chunks of a byte": (
         head(JPEG, CHUNKED, body=b"".join(b"1;x=y\r\n%c\r\n" % b for b in PHOTO) + b"0\r\nLater: x\r\n\r\n"), [[200]]),
+    "a host behind the chunks": (
+        head(JPEG, CHUNKED, body=b"%x\r\n%s\r\n0\r\nHost: x\r\n\r\n" % (len(PHOTO), PHOTO)), [[200]]),
+    "blanks behind a value": (head(JPEG, f"{LENGTH} \t", "Sec-Fetch-Site: same-origin\t ", body=PHOTO), [[200]]),
+    "another scheme": (head(method="GET ftp://127.0.0.1/ping HTTP/1.1"), [[400]]),
+    "an address alone": (head(method="GET http://127.0.0.1 HTTP/1.1"), [[200]]),
     "chunks of 17 MiB": (
         head(JPEG, CHUNKED, body=(b"100000\r\n" + bytes(2**20) + b"\r\n") * 17 + b"0\r\n\r\n"), [[413]]),
     "chunks that are none": (head(JPEG, CHUNKED, body=b"zz\r\n"), [[400]]),
@@ -562,6 +569,7 @@ RAW: dict[str, tuple[bytes, list[list[int]]]] = {  # what is sent, and which sta
     "3,000 headers": (head(JPEG, LENGTH, *(f"X-{i}: {i}" for i in range(3000)), body=PHOTO), [[431]]),
     "one after the other": (in_turn(head(JPEG, LENGTH, body=PHOTO), head(JPEG, "Content-Length: 3", body=b"bad"),
                                     head(JPEG, LENGTH, body=PHOTO)), [[200, 400, 200]]),
+    "forty at once": (in_turn(*40 * [head(method="GET /metrics HTTP/1.1")]), [32 * [200] + [429]]),
     "one after the other, all bad": (in_turn(head("Content-Type: text/plain", "Content-Length: 3", body=b"bad"),
                                              head("Content-Type: application/json", "Content-Length: 3", body=b"[1]"),
                                              head(method="GET /nowhere HTTP/1.1"), head(JPEG, "Content-Length: 0")),
@@ -613,6 +621,38 @@ def test_what_is_hardly_http(case, request):
     seen = sum(target.note(status, body) for status, body in answers if status != 100)
     assert target.observations() == before + seen
     target.is_right()
+
+
+def test_one_answer_where_the_body_turns_out_malformed(target):
+    with socket.create_connection(target.address, timeout=30) as raw:
+        raw.sendall(head(CHUNKED, method="GET /ping HTTP/1.1").replace(b"Connection: close\r\n", b""))
+        first = raw.recv(65536)
+        raw.sendall(b"zz\r\n")
+        assert [status for status, _ in answers_in(first)] == [200] and raw.recv(65536) == b""
+
+
+@pytest.mark.slow
+def test_clients_that_do_not_read_lock_nobody_out(sample_model, tmp_path):
+    "An endpoint with few descriptors, and more clients that ask for the page and read nothing than it takes."
+    import subprocess
+    command = f"ulimit -n 200; exec {sys.executable} -m intel_nb serve {sample_model} --port 0 --state {tmp_path}"
+    with subprocess.Popen(["bash", "-c", command], stderr=subprocess.PIPE, text=True) as endpoint:
+        try:
+            url = next(found[0] for line in endpoint.stderr if (found := re.search(r"http://127.0.0.1:\d+", line)))
+            address, clients = ("127.0.0.1", int(url.rpartition(":")[2])), []
+            for k in range(90):
+                clients.append(socket.create_connection(address, timeout=30))
+                kind = head(method="GET / HTTP/1.1") * 30 if k % 2 else head(JPEG, "Content-Length: 1000", body=b"abc")
+                clients[-1].sendall(kind.replace(b"Connection: close\r\n", b""))
+            time.sleep(6)
+            for _ in range(5):
+                with socket.create_connection(address, timeout=10) as good:
+                    good.sendall(head(JPEG, LENGTH, body=PHOTO))
+                    assert good.recv(65536).startswith(b"HTTP/1.1 200")
+        finally:
+            endpoint.terminate()
+            for client in clients:
+                client.close()
 
 
 def test_who_hangs_up_leaves_nothing(target):

@@ -222,17 +222,18 @@ def known_host(host: bytes, names: str) -> bool:
 # %% ../../nbs/serving/09_app.ipynb #480fd760
 def is_own_page(headers: dict[bytes, bytes]) -> bool:
     "Return whether a request that changes something comes from no page, or from one of this endpoint."
-    if site := headers.get(b"sec-fetch-site"):
+    if (site := headers.get(b"sec-fetch-site")) is not None:
         return site in (b"same-origin", b"none")  # none: a person typed the address
-    origin = headers.get(b"origin")
-    return origin is None or origin.partition(b"://")[2].lower() == headers.get(b"host", b"").lower()
+    origin, host = headers.get(b"origin"), headers.get(b"host", b"?").lower()
+    return origin is None or origin.lower() in (b"http://" + host, b"https://" + host)
 
 def check_caller(scope: Scope, headers: dict[bytes, bytes], names: str | None) -> None:
     "Raise `Refusal` for a request that another site's page has sent, or that asks a host not in `names` (None: any)."
-    if sum(name == b"authorization" for name, _ in scope["headers"]) > 1:
-        raise Refusal("malformed", "the request has more than one header Authorization")
+    for once in (b"authorization", b"origin", b"sec-fetch-site"):
+        if sum(name == once for name, _ in scope["headers"]) > 1:
+            raise Refusal("malformed", f"the request has more than one header {once.decode().title()}")
     host, is_open = headers.get(b"host"), scope["path"] in ("/ping", "/metrics")
-    if host is not None and not known_host(host, names or "") and names is not None and not is_open:
+    if host is not None and not is_open and not known_host(host, names or "") and names is not None:
         raise Refusal("misdirected", f"this endpoint is not known as {host.decode()!r}: ask it by its address, or "
                       "start it with INTEL_NB_HOSTS, which names its hosts")
     if scope["method"] not in ("GET", "HEAD", "OPTIONS") and not is_own_page(headers):

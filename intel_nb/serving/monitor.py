@@ -77,10 +77,10 @@ def load_state(path: Path, package: Package) -> tuple[MonitorState, OnlineMMD]:
 # %% ../../nbs/serving/03_monitor.ipynb #be5b6d74
 def clean_folder(folder: Path) -> Path:
     "Make `folder` if it is missing, remove the temporary files that a killed process left in it, and return it."
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".*"):
-        with suppress(OSError):  # a disk that cannot be written to
-            left.unlink()
+    with suppress(OSError):  # a disk that cannot be written to
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".*"):
+            left.unlink(missing_ok=True)
     return folder
 
 # %% ../../nbs/serving/03_monitor.ipynb #63099111

@@ -139,7 +139,7 @@ def describe_api(with_token: bool) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "intel-nb", "version": __version__,
                  "description": "An image classifier with a drift detector. Other paths are answered with 404, other "
-                                "methods with 405, and what is not HTTP as RFC 9112 has it with 400, 431, 501 or "
+                                "methods with 405, and what is not HTTP as RFC 9112 has it with 400, 429, 431, 501 or "
                                 "505, after which the connection closes."},
         "servers": [{"url": "./"}],
         "paths": {"/invocations": {"post": INVOCATIONS}, **paths},

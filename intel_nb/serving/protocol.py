@@ -21,12 +21,12 @@ from typing import Any, NamedTuple, cast
 
 import httptools
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 # %% auto #0
-__all__ = ['HEAD_BYTES', 'HEAD_FIELDS', 'HEAD_SECONDS', 'LINGER_SECONDS', 'Problem', 'find_problem', 'as_problem',
-           'connection_limit', 'Connection', 'longest_waiting', 'HttpServer']
+__all__ = ['HEAD_BYTES', 'HEAD_FIELDS', 'HEAD_SECONDS', 'LINGER_SECONDS', 'READ_SECONDS', 'STUCK_SECONDS', 'PIPELINE', 'Problem',
+           'find_problem', 'as_problem', 'connection_limit', 'Connection', 'longest_waiting', 'HttpServer']
 
 # %% ../../nbs/serving/07_protocol.ipynb #cdb49b8f
 HEAD_BYTES, HEAD_FIELDS = 2**16, 100
@@ -48,6 +48,8 @@ def find_problem(version: str, headers: list[tuple[bytes, bytes]]) -> Problem | 
         return Problem(501, "the only Transfer-Encoding here is chunked")
     if codings and version == "1.0":
         return Problem(400, "HTTP/1.0 has no Transfer-Encoding")
+    if any(len(value) > 18 for name, value in headers if name == b"content-length"):
+        return Problem(400, "the Content-Length has more than 18 digits")
     if named.count(b"host") != 1 and (version == "1.1" or b"host" in named):
         return Problem(400, "a request has one header Host")
     return None
@@ -74,9 +76,11 @@ class _State(ServerState):
         super().__init__()
         self.most = connection_limit()
 
-# Until a head is complete, and as long as an idle connection is kept; until a refused client has heard its answer.
-HEAD_SECONDS, LINGER_SECONDS = 75, 2
-_ABSOLUTE = re.compile(rb"https?://([^/?#]*)", re.IGNORECASE)
+# Until a head is complete, and as long as an idle connection is kept; until a refused client has heard its answer;
+# until a client reads an answer that fills the connection; after which a request may make room for a client.
+HEAD_SECONDS, LINGER_SECONDS, READ_SECONDS, STUCK_SECONDS = 75, 2, 30, 5
+PIPELINE = 32  # requests of one connection that wait for their answers, at most
+_ABSOLUTE, _SCHEME = re.compile(rb"(?i)https?://([^/?#]*)(.*)"), re.compile(rb"(?i)[a-z][a-z0-9+.-]*://")
 
 class Connection(HttpToolsProtocol):
     "A client's connection."
@@ -84,19 +88,24 @@ class Connection(HttpToolsProtocol):
     late: asyncio.TimerHandle | None = None  # closes the connection when a head takes too long
     between = True           # every request that has begun was read to its end
     head = unread = 0        # bytes of the present head; bytes since the parser last reported something
-    open = 0                 # requests that have no answer yet
+    has_head = False         # the head of the present request is complete
+    unread_answer: asyncio.TimerHandle | None = None  # closes the connection of a client that does not read
     is_offer = False         # the head asked for another protocol, and is read again
     problem: Problem | None = None  # why nothing more is read
     unheard = 0              # bytes that came after that
 
-    def is_waiting(self) -> bool:
-        "Return whether no request is being read or answered, but for a head that is not complete."
-        return self.open == 0
+    def __init__(self, *arguments: Any, **more: Any):
+        super().__init__(*arguments, **more)
+        self.cycles: list[RequestResponseCycle] = []  # of the requests that have no answer yet, in their order
+
+    def may_end(self) -> bool:
+        "Return whether the connection can make room: it waits for a head, or has been at one request for long."
+        return not self.cycles or self.loop.time() - self.since > STUCK_SECONDS
 
     def is_idle(self) -> bool:
         "Return whether the connection is between two requests, with every answer sent."
         flushed = not self.transport.is_closing() and self.transport.get_write_buffer_size() == 0
-        return self.between and self.open == 0 and not self.problem and flushed
+        return self.between and not self.cycles and not self.problem and flushed
 
     def move(self) -> None:
         "Send the connection into the channel and forget it, if it is idle and the channel has room (for some hundred)."
@@ -114,6 +123,10 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self.resume_writing()
+        for cycle in self.cycles:  # uvicorn tells the last one alone
+            cycle.disconnected = True
+            cycle.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -132,19 +145,22 @@ class Connection(HttpToolsProtocol):
         "Read no more, and say why as soon as the requests before are answered; not to one that has its answer."
         self.problem = self.problem or problem
         self._stop_waiting()
-        if self.open and self.cycle.more_body:  # the body of the present request is malformed
+        if self.has_head and not self.between:  # the body of the present request is malformed
             if self.cycle.response_started:
                 self.transport.close()
                 return
             if self.pipeline and self.pipeline[0][0] is self.cycle:
                 self.pipeline.popleft()
-            self.open, self.cycle.disconnected = self.open - 1, True
+            self.cycles.remove(self.cycle)
+            self.cycle.disconnected = True
             self.cycle.message_event.set()
-        if not self.open:
+        if not self.cycles:
             self._answer_problem()
 
     def on_message_begin(self) -> None:
-        self.between, self.head, self.unread = False, 0, 0
+        self.between, self.has_head, self.head, self.unread = False, False, 0, 0
+        is_full = len(self.cycles) >= PIPELINE
+        self._check(Problem(429, f"{PIPELINE} requests wait for their answers") if is_full else None)
         self._wait_for_head()
         super().on_message_begin()
 
@@ -154,7 +170,8 @@ class Connection(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._count(len(name) + len(value) + 4)
-        super().on_header(name, value)
+        if not self.has_head:  # what comes after a body is not looked at
+            super().on_header(name, value.strip(b" \t"))
 
     def on_headers_complete(self) -> None:
         self._stop_waiting()
@@ -163,10 +180,10 @@ class Connection(HttpToolsProtocol):
             self._check(Problem(400, "no tunnels are built here") if self.parser.get_method() == b"CONNECT" else None)
             self.is_offer = True
             return
-        if whole := _ABSOLUTE.match(self.url):
-            self.headers[:] = [(name, whole[1] if name == b"host" else value) for name, value in self.headers]
+        self._resolve_target()
         super().on_headers_complete()
-        self.open += 1
+        self.has_head, self.since = True, self.loop.time()
+        self.cycles.append(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         self.unread = 0
@@ -178,14 +195,38 @@ class Connection(HttpToolsProtocol):
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        self.open -= 1
+        self.cycles.pop(0)
         super().on_response_complete()
-        if self.problem and not self.open:
+        if self.pipeline:  # uvicorn would read more
+            self.flow.pause_reading()
+        if self.problem and not self.cycles:
             self._answer_problem()
-        elif self.between and not self.open:
+        elif not self.cycles:
             self._wait_for_head()
             if self.server_state.channel:  # not from within its own callback
                 self.loop.call_soon(self.move)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.unread_answer = self.unread_answer or self.loop.call_later(READ_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.unread_answer:
+            self.unread_answer.cancel()
+            self.unread_answer = None
+
+    def timeout_keep_alive_handler(self) -> None:
+        "Close the connection, and do not wait for a client that does not read."
+        self.transport.abort() if self.transport.get_write_buffer_size() else self.transport.close()
+
+    def _resolve_target(self) -> None:
+        "Take the host from a target that is a whole URL."
+        if whole := _ABSOLUTE.fullmatch(self.url):
+            self.headers[:] = [pair for pair in self.headers if pair[0] != b"host"] + [(b"host", whole[1])]
+            self.url = self.url if whole[2].startswith(b"/") else b"/" + whole[2]
+        else:
+            self._check(Problem(400, "the target is of another scheme") if _SCHEME.match(self.url) else None)
 
     def _stop_waiting(self) -> None:
         if self.late:
@@ -195,7 +236,7 @@ class Connection(HttpToolsProtocol):
         "Close the connection unless a head is complete in `HEAD_SECONDS`."
         self._stop_waiting()
         self.since = self.loop.time()
-        self.late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+        self.late = self.loop.call_later(HEAD_SECONDS, self.timeout_keep_alive_handler)
 
     def _parse(self, data: bytes) -> None:
         "Give `data` to the parser. A head that offers another protocol is read again without the offer."
@@ -241,8 +282,8 @@ class Connection(HttpToolsProtocol):
         self._check(Problem(431, f"the head has more than {HEAD_BYTES:,} bytes") if self.head > HEAD_BYTES else None)
 
 def longest_waiting(connections: Iterable[Connection]) -> Connection:
-    "Return the connection that has waited longest for a request, of the client that has most such connections."
-    waiting = [c for c in connections if c.is_waiting()]
+    "Return the connection that can make room and has not moved for longest, of the client that has most of these."
+    waiting = [c for c in connections if c.may_end()]
     crowd, _ = Counter(c.client and c.client[0] for c in waiting).most_common(1)[0]
     return min((c for c in waiting if (c.client and c.client[0]) == crowd), key=lambda c: c.since)
 

@@ -11,18 +11,18 @@ import random
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
-from logging.handlers import RotatingFileHandler
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 # %% auto #0
-__all__ = ['requests_log', 'FLUSH_SECONDS', 'Metrics', 'choose_request_id', 'log_request', 'Limiter', 'RequestsFile',
+__all__ = ['requests_log', 'FLUSH_SECONDS', 'WAITING', 'Metrics', 'choose_request_id', 'log_request', 'Limiter', 'RequestsFile',
            'log_requests_to']
 
 # %% ../../nbs/serving/04_telemetry.ipynb #3f3116af
@@ -97,46 +97,68 @@ class Limiter:
         return missed
 
 # %% ../../nbs/serving/04_telemetry.ipynb #a5f13ab7
-FLUSH_SECONDS = 0.5
+FLUSH_SECONDS, WAITING = 0.5, 20_000  # between two writes; lines that wait for one, at most
 
-class RequestsFile(RotatingFileHandler):
-    "A rotating file that counts its bytes, where its base class asks the file system before each line."
-    written = lost = 0
-
+class RequestsFile(logging.Handler):
+    "Writes lines to a file in groups. At `size` bytes it becomes `path`.1; `backups` of these are kept."
     def __init__(self, path: str | Path, size: int, backups: int):
-        super().__init__(path, maxBytes=size, backupCount=backups, encoding="utf-8", delay=True)
-        self._ended = threading.Event()
+        super().__init__()
+        self.path, self.lost, self._size, self._backups = Path(path), 0, size, backups
+        self._lines: deque[bytes] = deque()
+        self._writing = threading.Lock()
+        self._is_cut, self._ended = False, threading.Event()  # whether the last line is written in part
         threading.Thread(target=self._write_out, daemon=True).start()
 
-    def shouldRollover(self, record: logging.LogRecord) -> bool:
-        if not self.written:
-            self.written = Path(self.baseFilename).stat().st_size if Path(self.baseFilename).exists() else 0
-        self.written += len(record.getMessage()) + 1
-        return self.written > self.maxBytes
-
-    def doRollover(self) -> None:
-        super().doRollover()
-        self.written = 0
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        self.lost += 1
+    def emit(self, record: logging.LogRecord) -> None:
+        if len(self._lines) < WAITING:
+            self._lines.append(f"{record.getMessage()}\n".encode())
+        else:
+            self.lost += 1
 
     def flush(self) -> None:
-        "Do nothing: the base class calls it after each line, and `_write_out` flushes the file."
+        "Write what waits; count the lines for which there is no room."
+        with self._writing:  # one at a time, and nobody who logs waits for the disk
+            lines = [self._lines.popleft() for _ in range(len(self._lines))]
+            try:
+                self._append(lines)
+            except OSError:
+                self.lost += len(lines)
 
     def close(self) -> None:
         self._ended.set()
+        self.flush()
         super().close()
+
+    def _append(self, lines: list[bytes]) -> None:
+        "Write `lines`, and begin a new file where this one is full."
+        size = self.path.stat().st_size if self.path.exists() else 0
+        ends = list(accumulate(map(len, lines), initial=size))[1:]
+        fits = sum(end <= self._size for end in ends) or int(not size)  # a line that fits nowhere has a file of its own
+        self._write(lines[:fits])
+        if fits < len(lines):
+            self._rotate()
+            self._append(lines[fits:])
+
+    def _write(self, lines: list[bytes]) -> None:
+        if data := b"\n" * self._is_cut + b"".join(lines):
+            with open(self.path, "ab", buffering=0) as out:
+                self._is_cut = out.write(data) < len(data)
+            if self._is_cut:
+                raise OSError("there was room for a part")
+
+    def _rotate(self) -> None:
+        for number in range(self._backups, 0, -1):
+            older = self.path if number == 1 else self.path.with_name(f"{self.path.name}.{number - 1}")
+            if older.exists():
+                older.replace(self.path.with_name(f"{self.path.name}.{number}"))
 
     def _write_out(self) -> None:
         while not self._ended.wait(FLUSH_SECONDS):
-            with suppress(OSError, ValueError):  # no room, or closed: `emit` meets the same and counts
-                super().flush()
+            self.flush()
 
 def log_requests_to(path: str | Path, size: int = 2**24, backups: int = 3) -> RequestsFile:
     "Write the lines to the file `path` alone. At `size` bytes it becomes `path`.1; keep `backups` of these."
     handler = RequestsFile(path, size, backups)
-    handler.setFormatter(logging.Formatter("%(message)s"))
     requests_log.addHandler(handler)
     requests_log.setLevel(logging.INFO)
     requests_log.propagate = False

@@ -77,7 +77,9 @@ def return_freed_memory() -> None:
 def check_package(package: Path, fingerprint: str) -> None:
     "Raise `InputError` unless the folder `package` has this fingerprint; an empty one fits any."
     manifest = package / "manifest.json"
-    if fingerprint and (not manifest.is_file() or sha256_file(manifest) != fingerprint):
+    if fingerprint and not manifest.is_file():
+        raise InputError(f"{package} is gone, or holds no package")
+    if fingerprint and sha256_file(manifest) != fingerprint:
         raise InputError(f"{package} holds another package than the one that was approved")
 
 def load_app(assignment: Assignment, control: socket.socket) -> Application:
@@ -120,7 +122,8 @@ def work(assignment: dict[str, Any]) -> None:
     stands_by = True
     while stands_by:
         app = load_app(mine, control)
-        app.service.metrics.watch("intel_nb_log_", {"lost": "Lines that could not be written."}, lambda: vars(log))
+        app.service.metrics.watch("intel_nb_log_", {"lost": "Lines that could not be written."},
+                                  lambda: {"lost": log.lost})
         if not wait_to_serve(control):
             return
         stands_by = uvloop.run(serve(app, *(socket.socket(fileno=os.dup(n)) for n in numbers)))
