@@ -1,5 +1,6 @@
 """Endpoints as real processes, over real HTTP."""
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -332,19 +333,35 @@ def test_a_version_that_crashes_never_takes_the_stage(running, packages, tmp_pat
     assert invoke(first.url, PHOTO, "image/jpeg")["model"]["version"] == first.version
 
 
-def test_ports(endpoints, packages):
-    with socket.create_server(("127.0.0.1", 18300)):
-        staging = endpoints.deploy("staging", packages[0], "1")
-        assert staging.url == "http://127.0.0.1:18301"
-    endpoints.stop("staging")
-    assert endpoints.deploy("production", packages[0], "1").url == "http://127.0.0.1:18300"
-    assert endpoints.start("staging").url == "http://127.0.0.1:18301"  # it was remembered
-    endpoints.stop("staging")
-    with socket.create_server(("127.0.0.1", 18301)):
-        with pytest.raises(EndpointError, match="port 18301, which is the stage's, is taken by process"):
-            endpoints.start("staging")
-        assert endpoints.start("staging", move=True).url == "http://127.0.0.1:18302"
-    assert [e.stage for e in endpoints.list()] == ["production", "staging"]
+def free_ports(count: int) -> int:
+    "Return the first of so many ports in a row that nobody has now."
+    for first in range(20_000 + os.getpid() % 10_000, 60_000, count):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as taken:
+            for port in range(first, first + count):
+                taken.enter_context(socket.create_server(("127.0.0.1", port)))
+            return first
+    raise OSError("no ports are free")
+
+
+def test_ports(packages, tmp_path):
+    first = free_ports(6)
+    endpoints, urls = LocalEndpoints(tmp_path, owned=True, first_port=first), [
+        f"http://127.0.0.1:{first + k}" for k in range(3)]
+    try:
+        with socket.create_server(("127.0.0.1", first)):
+            assert endpoints.deploy("staging", packages[0], "1").url == urls[1]
+        endpoints.stop("staging")
+        assert endpoints.deploy("production", packages[0], "1").url == urls[0]
+        assert endpoints.start("staging").url == urls[1]  # it was remembered
+        endpoints.stop("staging")
+        with socket.create_server(("127.0.0.1", first + 1)):
+            with pytest.raises(EndpointError, match=f"port {first + 1}, which is the stage's, is taken by process"):
+                endpoints.start("staging")
+            assert endpoints.start("staging", move=True).url == urls[2]
+        assert [e.stage for e in endpoints.list()] == ["production", "staging"]
+    finally:
+        for stage in ("staging", "production"):
+            endpoints.stop(stage)
 
 
 def deploy_elsewhere(folder: Path, package: Path, code: str) -> subprocess.CompletedProcess:
