@@ -626,7 +626,9 @@ def test_what_is_hardly_http(case, request):
 def test_one_answer_where_the_body_turns_out_malformed(target):
     with socket.create_connection(target.address, timeout=30) as raw:
         raw.sendall(head(CHUNKED, method="GET /ping HTTP/1.1").replace(b"Connection: close\r\n", b""))
-        first = raw.recv(65536)
+        first = b""
+        while not answers_in(first):  # its head and its body come as they like
+            first += raw.recv(65536)
         raw.sendall(b"zz\r\n")
         assert [status for status, _ in answers_in(first)] == [200] and raw.recv(65536) == b""
 
@@ -648,7 +650,7 @@ def test_clients_that_do_not_read_lock_nobody_out(sample_model, tmp_path):
             for _ in range(5):
                 with socket.create_connection(address, timeout=10) as good:
                     good.sendall(head(JPEG, LENGTH, body=PHOTO))
-                    assert good.recv(65536).startswith(b"HTTP/1.1 200")
+                    assert good.recv(9) == b"HTTP/1.1 " and good.recv(3) == b"200"
         finally:
             endpoint.terminate()
             for client in clients:
