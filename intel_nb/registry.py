@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from intel_nb.storage import (
     Damaged,
@@ -46,7 +46,7 @@ __all__ = ['STATUSES', 'ACTS', 'STAGE_ACTS', 'STRICTEST', 'MODEL', 'ModelVersion
            'Decision', 'DecisionRecord', 'read_decisions', 'append_decision', 'as_decided', 'import_client',
            'artifact_folder', 'record_of', 'create_database', 'create_database_in_background', 'read_versions',
            'noted_head', 'read_record_of', 'lost_versions', 'copy_files', 'log_run', 'decision_tags',
-           'registration_facts', 'LocalRegistry', 'open_registry', 'note_stage', 'note_test']
+           'registration_facts', 'TablesProblem', 'LocalRegistry', 'open_registry', 'note_stage', 'note_test']
 
 # %% ../nbs/19_registry.ipynb #b4d6de69
 STATUSES = ("PendingManualApproval", "Approved", "Rejected")
@@ -506,6 +506,11 @@ def registration_facts(files: Path, evaluation: dict) -> dict[str, Any]:
             "files": {p.name: sha256_file(p) for p in sorted(files.iterdir()) if p.is_file()}}
 
 # %% ../nbs/19_registry.ipynb #f53a8a91
+class TablesProblem(NamedTuple):
+    "What is wrong with MLflow's tables as a whole."
+    text: str
+    is_damaged: bool = False  # somebody or something has written into them; else they merely lack something
+
 @dataclass(frozen=True)
 class LocalRegistry(Registry):
     "Versions in MLflow's SQLite file `database`. Their files and the record of decisions lie beside it."
@@ -517,8 +522,8 @@ class LocalRegistry(Registry):
 
     def check_complete(self) -> None:
         "Raise `Damaged` where MLflow's tables lack versions, whose numbers would be given again."
-        if problems := self.problems():
-            raise Damaged(f"{problems[0]}; intel-nb check --repair makes it again from the record")
+        if problem := self.problem():
+            raise Damaged(f"{problem.text}; intel-nb check --repair makes it again from the record")
 
     def record(self) -> DecisionRecord:
         "Return the record of decisions."
@@ -549,8 +554,9 @@ class LocalRegistry(Registry):
         self.note_head()
         return version
 
-    def versions(self) -> list[ModelVersion]:
-        record = self.record()
+    def versions(self, record: DecisionRecord | None = None) -> list[ModelVersion]:
+        "Return all versions, newest first; `record` spares reading it again."
+        record = record or self.record()
         try:
             tables = read_versions(self.database)
         except Damaged:
@@ -560,16 +566,17 @@ class LocalRegistry(Registry):
         known = sorted([*tables, *lost_versions(self.database, record)], key=lambda v: int(v.version), reverse=True)
         return [as_decided(found, record) for found in known]
 
-    def problems(self) -> list[str]:
+    def problem(self, record: DecisionRecord | None = None) -> TablesProblem | None:
         "Return what is wrong with MLflow's tables as a whole: missing, damaged, or without registered versions."
         try:
             read_versions(self.database)
         except Damaged as e:
-            return [str(e)]
-        lost = lost_versions(self.database, self.record())
+            return TablesProblem(str(e).removesuffix("; intel-nb check --repair"), is_damaged=True)
+        lost = lost_versions(self.database, record or self.record())
         if lost and not self.database.exists():
-            return [f"{self.database} is missing"]
-        return [f"{self.database} lacks version {', '.join(v.version for v in reversed(lost))}"] if lost else []
+            return TablesProblem(f"{self.database} is missing")
+        names = ", ".join(v.version for v in reversed(lost))
+        return TablesProblem(f"{self.database} lacks version {names}") if lost else None
 
     def get(self, version: str) -> ModelVersion:
         return find_version(self.versions(), version, str(self.database.parent))
@@ -670,7 +677,7 @@ class LocalRegistry(Registry):
         found = self.get(version) if version else None
         self.note(act if found else "stop", stage=alias, version=found.version if found else "",
                   fingerprint=found.fingerprint if found else "", reason=reason)
-        if self.problems():
+        if self.problem():
             return
         client = _open_client(create_database(self.database))
         if found:

@@ -638,10 +638,11 @@ def test_clients_that_do_not_read_lock_nobody_out(sample_model, tmp_path):
     "An endpoint with few descriptors, and more clients that ask for the page and read nothing than it takes."
     import subprocess
     command = f"ulimit -n 200; exec {sys.executable} -m intel_nb serve {sample_model} --port 0 --state {tmp_path}"
+    clients: list[socket.socket] = []
     with subprocess.Popen(["bash", "-c", command], stderr=subprocess.PIPE, text=True) as endpoint:
         try:
             url = next(found[0] for line in endpoint.stderr if (found := re.search(r"http://127.0.0.1:\d+", line)))
-            address, clients = ("127.0.0.1", int(url.rpartition(":")[2])), []
+            address = "127.0.0.1", int(url.rpartition(":")[2])
             for k in range(90):
                 clients.append(socket.create_connection(address, timeout=30))
                 kind = head(method="GET / HTTP/1.1") * 30 if k % 2 else head(JPEG, "Content-Length: 1000", body=b"abc")

@@ -133,7 +133,7 @@ def _who_asked(view: StageView) -> str:
     "Return why a stage serves what it serves, as far as the last request to it says."
     with suppress(Damaged):
         request = read_request(view.endpoints.folder / view.stage)
-        if request and request.id == view.record.answered and view.serves:
+        if request and request.user and request.id == view.record.answered and view.serves:
             return f"{request.user} {'went back to' if request.back else 'deployed'} it, and nobody noted that"
     return "what it served is rejected" if not view.serves else "the alias was lost"
 
@@ -219,9 +219,8 @@ def _write_stage(folder: Path) -> str:
     for path in (folder / name for name in RECORDS):
         if path.is_dir():
             put_aside(path)
-    if supervisor_pid(folder):
-        LocalEndpoints(folder.parent).refresh()
-        os.kill(supervisor_pid(folder) or 0, signal.SIGHUP)
+    if pid := supervisor_pid(folder):
+        os.kill(pid, signal.SIGHUP)
         return f"{folder.name}: its supervisor writes the record again"
     write_stage(folder, read_record(folder))
     return f"{folder.name}: the record is written again from its copy"
@@ -251,7 +250,8 @@ def capture_differences(workspace: Workspace) -> Iterator[Difference]:
                 yield Difference(str(e), partial(_put_aside, path), waits=True)
     for folder in sorted(captures.glob("*/*Z-*")):
         if (folder / "tasks.json").exists() and not (folder / "capture.json").exists():
-            yield Difference(f"{folder / 'capture.json'} is missing", lambda: "", waits=True)
+            yield Difference(f"{folder / 'capture.json'} is missing", partial(_put_aside, folder / "tasks.json"),
+                             waits=True)
 
 def _settle(workspace: Workspace, stage: str) -> str:
     "Write the last request to a stage again."
@@ -284,7 +284,7 @@ def _mend_decisions(workspace: Workspace) -> str:
     for found in tags.values():
         if as_decided(found, kept_lines).status != found.status != "PendingManualApproval":
             registry.decide(found.version, found.status, f"as MLflow has it: {found.reason}")
-    if not registry.problems():
+    if not registry.problem():
         registry.note_head(mended=True)
     gone = f", and {lost} lost: look in intel-nb models whether what is approved should be" if lost else ""
     return f"{said}; {len(record.lines) + len(record.suspect)} lines are kept{gone}"
@@ -308,20 +308,18 @@ def _adopt(workspace: Workspace, found: ModelVersion) -> str:
     registry.copy_version(registry.get(found.version))
     return f"version {found.version}: MLflow's tags are written again from the record"
 
-def registry_problems(workspace: Workspace) -> Iterator[Difference]:
-    "Yield what is wrong with the record of decisions, and with MLflow's tables as a whole."
-    registry = workspace.registry()
-    if problem := registry.record().problem:
-        yield Difference(problem, partial(_mend_decisions, workspace), waits=True)
-    else:  # first the one, then the other is made from it; what somebody wrote into the database is to be looked at
-        yield from (Difference(problem, partial(_rebuild_database, workspace), waits=" is damaged" in problem)
-                    for problem in registry.problems())
+def registry_problems(workspace: Workspace, record: DecisionRecord) -> Iterator[Difference]:
+    "Yield what is wrong with the `record` of decisions, and with MLflow's tables as a whole."
+    if record.problem:  # first the one is mended, then the other is made from it
+        yield Difference(record.problem, partial(_mend_decisions, workspace), waits=True)
+    elif problem := workspace.registry().problem(record):
+        yield Difference(problem.text, partial(_rebuild_database, workspace), waits=problem.is_damaged)
 
 def registry_differences(workspace: Workspace) -> Iterator[Difference]:
     "Yield the versions of which MLflow's tables say something else than the record of decisions."
     registry = workspace.registry()
     record = registry.record()
-    if record.problem or registry.problems():
+    if record.problem or registry.problem(record):
         return
     for found in read_versions(registry.database):
         decided = as_decided(found, record)
@@ -402,9 +400,10 @@ def all_stages(workspace: Workspace) -> list[str]:
 def find_differences(workspace: Workspace) -> Iterator[Difference]:
     "Yield what differs at the stages that nobody is changing. Read nothing else, and change nothing."
     yield from record_differences(workspace)
-    yield from registry_problems(workspace)
     try:
-        versions, decisions = workspace.registry().versions(), workspace.registry().record()
+        decisions = workspace.registry().record()
+        yield from registry_problems(workspace, decisions)
+        versions = workspace.registry().versions(decisions)
     except Damaged:  # named above
         return
     except sqlite3.OperationalError as e:  # locked for long: nothing is changed

@@ -157,7 +157,7 @@ class Batcher:
         Where nothing is in hand, that is the answer to `probe`. Else each busy worker must move on, or, where none is
         busy now, an answer must come out."""
         if not self.in_hand:
-            await asyncio.wait([self.submit(probe)])
+            await asyncio.gather(self.submit(probe), return_exceptions=True)  # an answer that failed is one too
             return
         busy, delivered = {lane: lane.place() for lane in self._lanes if lane.is_busy()}, self._delivered
         while any(lane.place() == place for lane, place in busy.items()) or not busy and self._delivered == delivered:

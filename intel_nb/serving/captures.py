@@ -147,7 +147,6 @@ class BackgroundThread:
         self._work, self._rest, self._seconds, self._most_bytes = work, rest, seconds, most_bytes
         self.ending = threading.Event()
         self._jobs: Queue[tuple[Any, int] | None] = Queue(most)
-        self.problem = ""  # the last one; empty if there was none
         self._bytes_put = self._bytes_done = 0  # each of them is written by one thread, so they need no lock
         self._thread: threading.Thread | None = None
 
@@ -192,11 +191,11 @@ class BackgroundThread:
                 self._try(self._rest)
 
     def _try(self, do: Callable[..., None], *arguments: Any) -> None:
-        "Call `do`. What the disk does not take is a `problem`, and the thread goes on."
+        "Call `do`. What the disk does not take is logged, and the thread goes on."
         try:
             do(*arguments)
         except OSError as e:
-            self.problem = f"{type(self).__name__}: {e.strerror}"
+            logging.getLogger(__name__).warning("%s: %s", type(self).__name__, e)
 
 # %% ../../nbs/serving/05_captures.ipynb #8bf4b90b
 FLUSH_SECONDS = 0.5  # without a new image, after which the tasks are written
@@ -207,6 +206,7 @@ class CaptureThread(BackgroundThread):
     def __init__(self, open_capture: Callable[[dict[str, Any]], CaptureFolder | None]):
         super().__init__(self._carry_out, self._flush, FLUSH_SECONDS, HELD_BYTES)
         self._open_capture, self.given_up = open_capture, 0
+        self.problem = ""  # why something waits for room; empty if nothing does
         self._capture: CaptureFolder | None = None
         self._body, self._files = b"", list[bytes]()  # the latest body, and the images in it
 

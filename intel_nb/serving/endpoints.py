@@ -43,6 +43,7 @@ from intel_nb.storage import (
     locked,
     python_path,
     sha256_file,
+    user_name,
     write_checked,
 )
 
@@ -252,7 +253,7 @@ def is_gone(pid: int) -> bool:
 def send_request(folder: Path, request: StageRequest, start: Callable[[Path], subprocess.Popen]) -> Endpoint:
     "Have the stage's supervisor serve `request`; `start` makes a supervisor if there is none. Raise `EndpointError`."
     log = folder / "supervisor.log"
-    write_checked(folder / "request.json", request)
+    write_checked(folder / "request.json", replace(request, user=user_name()))
     if is_alive(folder):
         if pid := supervisor_pid(folder):
             os.kill(pid, signal.SIGHUP)

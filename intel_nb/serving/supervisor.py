@@ -28,7 +28,6 @@ from intel_nb.storage import (
     last_line,
     locked,
     read_checked,
-    user_name,
     utc_now,
     whole_number,
     write_checked,
@@ -53,7 +52,7 @@ class StageRequest:
     id: str = field(default_factory=lambda: os.urandom(8).hex())
     fingerprint: str = ""  # of the package, as it was approved; a worker starts with no other one
     move: bool = False  # take another port if the stage's own is taken
-    user: str = field(default_factory=user_name)  # who asks
+    user: str = ""  # who asked
 
 # %% ../../nbs/serving/11_supervisor.ipynb #a85437ef
 @dataclass(frozen=True)

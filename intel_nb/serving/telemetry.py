@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from itertools import accumulate
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +100,11 @@ class Limiter:
 # %% ../../nbs/serving/04_telemetry.ipynb #a5f13ab7
 FLUSH_SECONDS, WAITING = 0.5, 20_000  # between two writes; lines that wait for one, at most
 
-class RequestsFile(logging.Handler):
-    "Writes lines to a file in groups. At `size` bytes it becomes `path`.1; `backups` of these are kept."
+class RequestsFile(RotatingFileHandler):
+    "A rotating file whose lines are written in groups, and counted where there is no room for them."
     def __init__(self, path: str | Path, size: int, backups: int):
-        super().__init__()
-        self.path, self.lost, self._size, self._backups = Path(path), 0, size, backups
+        super().__init__(path, maxBytes=size, backupCount=backups, delay=True)
+        self.path, self.lost = Path(path), 0
         self._lines: deque[bytes] = deque()
         self._writing = threading.Lock()
         self._is_cut, self._ended = False, threading.Event()  # whether the last line is written in part
@@ -133,10 +134,10 @@ class RequestsFile(logging.Handler):
         "Write `lines`, and begin a new file where this one is full."
         size = self.path.stat().st_size if self.path.exists() else 0
         ends = list(accumulate(map(len, lines), initial=size))[1:]
-        fits = sum(end <= self._size for end in ends) or int(not size)  # a line that fits nowhere has a file of its own
+        fits = sum(end <= self.maxBytes for end in ends) or int(not size)  # a longer line has a file of its own
         self._write(lines[:fits])
         if fits < len(lines):
-            self._rotate()
+            self.doRollover()
             self._append(lines[fits:])
 
     def _write(self, lines: list[bytes]) -> None:
@@ -145,12 +146,6 @@ class RequestsFile(logging.Handler):
                 self._is_cut = out.write(data) < len(data)
             if self._is_cut:
                 raise OSError("there was room for a part")
-
-    def _rotate(self) -> None:
-        for number in range(self._backups, 0, -1):
-            older = self.path if number == 1 else self.path.with_name(f"{self.path.name}.{number - 1}")
-            if older.exists():
-                older.replace(self.path.with_name(f"{self.path.name}.{number}"))
 
     def _write_out(self) -> None:
         while not self._ended.wait(FLUSH_SECONDS):

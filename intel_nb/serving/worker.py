@@ -160,12 +160,13 @@ async def serve(app: Application, control: socket.socket, listener: socket.socke
 
 async def read_last_order(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, service: Service) -> bytes:
     "Answer the orders `count` and `beat` until another order comes, and return that; empty if the supervisor is dead."
-    beats = set()
+    beats: set[asyncio.Task[None]] = set()
     while (order := await reader.readline()) in (b"count\n", b"beat\n"):
         if order == b"count\n":
             writer.write(b"%d\n" % service.metrics.answered)
         else:  # the next order must not wait for a model that hangs
-            beats.add(asyncio.create_task(answer_beat(writer, service)))
+            beats.add(beat := asyncio.create_task(answer_beat(writer, service)))
+            beat.add_done_callback(beats.discard)
     for beat in beats:
         beat.cancel()
     return order

@@ -105,6 +105,7 @@ def read_head(data: bytes) -> None:
             for _ in range(4):
                 LOOP.call_soon(LOOP.stop)
                 LOOP.run_forever()
+    assert b"HTTP/1.1 500" not in connection.transport.written, "uvicorn has caught an error"
     connection.connection_lost(None)
     LOOP.call_soon(LOOP.stop)
     LOOP.run_forever()

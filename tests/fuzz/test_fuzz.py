@@ -30,10 +30,9 @@ def mutate(rng: random.Random, data: bytes) -> bytes:
     return data
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_what_once_went_wrong(name):
-    for path in sorted((FINDS / name).glob("*")):
-        try_case(targets()[name], path.read_bytes())
+@pytest.mark.parametrize("find", sorted(FINDS.glob("*/*")), ids=lambda find: f"{find.parent.name}-{find.name}")
+def test_what_once_went_wrong(find):
+    try_case(targets()[find.parent.name], find.read_bytes())
 
 
 @pytest.mark.parametrize("name", NAMES)
