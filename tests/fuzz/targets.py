@@ -79,11 +79,6 @@ class Wire:
     def get_extra_info(self, name: str, default: object = None) -> object: return default
 
 
-LOOP = asyncio.new_event_loop()
-SERVER = HttpServer(lambda scope, receive, send: ask(scope, receive, send))
-SERVER.config.load()
-
-
 async def ask(scope, receive, send) -> None:
     "Ask of a request whether its caller may, and read its body."
     with contextlib.suppress(Refusal):
@@ -92,6 +87,10 @@ async def ask(scope, receive, send) -> None:
         continue
     await send({"type": "http.response.start", "status": 204, "headers": []})
     await send({"type": "http.response.body", "body": b""})
+
+
+LOOP, SERVER = asyncio.new_event_loop(), HttpServer(ask)
+SERVER.config.load()
 
 
 def read_head(data: bytes) -> None:
