@@ -136,6 +136,7 @@ class Batcher:
         self.idle = asyncio.Event()  # set while nothing is in hand
         self.idle.set()
         self._lanes, self._delivered = [Lane(work) for work in workers], 0
+        self._probe: asyncio.Future | None = None
         self._threads = [threading.Thread(target=run_worker, args=(self._queue, lane, self._processed), daemon=True)
                          for lane in self._lanes]
         for thread in self._threads:
@@ -143,7 +144,8 @@ class Batcher:
 
     def submit(self, item: Any) -> asyncio.Future:
         "Return the future answer to `item`; raise `Overloaded` when there is no room. To give the item up, cancel it."
-        if self.in_hand >= self.limit:
+        probing = self._probe is not None and not self._probe.done()  # a heartbeat takes no request's place
+        if self.in_hand - probing >= self.limit:
             raise Overloaded
         entry = QueuedItem(item, self._arrivals, asyncio.get_running_loop().create_future())
         self._queue.put(entry)
@@ -157,7 +159,8 @@ class Batcher:
         Where nothing is in hand, that is the answer to `probe`. Else each busy worker must move on, or, where none is
         busy now, an answer must come out."""
         if not self.in_hand:
-            await asyncio.gather(self.submit(probe), return_exceptions=True)  # an answer that failed is one too
+            self._probe = self.submit(probe)
+            await asyncio.gather(self._probe, return_exceptions=True)  # an answer that failed is one too
             return
         busy, delivered = {lane: lane.place() for lane in self._lanes if lane.is_busy()}, self._delivered
         while any(lane.place() == place for lane, place in busy.items()) or not busy and self._delivered == delivered:
