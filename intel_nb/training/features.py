@@ -24,33 +24,35 @@ if TYPE_CHECKING:
 __all__ = ['BLOCK_ROWS', 'Features', 'stream_features', 'compute_features']
 
 # %% ../../nbs/training/03_features.ipynb #4d93920f
-BLOCK_ROWS = 1024  # rows that are read at once; 5 MB for an embedding of 1,280 numbers
+BLOCK_ROWS = 1024  # rows that are read at once; 8 MB for 2,096 pooled features
 
 class Features:
-    """Features of N images by name: `embedding` (N, E) and, say, `statistics` (N, 8).
+    """Features of N images by name: `pooled` (N, F), whose last columns are the `embedding` (N, E), and `statistics`.
 
     They lie in a file without a name in `folder`, which goes with this object."""
     def __init__(self, folder: str | Path):
         Path(folder).mkdir(parents=True, exist_ok=True)
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (it stays open)
-        self._row, self._count = np.dtype([]), 0
+        self._row, self._count, self._embedding = np.dtype([]), 0, 0
 
     def __len__(self) -> int:
         return self._count
 
     @property
     def width(self) -> int:
-        "Return the number E of an embedding's components."
-        return self._row["embedding"].shape[0]
+        "Return the number F of an image's pooled features."
+        return self._row["pooled"].shape[0]
 
     def append(self, features: dict[str, np.ndarray]) -> None:
         "Add the rows of `features`: arrays (n, …) by name, the same names each time."
+        stored = {name: values for name, values in features.items() if name != "embedding"}
         if not self._count:
-            kind = lambda name: "<f2" if name == "embedding" else "<f4"
-            self._row = np.dtype([(name, kind(name), values.shape[1:]) for name, values in features.items()])
-        rows = np.empty(len(next(iter(features.values()))), self._row)
-        for name, values in features.items():
-            rows[name] = values.clip(-65504, 65504) if name == "embedding" else values  # beyond, a float16 is infinite
+            kind = lambda name: "<f2" if name == "pooled" else "<f4"
+            self._row = np.dtype([(name, kind(name), values.shape[1:]) for name, values in stored.items()])
+            self._embedding = features["embedding"].shape[1]
+        rows = np.empty(len(features["pooled"]), self._row)
+        for name, values in stored.items():
+            rows[name] = values.clip(-65504, 65504) if name == "pooled" else values  # beyond, a float16 is infinite
         self._file.write(rows.tobytes())
         self._file.flush()
         self._count += len(rows)
@@ -70,7 +72,8 @@ class Features:
     def _parse(self, data: bytes) -> dict[str, np.ndarray]:
         "Return rows of the file as float32 by name."
         rows = np.frombuffer(data, self._row)
-        return {name: rows[name].astype(np.float32) for name in self._row.names or ()}
+        found = {name: rows[name].astype(np.float32) for name in self._row.names or ()}
+        return found | {"embedding": found["pooled"][:, -self._embedding:]}
 
 # %% ../../nbs/training/03_features.ipynb #f29a697c
 def stream_features(graph: onnx.ModelProto, images: Sequence[bytes], side: int,

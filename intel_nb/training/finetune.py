@@ -23,7 +23,7 @@ from .. import _torchvision
 from ..images import decode
 from ..model import cores
 from ..storage import written_aside
-from .backbone import Embedder
+from .backbone import Classifier
 
 _torchvision.allow()
 import lightning as L  # noqa: E402  (it imports torchvision, so the guard comes first)
@@ -45,7 +45,6 @@ class Recipe:
     optimizer_name: str = "adamw"
     epochs: int = 4
     batch_size: int = 64
-    layer_decay: float | None = .8  # factor on the learning rate for each layer towards the input; None: no decay
     label_smoothing: float = .1
     augment: bool = True
     average: float = .998           # decay per step of the exponential moving average of the weights; 0: no average
@@ -56,8 +55,7 @@ class Recipe:
 
 RECIPES = {
     "full": Recipe(),
-    "original": Recipe(layer_decay=None, label_smoothing=0., augment=False, average=0., freeze_batchnorm=False,
-                       warmup=None, patience=10),
+    "original": Recipe(label_smoothing=0., augment=False, average=0., freeze_batchnorm=False, warmup=None, patience=10),
 }
 
 # %% ../../nbs/training/02_finetune.ipynb #49255bd7
@@ -117,13 +115,13 @@ def scale_learning_rate(step: int, steps: int, warmup: float | None) -> float:
 
 # %% ../../nbs/training/02_finetune.ipynb #896d2d66
 class SceneClassifier(L.LightningModule):
-    "A timm network that is trained by `recipe` in `steps` optimizer steps altogether."
-    def __init__(self, model: nn.Module, recipe: Recipe, steps: int):
+    "A classifier that is trained by `recipe` in `steps` optimizer steps altogether."
+    def __init__(self, model: Classifier, recipe: Recipe, steps: int):
         super().__init__()
-        self.embed, self.recipe, self.steps = Embedder(model), recipe, steps
+        self.model, self.recipe, self.steps = model, recipe, steps
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.embed.model.get_classifier()(self.embed(images))
+        return self.model(images)
 
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(self.recipe.seed * 1000 + self.current_epoch)  # for layers that draw, such as dropout
@@ -146,8 +144,7 @@ class SceneClassifier(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         recipe = self.recipe
-        optimizer = create_optimizer_v2(self.embed.model, opt=recipe.optimizer_name.lower(), lr=recipe.learning_rate,
-                                        layer_decay=recipe.layer_decay)
+        optimizer = create_optimizer_v2(self.model, opt=recipe.optimizer_name.lower(), lr=recipe.learning_rate)
         factor = lambda step: scale_learning_rate(step, self.steps, recipe.warmup)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -192,7 +189,7 @@ def _make_trainer(recipe: Recipe, checkpoint_dir: str | Path, log_dir: str | Pat
                      log_every_n_steps=1)
 
 # %% ../../nbs/training/02_finetune.ipynb #d4a02d1f
-def finetune(model: nn.Module, train: ImageDataset, validation: ImageDataset, recipe: Recipe,
+def finetune(model: Classifier, train: ImageDataset, validation: ImageDataset, recipe: Recipe,
              checkpoint_dir: str | Path, log_dir: str | Path) -> float:
     """Train `model` in place and return its best accuracy on `validation`, 0–1.
 
