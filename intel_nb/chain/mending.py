@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -214,13 +215,22 @@ def run_differences(executed: Path) -> Iterator[Difference]:
             yield Difference(str(e), partial(_put_aside, path), waits=True)
 
 # %% ../../nbs/chain/10_mending.ipynb #23f3f133
-def _write_stage(folder: Path) -> str:
+def _is_whole(folder: Path) -> bool:
+    "Return whether a stage's record and its copy can be read."
+    with suppress(InputError):
+        return all(read_checked(folder / name) for name in RECORDS)
+    return False
+
+def _write_stage(folder: Path, patience: float = 5) -> str:
     "Write a stage's record and its copy again, from the one that is whole. A supervisor that runs does it itself."
     for path in (folder / name for name in RECORDS):
         if path.is_dir():
             put_aside(path)
     if pid := supervisor_pid(folder):
         os.kill(pid, signal.SIGHUP)
+        deadline = time.monotonic() + patience
+        while not _is_whole(folder) and time.monotonic() < deadline:
+            time.sleep(0.02)  # on a busy machine whoever looks next would find the old one
         return f"{folder.name}: its supervisor writes the record again"
     write_stage(folder, read_record(folder))
     return f"{folder.name}: the record is written again from its copy"
