@@ -33,13 +33,13 @@ __all__ = ['app', 'aws_app', 'INTERRUPTED', 'JsonOption', 'VersionArgument', 'St
            'data_lines', 'annotation_lines', 'describe_run', 'exit_with_outcome', 'request_from', 'run_command',
            'runs_command', 'report_command', 'version_row', 'print_versions', 'models_command', 'trace_command',
            'describe_shadow', 'describe_drift', 'drift_and_shadow', 'endpoints_command', 'captures_command',
-           'carry_out_decision', 'approve_command', 'reject_command', 'withdraw_command', 'promote_command',
-           'rollback_command', 'shadow_command', 'start_command', 'stop_command', 'with_bar', 'print_predictions',
-           'print_prediction_table', 'print_data', 'check_at_most_one', 'predict_command', 'check_not_rejected',
-           'serve_command', 'sign_command', 'export_command', 'import_command', 'watch_command', 'audit_command',
-           'check_command', 'cancel_command', 'logs_command', 'prune_command', 'confirm_unless', 'aws_template_command',
-           'aws_definition_command', 'aws_rehearse_command', 'aws_cost_command', 'aws_deploy_command',
-           'aws_start_command', 'aws_status_command', 'aws_models_command', 'aws_approve_command',
+           'suspects_command', 'carry_out_decision', 'approve_command', 'reject_command', 'withdraw_command',
+           'promote_command', 'rollback_command', 'shadow_command', 'start_command', 'stop_command', 'with_bar',
+           'print_predictions', 'print_prediction_table', 'print_data', 'check_at_most_one', 'predict_command',
+           'check_not_rejected', 'serve_command', 'sign_command', 'export_command', 'import_command', 'watch_command',
+           'audit_command', 'check_command', 'cancel_command', 'logs_command', 'prune_command', 'confirm_unless',
+           'aws_template_command', 'aws_definition_command', 'aws_rehearse_command', 'aws_cost_command',
+           'aws_deploy_command', 'aws_start_command', 'aws_status_command', 'aws_models_command', 'aws_approve_command',
            'aws_promote_command', 'aws_reject_command', 'aws_rollback_command', 'aws_invoke_command',
            'aws_logs_command', 'aws_destroy_command']
 
@@ -324,7 +324,8 @@ def annotation_lines(run: Run) -> list[str]:
     from pathlib import Path
     step = run.step("data")
     result = step.result if step and step.result else {}
-    counts = {kind: result.get(f"annotations_{kind}", 0) for kind in ("added", "duplicate", "quarantined")}
+    kinds = ("added", "corrected", "duplicate", "quarantined")
+    counts = {kind: result[f"annotations_{kind}"] for kind in kinds if f"annotations_{kind}" in result}
     if not any(counts.values()) or step is None:
         return []
     details = Path(step.out_dir or "") / "quarantine.csv"
@@ -534,6 +535,28 @@ def captures_command(as_json: JsonOption = False) -> None:
     print_rows(rows, as_json, f"no captures yet in {kept}: an endpoint keeps images when it alarms")
     if found and not as_json:
         print_line(f"to do: {next_step(found[0])}")
+
+# %% ../nbs/20_cli.ipynb #fc55c27c
+@app.command("suspects")
+def suspects_command(run: Annotated[str, typer.Argument(metavar="RUN", help="A run id.", autocompletion=complete_with(
+        complete_runs))],
+                     first: Annotated[int, typer.Option(min=1, help="How many, the most doubtful ones.")] = 20,
+                     task: Annotated[bool, typer.Option("--task", help="Write them as a labelling task.")] = False,
+                     as_json: JsonOption = False) -> None:
+    "List the training labels of a run that are probably wrong, or make a labelling task of them."
+    from intel_nb.chain.runs import read_run
+    from intel_nb.chain.suspects import count_contradictory, export_suspects, read_suspects
+    workspace = _workspace()
+    found = read_run(workspace.executed, run)
+    where = export_suspects(workspace, found, first) if task else None
+    names = ("rank", "label", "answer", "confidence", "name")
+    print_rows([{name: row[name] for name in names} for row in read_suspects(found)[:first]], as_json, "no suspects")
+    if as_json:
+        return
+    if contradictory := count_contradictory(found):
+        print_line(contradictory)
+    print_line(f"to do: label {where / 'tasks.json'} in Label Studio (its interface: labels.xml), and give the JSON "
+               "export to intel-nb run --annotations" if where else f"to do: intel-nb suspects {run} --task")
 
 # %% ../nbs/20_cli.ipynb #73d6a2ce
 def carry_out_decision(decision: Callable[[Workspace, PlainProgress], list[Run]]) -> None:

@@ -396,7 +396,7 @@ def _refuse_twins(annotations: Annotations, twins: set[bytes]) -> Annotations:
 
 def resolve_annotated(annotations: Annotations, pool: Pool, named: Named, path: Callable[[int], str]
                       ) -> tuple[dict[bytes, tuple[int, str]], list[LabelOutcome]]:
-    "Return class and source of each image that the annotations add, by SHA-256, and the outcome of each line."
+    "Return class and source of each image that annotations add or correct, by SHA-256, and the outcome of each line."
     wanted = np.array(sorted({sha256 for _, sha256 in annotations.lines}), "S32")
     old = pool.images[~pool.is_new & np.isin(pool.images["sha256"], wanted)]
     known = {row["sha256"].item().hex(): (named.classes[named.label[row["number"]]], path(int(row["number"])))
@@ -461,7 +461,7 @@ def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple[Any, ..
 def write_lists(out: Path, contents: Contents, left: Iterable[tuple[str, str, str]], outcomes: list[LabelOutcome],
                 path: Callable[[int], str]) -> None:
     "Write `quarantine.csv` (what was left out, and why) and `index.csv` (the file of each row)."
-    lines = ((str(o.position), o.reason, o.detail) for o in outcomes if o.kind != "added")
+    lines = ((str(o.position), o.reason, o.detail) for o in outcomes if o.kind not in ("added", "corrected"))
     _write_csv(out / "quarantine.csv", ("path", "reason", "detail"), chain(left, lines))
     images = contents.images
     index = ((images["sha256"][k].item().ljust(32, bytes(1)).hex(), name, contents.classes[contents.label[k]],
@@ -497,9 +497,10 @@ def gather(images: np.ndarray, annotations: Annotations, named: Named, settings:
     divided = assign_splits(pool.images[old], pool.groups[old], named, settings)
     split, label = np.full(len(kept), -1, np.int8), np.full(len(kept), -1, np.int32)
     split[old], label[old] = divided.split, named.label[pool.images["number"][old]]
-    joins = [k for k in np.flatnonzero(pool.is_new).tolist() if pool.images["sha256"][k].item() in added]
+    labelled = np.flatnonzero(np.isin(pool.images["sha256"], np.array(list(added), "S32"))).tolist()
+    joins = [k for k in labelled if pool.is_new[k]]
     sources = {}
-    for k in joins:
+    for k in labelled:  # the others are corrected
         label[k], sources[k] = added[pool.images["sha256"][k].item()]
     contents = Contents(pool.images, place_added(pool, split, joins, settings), label, sources, named.classes)
     return Gathered(contents, outcomes, divided.notes, count_near(pool.groups, kept))

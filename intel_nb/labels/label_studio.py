@@ -40,10 +40,10 @@ def choices_by_control(annotation: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 # %% ../../nbs/labels/10_label_studio.ipynb #aa8eb4e8
 def _read_source(meta: Any) -> str:
-    "Return `capture:<time in UTC>` for a task that an endpoint made, and `annotations` for any other."
+    "Return `capture:<time in UTC>` for a task that an endpoint made, `correction` for a suspect, else `annotations`."
     try:
         if meta["source"] != "capture":
-            return "annotations"
+            return "correction" if meta["source"] == "suspects" else "annotations"
         time = datetime.fromisoformat(meta["captured"])
         return f"capture:{utc_text(time.replace(tzinfo=time.tzinfo or UTC))}"
     except (KeyError, TypeError, ValueError, OverflowError):

@@ -236,7 +236,7 @@ def find_by_name(reference: Reference, batch: LabelBatch) -> Found | None:
 # %% ../../nbs/labels/14_lookup.ipynb #e8a1f748
 @dataclass(frozen=True)
 class LabelOutcome:
-    "The outcome of a line: its image was `added`, is a `duplicate`, or was `quarantined` for a reason."
+    "The outcome of a line: its image was `added` or `corrected`, is a `duplicate`, or was `quarantined` for a reason."
     position: LinePosition
     kind: str
     reason: str = ""

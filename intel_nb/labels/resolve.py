@@ -38,9 +38,11 @@ class NewImage(NamedTuple):
     source: str
 
 # %% ../../nbs/labels/15_resolve.ipynb #a11f0609
-def _compare(labels: set[str], classes: Collection[str], in_dataset: tuple[str, str] | None, winner: str
-             ) -> tuple[str, str, str]:
-    "Return kind, reason and detail of an outcome; `in_dataset` is a label and a path, `winner` is empty for a tie."
+def _compare(labels: set[str], classes: Collection[str], in_dataset: tuple[str, str] | None, winner: str,
+             corrects: bool) -> tuple[str, str, str]:
+    """Return kind, reason and detail of an outcome; `in_dataset` is a label and a path, `winner` is empty for a tie.
+
+    A line that `corrects` was asked for because the label in the dataset is doubtful, so it counts more."""
     written = " and ".join(sorted(map(as_one_line, labels)))
     if not labels & set(classes):
         return "quarantined", "unknown_label", f"{written} is not one of {as_one_line(', '.join(classes))}"
@@ -49,6 +51,8 @@ def _compare(labels: set[str], classes: Collection[str], in_dataset: tuple[str, 
         same = f"the same image as {path} in the dataset"
         if label in labels:
             return "duplicate", "duplicate", same
+        if corrects and winner in labels:
+            return "corrected", "", ""
         return "quarantined", "contradictory", f"labelled {written}, but it is {same}, which is labelled {label}"
     if not winner:
         return "quarantined", "contradictory", f"labelled {written}, but no class has the most support"
@@ -71,7 +75,7 @@ def _count_votes(lines: Iterable[tuple[LocatedLabel, str]], classes: Collection[
 # %% ../../nbs/labels/15_resolve.ipynb #09fa6b0e
 def resolve_labels(lines: Sequence[tuple[LocatedLabel, str]], dataset: Mapping[str, tuple[str, str]],
                    classes: Collection[str]) -> tuple[dict[str, NewImage], list[LabelOutcome]]:
-    """Return the images to add by SHA-256, and the outcome of each line.
+    """Return the images to add or to correct by SHA-256, and the outcome of each line.
 
     `lines` come with the SHA-256 of their images. `dataset` has the label and the path of each image by its SHA-256."""
     winners, sources = _count_votes(lines, classes)
@@ -79,26 +83,28 @@ def resolve_labels(lines: Sequence[tuple[LocatedLabel, str]], dataset: Mapping[s
     outcomes = []
     for line, sha256 in lines:
         labels = {vote.label for vote in line.record.votes}
-        kind, reason, detail = _compare(labels, classes, dataset.get(sha256), winners.get(sha256, ""))
-        if kind == "added" and sha256 in added:
+        kind, reason, detail = _compare(labels, classes, dataset.get(sha256), winners.get(sha256, ""),
+                                        line.record.source == "correction")
+        if kind in ("added", "corrected") and sha256 in added:
             kind, reason, detail = "duplicate", "duplicate", f"the same image as {added[sha256].member.path}"
-        elif kind == "added":
+        elif kind in ("added", "corrected"):
             added[sha256] = NewImage(line.member, winners[sha256], sources[sha256])
         detail = detail and f"{as_one_line(line.record.image)}: {detail}"
         outcomes.append(LabelOutcome(line.position, kind, reason, detail))
     return added, outcomes
 
 # %% ../../nbs/labels/15_resolve.ipynb #3cc2a4cc
-KINDS = ("added", "duplicate", "quarantined")
+KINDS = ("added", "corrected", "duplicate", "quarantined")
 
 def count_outcomes(outcomes: Sequence[LabelOutcome]) -> dict[str, Any]:
     "Return counts for the report: of all lines, of the reasons, and of each label file and form."
     total = Counter(o.kind for o in outcomes)
+    kinds = [kind for kind in KINDS if total[kind] or kind != "corrected"]  # that one is rare
     reasons = Counter(o.reason for o in outcomes if o.reason)
     files: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for o in outcomes:
         files[o.position.file, o.position.form][o.kind] += 1
-    return {"annotations": {kind: total[kind] for kind in KINDS},
+    return {"annotations": {kind: total[kind] for kind in kinds},
             "annotation_reasons": dict(sorted(reasons.items())),
-            "annotation_files": [{"file": file, "form": form} | {kind: counts[kind] for kind in KINDS}
+            "annotation_files": [{"file": file, "form": form} | {kind: counts[kind] for kind in kinds}
                                  for (file, form), counts in sorted(files.items())]}
