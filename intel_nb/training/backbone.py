@@ -33,8 +33,8 @@ from timm.layers import Conv2dSame  # noqa: E402
 from timm.optim import list_optimizers  # noqa: E402
 
 # %% auto #0
-__all__ = ['PACKAGED', 'HUB_SECONDS', 'FLOAT_CONVOLUTIONS', 'load_packaged_weights', 'check_hub', 'check_network', 'Embedder',
-           'Classifier', 'build_model', 'set_head', 'get_head', 'predict_probabilities', 'fix_padding',
+__all__ = ['PACKAGED', 'HUB_SECONDS', 'COARSE', 'FLOAT_CONVOLUTIONS', 'load_packaged_weights', 'check_hub', 'check_network',
+           'Embedder', 'Classifier', 'build_model', 'set_head', 'get_head', 'predict_probabilities', 'fix_padding',
            'export_backbone', 'list_float_nodes', 'CalibrationImages', 'quantize']
 
 # %% ../../nbs/training/01_backbone.ipynb #db67bed6
@@ -82,10 +82,12 @@ def check_network(model_name: str, pretrained: str, optimizer_name: str | None =
         check_hub(model_name)
 
 # %% ../../nbs/training/01_backbone.ipynb #75983724
+COARSE = 8  # times fewer pixels on a side than the image has
+
 class Embedder(nn.Module):
     """A timm network without its classifier: uint8 images (N, H, W, 3) -> pooled features (N, F), embedding (N, E).
 
-    The pooled features are the averages of all stages, or of none if `stages` is false, and then the embedding."""
+    The pooled features are the averages of all coarse stages, of none if `stages` is false, and then the embedding."""
     network: Any  # a timm network, for which torch has no type
     mean: torch.Tensor
     std: torch.Tensor
@@ -108,7 +110,8 @@ class Embedder(nn.Module):
         if not self.stages:
             return self.network.forward_features(x), []
         every = "extra_blocks" in inspect.signature(self.network.forward_intermediates).parameters
-        return self.network.forward_intermediates(x, **({"extra_blocks": True} if every else {}))
+        last, stages = self.network.forward_intermediates(x, **({"extra_blocks": True} if every else {}))
+        return last, [stage for stage in stages if stage.shape[-1] * COARSE <= x.shape[-1]]
 
 # %% ../../nbs/training/01_backbone.ipynb #f128d262
 class Classifier(nn.Module):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ['BLOCK_ROWS', 'Features', 'stream_features', 'compute_features']
 
 # %% ../../nbs/training/03_features.ipynb #4d93920f
-BLOCK_ROWS = 1024  # rows that are read at once; 8 MB for 2,096 pooled features
+BLOCK_ROWS = 1024  # rows that are read at once; 8 MB for 2,024 pooled features
 
 class Features:
     """Features of N images by name: `pooled` (N, F), whose last columns are the `embedding` (N, E), and `statistics`.
