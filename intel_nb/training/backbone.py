@@ -94,10 +94,12 @@ class Embedder(nn.Module):
 
     def __init__(self, network: nn.Module, stages: bool = True):
         super().__init__()
-        self.network, self.stages = network, stages and hasattr(network, "forward_intermediates")
+        self.network, self.stages = network, list[int]()  # the numbers of the stages that are averaged
         shape = 1, 3, 1, 1
         self.register_buffer("mean", torch.tensor(self.network.pretrained_cfg["mean"]).view(shape) * 255, False)
         self.register_buffer("std", torch.tensor(self.network.pretrained_cfg["std"]).view(shape) * 255, False)
+        if stages and hasattr(network, "forward_intermediates"):
+            self.stages = self._find_coarse(self.network.pretrained_cfg["input_size"])
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         last, stages = self._run((images.permute(0, 3, 1, 2).float() - self.mean) / self.std)
@@ -105,13 +107,23 @@ class Embedder(nn.Module):
         pooled = [F.adaptive_avg_pool2d(stage, 1).flatten(1) for stage in stages]
         return torch.cat([*pooled, embedding], 1), embedding
 
+    def _find_coarse(self, size: tuple[int, int, int]) -> list[int]:
+        "Return the numbers of the stages that are coarse for an input of the `size` that the network was made for."
+        with torch.no_grad():
+            _, stages = self._run_all(torch.zeros(1, *size))
+        return [k for k, stage in enumerate(stages) if round(size[-1] / stage.shape[-1]) >= COARSE]
+
+    def _run_all(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        "Return the last feature map of `x` and those of all stages; EfficientNets have one for each block of layers."
+        every = "extra_blocks" in inspect.signature(self.network.forward_intermediates).parameters
+        return self.network.forward_intermediates(x, **({"extra_blocks": True} if every else {}))
+
     def _run(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        "Return the last feature map of `x` and those of the stages; EfficientNets have one for each block of layers."
+        "Return the last feature map of `x` and those of the coarse stages."
         if not self.stages:
             return self.network.forward_features(x), []
-        every = "extra_blocks" in inspect.signature(self.network.forward_intermediates).parameters
-        last, stages = self.network.forward_intermediates(x, **({"extra_blocks": True} if every else {}))
-        return last, [stage for stage in stages if stage.shape[-1] * COARSE <= x.shape[-1]]
+        last, stages = self._run_all(x)
+        return last, [stages[k] for k in self.stages]
 
 # %% ../../nbs/training/01_backbone.ipynb #f128d262
 class Classifier(nn.Module):
