@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from io import TextIOWrapper
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -31,17 +32,17 @@ __all__ = ['app', 'aws_app', 'INTERRUPTED', 'JsonOption', 'VersionArgument', 'St
            'looked_at', 'mended', 'with_remedy', 'complete_with', 'complete_versions', 'complete_runs',
            'complete_steps', 'complete_profiles', 'complete_settings', 'PlainProgress', 'BarProgress', 'show_progress',
            'data_lines', 'annotation_lines', 'describe_run', 'exit_with_outcome', 'request_from', 'run_command',
-           'runs_command', 'report_command', 'version_row', 'print_versions', 'models_command', 'trace_command',
-           'describe_shadow', 'describe_drift', 'drift_and_shadow', 'endpoints_command', 'captures_command',
-           'suspects_command', 'carry_out_decision', 'approve_command', 'reject_command', 'withdraw_command',
-           'promote_command', 'rollback_command', 'shadow_command', 'start_command', 'stop_command', 'with_bar',
-           'print_predictions', 'print_prediction_table', 'print_data', 'check_at_most_one', 'predict_command',
-           'check_not_rejected', 'serve_command', 'sign_command', 'export_command', 'import_command', 'watch_command',
-           'audit_command', 'check_command', 'cancel_command', 'logs_command', 'prune_command', 'confirm_unless',
-           'aws_template_command', 'aws_definition_command', 'aws_rehearse_command', 'aws_cost_command',
-           'aws_deploy_command', 'aws_start_command', 'aws_status_command', 'aws_models_command', 'aws_approve_command',
-           'aws_promote_command', 'aws_reject_command', 'aws_rollback_command', 'aws_invoke_command',
-           'aws_logs_command', 'aws_destroy_command']
+           'runs_command', 'report_command', 'version_row', 'print_versions', 'production_column', 'models_command',
+           'trace_command', 'describe_shadow', 'describe_drift', 'drift_and_shadow', 'endpoints_command',
+           'captures_command', 'suspects_command', 'measure_command', 'carry_out_decision', 'approve_command',
+           'reject_command', 'withdraw_command', 'promote_command', 'rollback_command', 'shadow_command',
+           'start_command', 'stop_command', 'with_bar', 'print_predictions', 'print_prediction_table', 'print_data',
+           'check_at_most_one', 'predict_command', 'check_not_rejected', 'serve_command', 'sign_command',
+           'export_command', 'import_command', 'watch_command', 'audit_command', 'check_command', 'cancel_command',
+           'logs_command', 'prune_command', 'confirm_unless', 'aws_template_command', 'aws_definition_command',
+           'aws_rehearse_command', 'aws_cost_command', 'aws_deploy_command', 'aws_start_command', 'aws_status_command',
+           'aws_models_command', 'aws_approve_command', 'aws_promote_command', 'aws_reject_command',
+           'aws_rollback_command', 'aws_invoke_command', 'aws_logs_command', 'aws_destroy_command']
 
 # %% ../nbs/20_cli.ipynb #d6fdda1b
 app = typer.Typer(name="intel-nb", no_args_is_help=True, rich_markup_mode=None,
@@ -465,16 +466,24 @@ def version_row(version: ModelVersion, as_json: bool) -> dict[str, Any]:
     return row | {"accuracy": version.accuracy if is_known else None, "images": version.images or None,
                   "interval": interval, "reason": reason, "imported": version.tags.get("imported")}
 
-def print_versions(registry: Registry, as_json: bool, empty: str) -> None:
-    "Print the versions in `registry`, newest first (the text `empty` if there are none)."
-    print_rows([version_row(version, as_json) for version in registry.versions()], as_json, empty)
+def print_versions(registry: Registry, as_json: bool, empty: str,
+                   more: Callable[[ModelVersion], dict[str, Any]] = lambda version: {}) -> None:
+    "Print the versions in `registry`, newest first, with `more` about each (the text `empty` if there are none)."
+    print_rows([version_row(v, as_json) | more(v) for v in registry.versions()], as_json, empty)
+
+def production_column(home: Path, version: ModelVersion, as_json: bool) -> dict[str, Any]:
+    "Return what labels that came after serving say of `version`."
+    from intel_nb.chain.outcomes import production_accuracy, production_in_words
+    found = production_accuracy(home, version.version)
+    return {"production": found if as_json else production_in_words(found) or "-"}
 
 # %% ../nbs/20_cli.ipynb #68256542
 @app.command("models")
 def models_command(as_json: JsonOption = False) -> None:
     "List the versions, newest first."
     workspace = looked_at(_workspace())
-    print_versions(workspace.registry(), as_json, f"no versions yet in {workspace.home}: intel-nb run makes one")
+    print_versions(workspace.registry(), as_json, f"no versions yet in {workspace.home}: intel-nb run makes one",
+                   lambda version: production_column(workspace.home, version, as_json))
 
 # %% ../nbs/20_cli.ipynb #8e818ea5
 @app.command("trace")
@@ -557,6 +566,29 @@ def suspects_command(run: Annotated[str, typer.Argument(metavar="RUN", help="A r
         print_line(contradictory)
     print_line(f"to do: label {where / 'tasks.json'} in Label Studio (its interface: labels.xml), and give the JSON "
                "export to intel-nb run --annotations" if where else f"to do: intel-nb suspects {run} --task")
+
+# %% ../nbs/20_cli.ipynb #9dccb3fc
+@app.command("measure")
+def measure_command(labels: Annotated[Path, typer.Argument(metavar="LABELS", help=(
+        "Labels of answered requests (a table with the columns request_id and label) or of captured images."))],
+                    as_json: JsonOption = False) -> None:
+    "Tell how accurate the answers in production were, by labels that came after serving."
+    from intel_nb.chain.outcomes import SOURCES, confusions, measure, production_accuracy, production_in_words
+    home = _workspace().home
+    measured = measure(home, labels)
+    if not measured.found:
+        raise InputError(f"{labels} names no answer that is known here; give ids from the header x-request-id of "
+                         "answers that are still in the log, or labelled captures")
+    now = {version: production_accuracy(home, version) for version in measured.found}
+    if as_json:
+        print_json({"versions": now, "left_out": measured.left_out})
+        return
+    for version, counts in measured.found.items():
+        print_line(f"version {version}  {production_in_words(now[version])} "
+                   f"({sum(counts[source] for source in SOURCES):,} in these labels)")
+        for label, answer, count in confusions(home, version):
+            print_line(f"  labelled {label}, answered {answer}: {count:,}")
+    print_line("; ".join(f"{n:,} labels {why}" for why, n in measured.left_out.items()) or "all labels were counted")
 
 # %% ../nbs/20_cli.ipynb #73d6a2ce
 def carry_out_decision(decision: Callable[[Workspace, PlainProgress], list[Run]]) -> None:

@@ -33,7 +33,7 @@ from .dataplane import DriftMonitor, InferenceRequest, Service, Settings
 from .openapi import describe_api
 from .payloads import Refusal, read_media_type
 from .shadow import Copy
-from .telemetry import Limiter, choose_request_id, log_request
+from .telemetry import Limiter, answered_labels, choose_request_id, log_request
 
 # %% auto #0
 __all__ = ['DRAIN_SECONDS', 'METRICS_TYPE', 'ROUTES', 'PAGE', 'CSP', 'DRIFT_TYPE', 'make_refusal_response', 'DrainingResponse',
@@ -148,6 +148,7 @@ async def answer_invocation(service: Service, scope: Scope, receive: Receive, se
         (b"content-type", b"application/json"), (b"content-length", b"%d" % len(answer))]})
     await send({"type": "http.response.body", "body": answer})
     if not inference.is_test:
+        scope["answer"] = answer  # for the log
         service.mirror.offer(Copy(inference.content_type, inference.body, answer, seconds))
 
 # %% ../../nbs/serving/09_app.ipynb #2f680db1
@@ -309,7 +310,7 @@ class Application(FastAPI):
             return
         log_request(id=name, method=scope["method"], path=scope["path"][:200], status=status,
                     ms=round(1000 * seconds, 2), bytes=size, version=self.service.model["version"],
-                    unlogged=self._may_log_refusal.take_missed() or None)
+                    answers=answered_labels(scope.get("answer")), unlogged=self._may_log_refusal.take_missed() or None)
 
 # %% ../../nbs/serving/09_app.ipynb #a7333ef6
 def make_app(package: str | Path | Package, state_dir: str | Path, *, version: str | None = None,

@@ -23,8 +23,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 # %% auto #0
-__all__ = ['requests_log', 'FLUSH_SECONDS', 'WAITING', 'Metrics', 'choose_request_id', 'log_request', 'Limiter', 'RequestsFile',
-           'log_requests_to']
+__all__ = ['requests_log', 'FLUSH_SECONDS', 'WAITING', 'Metrics', 'choose_request_id', 'answered_labels', 'log_request',
+           'Limiter', 'RequestsFile', 'log_requests_to']
 
 # %% ../../nbs/serving/04_telemetry.ipynb #3f3116af
 class Metrics:
@@ -68,6 +68,11 @@ _PLAIN = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
 def choose_request_id(header: bytes = b"") -> str:
     "Return the client's `header` if it is a plain name of at most 64 characters, else sixteen random hex digits."
     return header.decode() if _PLAIN.fullmatch(header) else f"{random.getrandbits(64):016x}"
+
+# %% ../../nbs/serving/04_telemetry.ipynb #f3e31b41
+def answered_labels(answer: bytes | None) -> list[str] | None:
+    "Return the labels in the `answer` to a request, which the log keeps for whoever learns the truth later."
+    return [p["label"] for p in json.loads(answer)["predictions"]] if answer else None
 
 # %% ../../nbs/serving/04_telemetry.ipynb #11201725
 requests_log = logging.getLogger("intel_nb.requests")
