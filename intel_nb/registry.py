@@ -12,8 +12,6 @@ import os
 import shutil
 import socket
 import sqlite3
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,6 +20,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple, Protocol
 
 from intel_nb.storage import (
@@ -350,6 +349,7 @@ def import_client() -> Any:
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")  # no connection outlives its database's file
     with warnings.catch_warnings(action="ignore"):  # of notebook widgets that are not installed
+        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401  opening a client would wait for it
         from mlflow import MlflowClient
     return MlflowClient
 
@@ -381,16 +381,17 @@ def create_database(database: Path) -> Path:
     return database
 
 # %% ../nbs/19_registry.ipynb #3cccb8d5
-def create_database_in_background(database: Path) -> subprocess.Popen | None:
-    "Start a process that creates `database` and do not wait for it. Return None when the database exists."
+def create_database_in_background(database: Path) -> Thread | None:
+    "Start a thread that creates `database` and do not wait for it. Return None when the database exists."
+    def create() -> None:
+        with suppress(Exception):  # whoever registers a version meets it too, and says so
+            create_database(database)
+
     if database.exists():
         return None
-    code = ("import sys; from pathlib import Path; from intel_nb.registry import create_database; "
-            "create_database(Path(sys.argv[1]))")
-    nothing = subprocess.DEVNULL
-    command = [sys.executable, "-P", "-c", code, str(database)]
-    return subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing,
-                            start_new_session=True)
+    thread = Thread(target=create)
+    thread.start()
+    return thread
 
 # %% ../nbs/19_registry.ipynb #35022e1f
 _VERSIONS = """

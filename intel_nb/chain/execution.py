@@ -10,19 +10,20 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from .parameters import cells_of
 from .store import is_working
-from ..storage import InputError, read_json, write_json
+from ..storage import InputError, read_json, remove, write_json
 
 # %% auto #0
 __all__ = ['WORK_VARIABLE', 'NotebookFailed', 'translate_error', 'kernel_processes', 'end_process', 'end_kernel', 'limit_rate',
-           'import_papermill', 'copy_for_run', 'execute']
+           'import_papermill', 'copy_for_run', 'SpareKernel', 'execute']
 
 # %% ../../nbs/chain/03_execution.ipynb #f629a2cb
 class NotebookFailed(RuntimeError):
@@ -49,10 +50,11 @@ def kernel_processes(work: Path) -> Iterator[Any]:
     import psutil
     if not (work / "kernel.json").is_file():
         return
-    group = read_json(work / "kernel.json")["pid"]
+    noted = read_json(work / "kernel.json")
+    group, named = noted["pid"], noted.get("started_for", str(work))
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
-            is_member = os.getpgid(process.pid) == group and process.environ().get(WORK_VARIABLE) == str(work)
+            is_member = os.getpgid(process.pid) == group and process.environ().get(WORK_VARIABLE) == named
             if is_member and process.status() != psutil.STATUS_ZOMBIE:
                 yield process
 
@@ -119,15 +121,66 @@ def _folded(cell: dict[str, Any]) -> dict[str, Any]:
     is_shown = "parameters" in metadata.get("tags", [])
     return cell if is_shown else cell | {"metadata": metadata | {"jupyter": {"source_hidden": True}}}
 
+# %% ../../nbs/chain/03_execution.ipynb #e8a240a6
+class SpareKernel:
+    """A kernel that starts before its step does, with a new folder in `place` until then.
+
+    It imports `modules`, and calls a function after a colon (`module:function`)."""
+    def __init__(self, place: Path, modules: Sequence[str] = ()):
+        from jupyter_client.manager import AsyncKernelManager
+        from jupyter_core.utils import run_sync
+        _remove_left_spares(place)
+        self.folder, self._run = Path(tempfile.mkdtemp(prefix=f"spare-{os.getpid()}-", dir=place)), run_sync
+        self._manager = AsyncKernelManager(kernel_name="python3")
+        options = ["--HistoryManager.hist_file=:memory:", *map(_import_option, modules)]
+        with open(self.folder / "kernel.log", "ab") as log:
+            run_sync(self._manager.start_kernel)(env=os.environ | {WORK_VARIABLE: str(self.folder)}, stdout=log,
+                                                 stderr=log, extra_arguments=options)
+        self._note(self.folder)
+
+    def is_alive(self) -> bool:
+        "Tell whether the kernel's process runs."
+        return self._run(self._manager.is_alive)()
+
+    def give_to(self, work: Path) -> Any:
+        "Return the kernel's manager. From now on its folder is `work`."
+        self._note(work)
+        (self.folder / "kernel.log").rename(work / "kernel.log")
+        remove(self.folder)
+        return self._manager
+
+    def end(self) -> None:
+        "End the kernel, and remove its folder."
+        self._run(self._manager.shutdown_kernel)(now=True)
+        remove(self.folder)
+
+    def _note(self, folder: Path) -> None:
+        pid = getattr(self._manager.provisioner, "pid", None)
+        write_json(folder / "kernel.json", {"pid": pid, "started_for": str(self.folder)})
+
+def _import_option(name: str) -> str:
+    "Return the option that makes a kernel import a module, or call a function, without a name left behind."
+    call = "()" if ":" in name else ""
+    return f"--IPKernelApp.exec_lines=__import__('pkgutil').resolve_name({name!r}){call};"
+
+def _remove_left_spares(place: Path) -> None:
+    "Remove the folders of kernels whose command was killed, and what is left of such a kernel."
+    import psutil
+    for left in place.glob("spare-*-*"):
+        if not psutil.pid_exists(int(left.name.split("-")[1])):
+            end_kernel(left)
+            remove(left)
+
 # %% ../../nbs/chain/03_execution.ipynb #df986485
-def _engine(work: Path, on_cell: Callable[[int, int], None]) -> type:
-    "Return a papermill engine that leaves the kernel's pid and messages in `work`."
+def _engine(work: Path, on_cell: Callable[[int, int], None], spare: SpareKernel | None) -> type:
+    "Return a papermill engine that leaves the kernel's pid and messages in `work`, and takes the kernel `spare`."
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine
 
     class Client(PapermillNotebookClient):
         def papermill_execute_cells(self) -> None:
-            write_json(work / "kernel.json", {"pid": self.km.provisioner.pid})
+            if not spare:
+                write_json(work / "kernel.json", {"pid": self.km.provisioner.pid})
             self.nb_man.save = limit_rate(self.nb_man.save)
             try:
                 super().papermill_execute_cells()
@@ -138,23 +191,23 @@ def _engine(work: Path, on_cell: Callable[[int, int], None]) -> type:
         @classmethod
         def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **kwargs: Any) -> None:
             total = len(nb_man.nb.cells)
-            client = Client(nb_man, kernel_name=kernel_name, startup_timeout=120, timeout=None, iopub_timeout=60,
-                            shutdown_kernel="immediate",
+            client = Client(nb_man, km=spare and spare.give_to(work), kernel_name=kernel_name, startup_timeout=120,
+                            timeout=None, iopub_timeout=60, shutdown_kernel="immediate",
                             on_cell_start=lambda cell, cell_index: on_cell(cell_index, total))
             with open(work / "kernel.log", "ab") as log:
-                client.execute(env=os.environ | {WORK_VARIABLE: str(work)}, stdout=log, stderr=log)
+                client.execute(env=os.environ | {WORK_VARIABLE: str(work)}, stdout=log, stderr=log, cleanup_kc=True)
 
     return Engine
 
 # %% ../../nbs/chain/03_execution.ipynb #8ba54a70
 def execute(notebook: Path, output: Path, parameters: dict[str, Any], work: Path,
-            on_cell: Callable[[int, int], None] = lambda cell, total: None) -> None:
+            on_cell: Callable[[int, int], None] = lambda cell, total: None, spare: SpareKernel | None = None) -> None:
     """Run `notebook` with `parameters`, and write the executed notebook to `output`.
 
-    `work` is the working folder of the kernel. `on_cell` gets the number of cells that are done, and of all cells.
-    Raise `InputError` or `NotebookFailed`."""
+    `work` is the working folder of the kernel, which is `spare` if there is one. `on_cell` gets the number of cells
+    that are done, and of all cells. Raise `InputError` or `NotebookFailed`."""
     papermill = import_papermill()
-    papermill.engines.papermill_engines.register("intel-nb", _engine(work, on_cell))
+    papermill.engines.papermill_engines.register("intel-nb", _engine(work, on_cell, spare))
     work.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     source = copy_for_run(notebook, work / notebook.name)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import intel_nb
@@ -34,12 +35,12 @@ if TYPE_CHECKING:
     from intel_nb.serving.supervisor import StageRecord
 
 # %% auto #0
-__all__ = ['ACT_OF', 'FOLDERS', 'DATASET', 'MODEL', 'PLAN', 'MOVE', 'IMPORTED', 'Declared', 'STAGE_PARAMETERS', 'Workspace',
-           'notebooks_folder', 'open_workspace', 'check_workspace', 'Replacement', 'version_in_words',
-           'find_replacement', 'Effect', 'Registration', 'alias_to_write', 'note_served', 'Deployment', 'StagingTest',
-           'Step', 'look_up_network', 'look_up_archive', 'RunRequest', 'read_settings', 'declared_parameters',
-           'settable_parameters', 'look_up_values', 'check_step_values', 'check_range', 'check_request',
-           'make_absolute']
+__all__ = ['ACT_OF', 'FOLDERS', 'DATASET', 'MODEL', 'PLOTS', 'REGISTRY', 'PLAN', 'MOVE', 'IMPORTED', 'Declared',
+           'STAGE_PARAMETERS', 'Workspace', 'notebooks_folder', 'open_workspace', 'check_workspace', 'Replacement',
+           'version_in_words', 'find_replacement', 'Effect', 'Registration', 'alias_to_write', 'note_served',
+           'Deployment', 'StagingTest', 'Step', 'look_up_network', 'look_up_archive', 'RunRequest', 'read_settings',
+           'declared_parameters', 'settable_parameters', 'look_up_values', 'check_step_values', 'check_range',
+           'check_request', 'make_absolute']
 
 # %% ../../nbs/chain/05_plan.ipynb #49f7f10e
 @dataclass(frozen=True)
@@ -212,6 +213,9 @@ class Deployment(Effect):
     run_fields = {"model_version": "version", "endpoint": "url"}
     stage_parameter = "stage"
 
+    def prepare(self, workspace: Workspace) -> None:
+        Thread(target=import_client).start()  # to write the approval with
+
     def key_inputs(self, workspace: Workspace, parameters: Mapping[str, Any]) -> dict[str, Any]:
         # Not the version alone: its numbers start again at 1 when a registry is deleted.
         return {"package": workspace.registry().get(parameters["version"]).fingerprint}
@@ -259,6 +263,7 @@ class Step:
     after: str = ""  # the step says something about the effect of this one, so its entry must be newer
     looked_up: tuple[str, ...] = ()  # parameters that only a library can judge
     look_up: Callable[..., None] = lambda *values: None  # takes their values; imports the library, and may raise
+    imports: tuple[str, ...] = ()  # what takes long to import: a kernel begins with it while another step runs
 
     @property
     def supplied(self) -> set[str]:
@@ -285,17 +290,22 @@ FOLDERS = {"out_dir": OUTPUTS, "checkpoint_dir": CHECKPOINTS, "model_dir": None,
 DATASET = {"dataset": ("data", "dataset")}
 MODEL = {"model": ("train", "model")}
 
+PLOTS = ("matplotlib.pyplot",)
+REGISTRY = ("intel_nb.registry:import_client",)
+
 PLAN = (
     Step("data", "00_data.ipynb", sources=("archive", "annotations"), labels=("annotations",),
          digests={"dataset": "fingerprint"}, looked_up=("parts", "encoding"), look_up=look_up_archive),
     Step("train", "01_train.ipynb", files=DATASET, looked_up=("model_name", "pretrained", "optimizer_name"),
-         look_up=look_up_network),
-    Step("evaluate", "02_evaluate.ipynb", files=DATASET | MODEL, places=("registry",), effect=Registration()),
+         look_up=look_up_network, imports=("intel_nb.train", "intel_nb.training.backbone", *PLOTS)),
+    Step("evaluate", "02_evaluate.ipynb", files=DATASET | MODEL, places=("registry",), effect=Registration(),
+         imports=("intel_nb.evaluate", *REGISTRY, *PLOTS)),
     Step("deploy", "03_deploy.ipynb", values={"version": ("evaluate", "version")}, places=("registry", "endpoints"),
          effect=Deployment(), approval=True),
-    Step("drift", "04_drift.ipynb", files=DATASET | MODEL, after="deploy"),
+    Step("drift", "04_drift.ipynb", files=DATASET | MODEL, after="deploy", imports=("intel_nb.drift", *PLOTS)),
     Step("staging", "05_test_staging.ipynb", files=DATASET | {"predictions": ("evaluate", "predictions")},
-         values={"url": ("deploy", "url"), "version": ("evaluate", "version")}, effect=StagingTest(), after="deploy"),
+         values={"url": ("deploy", "url"), "version": ("evaluate", "version")}, effect=StagingTest(), after="deploy",
+         imports=("intel_nb.staging", *PLOTS)),
 )
 
 # %% ../../nbs/chain/05_plan.ipynb #99d41a97

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .execution import NotebookFailed, end_kernel, execute, import_papermill
+from .execution import NotebookFailed, SpareKernel, end_kernel, execute, import_papermill
 from .history import named_cause, run_summary_html
 from .outcomes import measure_captured
 from intel_nb.chain.plan import (
@@ -64,10 +64,10 @@ from intel_nb.storage import (
 # %% auto #0
 __all__ = ['Tell', 'Ask', 'DONE', 'REFUSALS', 'RunEvent', 'RunContext', 'look_up_all', 'local_source', 'resolved_parameters',
            'supplied_parameters', 'notebook_parameters', 'input_contents', 'step_recipe', 'is_current', 'find_reusable',
-           'take_entry', 'publish_outputs', 'record_failure', 'prepare_later', 'check_inputs', 'execute_step',
-           'run_step', 'note_effect', 'check_approval', 'may_approve', 'waits_for_approval', 'grant_approval',
-           'Declined', 'check_replacement', 'announce_replacement', 'follow_plan', 'request_of', 'open_run',
-           'close_run', 'has_lasting_effects', 'status_after', 'run_chain']
+           'take_entry', 'publish_outputs', 'record_failure', 'prepare_later', 'take_spare', 'end_spares',
+           'check_inputs', 'execute_step', 'run_step', 'note_effect', 'check_approval', 'may_approve',
+           'waits_for_approval', 'grant_approval', 'Declined', 'check_replacement', 'announce_replacement',
+           'follow_plan', 'request_of', 'open_run', 'close_run', 'has_lasting_effects', 'status_after', 'run_chain']
 
 # %% ../../nbs/chain/08_run.ipynb #175f2326
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ class RunContext:
     entries: dict[str, Entry] = field(default_factory=dict)  # step: its entry, once the step is done
     resolved: dict[str, dict[str, Any]] = field(default_factory=dict)  # step: its parameters, resolved once
     ask: Ask | None = None  # None: nobody can be asked
+    spares: dict[str, SpareKernel] = field(default_factory=dict)  # step: the kernel that waits for it
 
     @property
     def folder(self) -> Path: return self.workspace.executed / self.run.run_id
@@ -255,7 +256,22 @@ def prepare_later(context: RunContext, step: Step) -> None:
     names, at, last = [one.name for one in context.plan], context.plan.index(step) + 1, context.request.last
     look_up_all(context, context.plan[at - 1:names.index(last) + 1 if last else None])
     for following in context.plan[at:at + 1]:
-        following.effect.prepare(context.workspace)
+        if step.name != last and (context.request.approve or not following.approval):
+            following.effect.prepare(context.workspace)
+            context.spares[following.name] = SpareKernel(context.workspace.store.root / ".work", following.imports)
+
+def take_spare(context: RunContext, step: Step) -> SpareKernel | None:
+    "Return the kernel that waits for `step`, if it lives."
+    spare = context.spares.pop(step.name, None)
+    if spare and not spare.is_alive():
+        spare.end()
+        return None
+    return spare
+
+def end_spares(context: RunContext) -> None:
+    "End the kernels whose steps did not come."
+    while context.spares:
+        context.spares.popitem()[1].end()
 
 # %% ../../nbs/chain/08_run.ipynb #044ae054
 def check_inputs(context: RunContext, step: Step) -> None:
@@ -285,7 +301,8 @@ def execute_step(context: RunContext, step: Step, recipe: dict[str, Any]) -> Ent
         empty_outputs(work)
         execute(context.workspace.notebooks / step.notebook, context.folder / step.notebook,
                 notebook_parameters(context, step, work), work,
-                lambda done, total: context.tell(RunEvent("cell", step.name, done=done, total=total)))
+                lambda done, total: context.tell(RunEvent("cell", step.name, done=done, total=total)),
+                take_spare(context, step))
         entry = publish_outputs(context, step, recipe, time.monotonic() - started)
     except BaseException as error:
         record_failure(context, step, key, time.monotonic() - started, error)
@@ -374,6 +391,7 @@ def announce_replacement(context: RunContext, step: Step) -> None:
 def follow_plan(context: RunContext) -> str:
     "Do the steps of the plan, up to the last one of the request. Return the status that the run ends with."
     with ExitStack() as until_the_end:
+        until_the_end.callback(end_spares, context)
         for step in context.plan:
             if step.approval and (approval := check_approval(context)) != "approved":
                 return "succeeded" if approval == "unregistered" else approval
