@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MANY_TWINS', 'Settings', 'name_files', 'check_images', 'drop_copies', 'check_twins', 'find_twins', 'drop_twins',
            'split_hash', 'split_bounds', 'Group', 'split_class', 'Divided', 'assign_splits', 'check_sizes',
-           'check_annotated', 'Annotations', 'read_annotated', 'Pool', 'join_images', 'resolve_annotated',
-           'place_added', 'Contents', 'write_shards', 'write_lists', 'Gathered', 'count_near', 'gather',
-           'build_dataset']
+           'check_annotated', 'Annotations', 'read_annotated', 'match_changed', 'Pool', 'join_images',
+           'resolve_annotated', 'place_added', 'Contents', 'write_shards', 'write_lists', 'Gathered', 'count_near',
+           'gather', 'build_dataset']
 
 # %% ../nbs/00_data.ipynb #d774fcdf
 import csv
@@ -368,6 +368,15 @@ def read_annotated(sources: Iterable[str | Path], settings: Settings, classes: l
     paths = {number: member.path for member, number in found.items() if not isinstance(number, Unusable)}
     return Annotations(images, good, outcomes, paths)
 
+# %% ../nbs/00_data.ipynb #b6cee38a
+def match_changed(annotations: Annotations, images: np.ndarray) -> Annotations:
+    "Return `annotations`, in which the kept form of an image of the archive `images` has the digest of its original."
+    changed = images[images["kept"] != b""]
+    originals = dict(zip(changed["kept"].tolist(), changed["sha256"].tolist()))
+    is_new = ~np.isin(annotations.images["sha256"], changed["kept"])
+    lines = [(line, originals.get(sha256, sha256)) for line, sha256 in annotations.lines]
+    return replace(annotations, images=annotations.images[is_new], lines=lines)
+
 # %% ../nbs/00_data.ipynb #afe4a256
 @dataclass(frozen=True)
 class Pool:
@@ -486,6 +495,7 @@ def count_near(groups: np.ndarray, kept: np.ndarray) -> dict[str, Any]:
 def gather(images: np.ndarray, annotations: Annotations, named: Named, settings: Settings, ledger: Ledger,
            path: Callable[[int], str]) -> Gathered:
     "Put together what goes into the dataset. Raise `InputError` for a class with too few images."
+    annotations = match_changed(annotations, images)
     pool = join_images(images, annotations.images, settings.near_duplicates != "keep")
     part = np.zeros(len(pool.images), np.int8)  # annotated images count as training images
     part[~pool.is_new] = named.part[pool.images["number"][~pool.is_new]]

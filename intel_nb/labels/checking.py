@@ -35,7 +35,7 @@ __all__ = ['CHECKED', 'RUN_BYTES', 'HASHED_AT_ONCE', 'CHUNK_FILES', 'CHUNK_BYTES
 
 # %% ../../nbs/labels/06_checking.ipynb #c30fc727
 CHECKED = np.dtype([("number", "<i4"), ("sha256", "S32"), ("hash", "<u8", (4,)), ("width", "<i4"), ("height", "<i4"),
-                    ("changed", "S24"), ("chunk", "<i4"), ("start", "<i8"), ("size", "<i4")])
+                    ("changed", "S24"), ("kept", "S32"), ("chunk", "<i4"), ("start", "<i8"), ("size", "<i4")])
 
 class Unusable(NamedTuple):
     "Why an image cannot be used: a reason from a fixed list, and details."
@@ -54,6 +54,8 @@ def check_bytes(data: bytes) -> Good:
     row = np.zeros((), CHECKED)
     row["sha256"] = hashlib.sha256(data).digest()
     row["width"], row["height"], row["changed"] = checked.width, checked.height, checked.changed.encode()
+    if checked.changed:  # the digest of the bytes that are kept
+        row["kept"] = hashlib.sha256(checked.data).digest()
     return Good(row, checked.data, thumbnail(checked.image))
 
 def check_file(size: int, read: Callable[[], bytes]) -> Good | Unusable:
