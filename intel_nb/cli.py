@@ -554,31 +554,35 @@ def suspects_command(run: Annotated[str, typer.Argument(metavar="RUN", help="A r
                      as_json: JsonOption = False) -> None:
     "List the training labels of a run that are probably wrong, or make a labelling task of them."
     from intel_nb.chain.runs import read_run
-    from intel_nb.chain.suspects import count_contradictory, export_suspects, read_suspects
+    from intel_nb.chain.suspects import export_suspects, read_contradictory, read_suspects
     workspace = _workspace()
     found = read_run(workspace.executed, run)
     where = export_suspects(workspace, found, first) if task else None
-    names = ("rank", "label", "answer", "confidence", "name")
-    print_rows([{name: row[name] for name in names} for row in read_suspects(found)[:first]], as_json, "no suspects")
+    names = ("rank", "label", "answer", "confidence", "file")
+    rows = [{name: row[name] for name in names} for row in read_suspects(found)[:first]]
+    print_rows(rows, as_json, "no label is doubtful")
     if as_json:
         return
-    if contradictory := count_contradictory(found):
-        print_line(contradictory)
-    print_line(f"to do: label {where / 'tasks.json'} in Label Studio (its interface: labels.xml), and give the JSON "
-               "export to intel-nb run --annotations" if where else f"to do: intel-nb suspects {run} --task")
+    for path, detail in read_contradictory(found):
+        print_line(f"{path}: {detail}")
+    if rows:
+        print_line(f"to do: label {where / 'tasks.json'} in Label Studio (its interface: labels.xml), and give the "
+                   "export to intel-nb run --annotations" if where else f"to do: intel-nb suspects {run} --task")
 
 # %% ../nbs/20_cli.ipynb #9dccb3fc
 @app.command("measure")
 def measure_command(labels: Annotated[Path, typer.Argument(metavar="LABELS", help=(
         "Labels of answered requests (a table with the columns request_id and label) or of captured images."))],
+                    stage: Annotated[str, typer.Option(help="The stage that gave the answers.")] = "production",
                     as_json: JsonOption = False) -> None:
     "Tell how accurate the answers in production were, by labels that came after serving."
     from intel_nb.chain.outcomes import SOURCES, confusions, measure, production_accuracy, production_in_words
-    home = _workspace().home
-    measured = measure(home, labels)
+    home, registry = _workspace().home, _workspace().registry()
+    measured = measure(home, labels, registry, stage)
     if not measured.found:
-        raise InputError(f"{labels} names no answer that is known here; give ids from the header x-request-id of "
-                         "answers that are still in the log, or labelled captures")
+        why = "; ".join(f"{n:,} {reason}" for reason, n in measured.left_out.items())
+        raise InputError(f"of the labels in {labels} none was counted ({why}); give ids from the header x-request-id "
+                         "of answers that are still in the log, or labelled captures")
     now = {version: production_accuracy(home, version) for version in measured.found}
     if as_json:
         print_json({"versions": now, "left_out": measured.left_out})

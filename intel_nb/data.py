@@ -187,7 +187,9 @@ def drop_copies(images: np.ndarray, named: Named, ledger: Ledger) -> np.ndarray:
         if len(labels := set(label[top].tolist())) > 1:
             kept[first] = False
             both = " and ".join(sorted(named.classes[k] for k in labels))
-            ledger.leave(number[top], ledger.code("contradictory", f"the same image as {both}"))
+            code = ledger.code("contradictory", f"the same image as {{other}}; they are labelled {both}")
+            ledger.leave(number[top[1:]], code, number[first])
+            ledger.leave(number[top[:1]], code, number[top[1]])
         else:
             ledger.leave(number[top[1:]], ledger.code("duplicate", "the same image as {other}"), number[first])
     return images[kept]
@@ -403,15 +405,18 @@ def _refuse_twins(annotations: Annotations, twins: set[bytes]) -> Annotations:
     return replace(annotations, lines=[(line, sha256) for line, sha256 in annotations.lines if sha256 not in twins],
                    outcomes=annotations.outcomes + refused)
 
-def resolve_annotated(annotations: Annotations, pool: Pool, named: Named, path: Callable[[int], str]
-                      ) -> tuple[dict[bytes, tuple[int, str]], list[LabelOutcome]]:
-    "Return class and source of each image that annotations add or correct, by SHA-256, and the outcome of each line."
+def resolve_annotated(annotations: Annotations, pool: Pool, named: Named, path: Callable[[int], str],
+                      correctable: np.ndarray) -> tuple[dict[bytes, tuple[int, str]], list[LabelOutcome]]:
+    """Return class and source of each image that annotations add or correct, by SHA-256, and the outcome of each line.
+
+    A label may be corrected where `correctable`, bool (M,), is true."""
     wanted = np.array(sorted({sha256 for _, sha256 in annotations.lines}), "S32")
     old = pool.images[~pool.is_new & np.isin(pool.images["sha256"], wanted)]
     known = {row["sha256"].item().hex(): (named.classes[named.label[row["number"]]], path(int(row["number"])))
              for row in old}
     lines = [(line, sha256.hex()) for line, sha256 in annotations.lines]
-    added, outcomes = resolve_labels(lines, known, named.classes)
+    may = {pool.images["sha256"][k].item().hex() for k in np.flatnonzero(correctable)} & {sha256 for _, sha256 in lines}
+    added, outcomes = resolve_labels(lines, known, named.classes, may)
     found = {bytes.fromhex(sha256): (named.classes.index(new.label), new.source) for sha256, new in added.items()}
     return found, annotations.outcomes + outcomes
 
@@ -502,17 +507,20 @@ def gather(images: np.ndarray, annotations: Annotations, named: Named, settings:
     kept = drop_twins(pool.images, pool.groups, part, ledger)
     check_twins(int((~kept).sum()), len(kept), settings.near_duplicates)
     twins = {pool.images["sha256"][k].item() for k in np.flatnonzero(pool.is_new & ~kept)}
-    added, outcomes = resolve_annotated(_refuse_twins(annotations, twins), pool, named, path)
     old = np.flatnonzero(kept & ~pool.is_new)
     divided = assign_splits(pool.images[old], pool.groups[old], named, settings)
     split, label = np.full(len(kept), -1, np.int8), np.full(len(kept), -1, np.int32)
     split[old], label[old] = divided.split, named.label[pool.images["number"][old]]
+    correctable = (split >= 0) & (settings.test_annotations | (split != SPLITS.index("test")))
+    added, outcomes = resolve_annotated(_refuse_twins(annotations, twins), pool, named, path, correctable)
     labelled = np.flatnonzero(np.isin(pool.images["sha256"], np.array(list(added), "S32"))).tolist()
     joins = [k for k in labelled if pool.is_new[k]]
     sources = {}
     for k in labelled:  # the others are corrected
         label[k], sources[k] = added[pool.images["sha256"][k].item()]
     contents = Contents(pool.images, place_added(pool, split, joins, settings), label, sources, named.classes)
+    used = contents.split >= 0
+    check_sizes(contents.split[used], contents.label[used], named.classes)  # no class may be corrected away
     return Gathered(contents, outcomes, divided.notes, count_near(pool.groups, kept))
 
 # %% ../nbs/00_data.ipynb #b28ef492

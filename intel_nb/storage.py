@@ -32,11 +32,11 @@ T = TypeVar("T")
 # %% auto #0
 __all__ = ['T', 'InputError', 'Damaged', 'remove', 'sync', 'sync_tree', 'make_folder', 'move', 'written_aside', 'write_bytes',
            'write_text', 'write_json', 'read_json', 'with_check', 'write_checked', 'read_checked', 'as_dataclass',
-           'printable', 'as_cell', 'last_line', 'user_name', 'sha256_file', 'is_hidden_name', 'files_of', 'tree_digest',
-           'is_remote', 'cloud_module', 'fetch', 'each_source', 'put', 'link', 'utc_text', 'utc_now', 'output_folder',
-           'check_all_or_none', 'absolute_keys', 'python_path', 'missing_packages', 'check_extra', 'explain_missing',
-           'whole_number', 'Process', 'started_at', 'this_process', 'is_running', 'locked', 'is_locked', 'holder_of',
-           'lock_owner']
+           'printable', 'as_cell', 'from_cell', 'last_line', 'user_name', 'sha256_file', 'is_hidden_name', 'files_of',
+           'tree_digest', 'is_remote', 'cloud_module', 'fetch', 'each_source', 'put', 'link', 'utc_text', 'utc_now',
+           'output_folder', 'check_all_or_none', 'absolute_keys', 'python_path', 'missing_packages', 'check_extra',
+           'explain_missing', 'whole_number', 'Process', 'started_at', 'this_process', 'is_running', 'locked',
+           'is_locked', 'holder_of', 'lock_owner']
 
 # %% ../nbs/10_storage.ipynb #57c23216
 class InputError(ValueError):
@@ -189,6 +189,10 @@ def as_cell(value: Any) -> Any:
     "Return a value for CSV that no spreadsheet takes for a formula: such a text begins with an apostrophe."
     is_formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\uff1d"))
     return f"'{value}" if is_formula else value
+
+def from_cell(text: str) -> str:
+    "Return the text that `as_cell` was given."
+    return text[1:] if text.startswith("'") and as_cell(text[1:]) == text else text
 
 # %% ../nbs/10_storage.ipynb #bb88a796
 def last_line(log: Path) -> str:

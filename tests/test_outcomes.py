@@ -37,11 +37,11 @@ def test_labels_of_requests(staged):
     wrong = int(answers[3][1] != "forest")
     labels = write_text(staged.root / "truth.csv", "\n".join(["request_id,label", *rows, "pair#1,forest", "probe,sea",
                                                               "pair,sea", "unknown,sea", "order-1,", ""]))
-    first, second = staged("measure", str(labels), "--json").json, staged("measure", str(labels), "--json").json
+    first, second = (staged("measure", str(labels), "--stage", "staging", "--json").json for _ in range(2))
     assert first == second
     found = first["versions"]["1"]["requests"]
     assert found["images"] == 25 and round(found["accuracy"] * 25) >= 24 - wrong
-    assert first["left_out"] == {"cannot be read": 1, "name nothing that is known here": 3}, "probe, pair, unknown"
+    assert first["left_out"] == {"cannot be read": 1, "name nothing that staging has answered": 3}, "probe, pair, unknown"
     assert "of labelled requests" in staged("models").out
     assert staged("models", "--json").json[0]["production"]["requests"]["images"] == 25
     run = staged.newest()["run_id"]
@@ -74,3 +74,13 @@ def test_labels_that_name_nothing(waiting):
     assert (answer.status, "x-request-id" in answer.err) == (2, True)
     assert waiting("measure", str(waiting.root / "none.csv")).status == 2
     assert json.loads(waiting("models", "--json").out)[0]["production"] == {}
+
+
+def test_a_damaged_record_stops_nothing(waiting):
+    "`check` names it and puts it aside; other commands show nothing instead."
+    record = write_text(waiting.home / "outcomes" / "1.json", '{"requests": 7}')
+    assert waiting("models", "--json").json[0]["production"] == {}
+    assert waiting("report", "first").status == 0
+    assert str(record) in waiting("check").out
+    waiting("check", "--repair")
+    assert not record.exists()

@@ -102,6 +102,7 @@ def import_papermill() -> Any:
     sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     import papermill
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters, and those were checked
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # after Ctrl-C nbclient leaves a task whose kernel has died
     return papermill
 
 # %% ../../nbs/chain/03_execution.ipynb #a979f426

@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
+from .outcomes import damaged_outcomes
 from .plan import Workspace
 from .runs import Run, read_run, write_run
 from .store import is_whole, read_entry
@@ -247,7 +248,7 @@ def record_differences(workspace: Workspace) -> Iterator[Difference]:
                                  partial(_settle, workspace, folder.name))
 
 def capture_differences(workspace: Workspace) -> Iterator[Difference]:
-    "Yield what cannot be read of captures, alarms, and the states of detectors and shadows."
+    "Yield what cannot be read of captures, alarms, labelled answers, and the states of detectors and shadows."
     captures, states = workspace.home / "captures", workspace.endpoints().folder
     found = [*captures.glob("*/*/*.json"), *states.glob("*/state/*.json"), *states.glob("*/state/alarms/*.json")]
     for path in sorted(found):
@@ -258,6 +259,8 @@ def capture_differences(workspace: Workspace) -> Iterator[Difference]:
         except InputError as e:
             if path.exists():
                 yield Difference(str(e), partial(_put_aside, path), waits=True)
+    for path in damaged_outcomes(workspace.home):
+        yield Difference(f"{path} is damaged; measure the labels again", partial(_put_aside, path), waits=True)
     for folder in sorted(captures.glob("*/*Z-*")):
         if (folder / "tasks.json").exists() and not (folder / "capture.json").exists():
             yield Difference(f"{folder / 'capture.json'} is missing", partial(_put_aside, folder / "tasks.json"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +18,13 @@ from ..labels.fields import Fields
 from ..labels.files import form_of, read_labels
 from ..labels.records import LabelRecord
 from ..labels.tables import LABEL_BYTES
-from ..registry import describe_accuracy, wilson_interval
-from ..storage import InputError, files_of, locked, read_checked, read_json, write_checked
+from ..registry import Registry, describe_accuracy, wilson_interval
+from ..storage import Damaged, InputError, files_of, locked, read_checked, read_json, write_checked
 
 # %% auto #0
 __all__ = ['SOURCES', 'NAMES', 'Given', 'logged_answers', 'captured_answers', 'read_truths', 'Measured', 'read_outcomes',
-           'measure', 'production_accuracy', 'production_in_words', 'confusions', 'measure_captured']
+           'damaged_outcomes', 'measure', 'production_accuracy', 'production_in_words', 'confusions',
+           'measure_captured']
 
 # %% ../../nbs/chain/06_outcomes.ipynb #f8ddc94b
 class Given(NamedTuple):
@@ -39,27 +40,27 @@ def _answers_of(line: bytes) -> Iterator[tuple[str, Given]]:
         for place, answer in enumerate(answers):
             yield name if len(answers) == 1 else f"{name}#{place}", Given(str(entry["version"]), str(answer))
 
-def logged_answers(endpoints: Path, wanted: set[str]) -> dict[str, set[Given]]:
-    "Return the answers to the requests that are `wanted`, from the logs of all stages below `endpoints`."
-    found: dict[str, set[Given]] = {}
-    for path in endpoints.glob("*/requests.log*"):
+def logged_answers(folder: Path, wanted: set[str]) -> dict[str, list[Given]]:
+    "Return the answers to the requests that are `wanted`, from the logs in the `folder` of a stage."
+    found: dict[str, list[Given]] = {}
+    for path in (path for path in folder.glob("requests.log*") if path.is_file()):
         with open(path, "rb") as lines:
             for name, given in (pair for line in lines if b'"answers"' in line for pair in _answers_of(line)):
                 if name in wanted:
-                    found.setdefault(name, set()).add(given)
+                    found.setdefault(name, []).append(given)
     return found
 
 # %% ../../nbs/chain/06_outcomes.ipynb #6bedf67d
-def captured_answers(captures: Path, wanted: set[str]) -> dict[str, set[Given]]:
-    "Return the answers to captured images that are `wanted`, by SHA-256, from the tasks below the folder `captures`."
-    found: dict[str, set[Given]] = {}
-    for path in captures.glob("*/*Z-*/tasks.json"):
+def captured_answers(folder: Path, wanted: set[str]) -> dict[str, list[Given]]:
+    "Return the answers to captured images that are `wanted`, by SHA-256, from the tasks below the `folder` of a stage."
+    found: dict[str, list[Given]] = {}
+    for path in folder.glob("*Z-*/tasks.json"):
         with suppress(InputError, KeyError, TypeError, IndexError, AttributeError):
             for task in read_json(path):
                 sha256 = Path(task["data"]["image"]).stem
                 if sha256 in wanted:
                     (choice,) = task["predictions"][0]["result"][0]["value"]["choices"]
-                    found.setdefault(sha256, set()).add(Given(str(task["meta"]["version"]), str(choice)))
+                    found.setdefault(sha256, []).append(Given(str(task["meta"]["version"]), str(choice)))
     return found
 
 # %% ../../nbs/chain/06_outcomes.ipynb #7b29a9d9
@@ -69,9 +70,12 @@ def _label_files(source: Path) -> list[Path]:
     return [path for path in paths if form_of(path.name) and path.stat().st_size <= LABEL_BYTES]
 
 def read_truths(source: Path) -> tuple[dict[str, str], Counter[str]]:
-    "Return the label of each request id and captured image (by SHA-256) in `source`, and counts of what was not read."
+    """Return the label of each request id and captured image (by SHA-256) in `source`, and counts of what was not read.
+
+    Raise `InputError` if there is none."""
     truths: dict[str, set[str]] = {}
     left_out: Counter[str] = Counter()
+    problem = ""
     for path in _label_files(source):
         for _, record in read_labels(path.name, path.read_bytes(), Fields(image="request_id")):
             if isinstance(record, LabelRecord):
@@ -80,6 +84,10 @@ def read_truths(source: Path) -> tuple[dict[str, str], Counter[str]]:
                 truths.setdefault(key, set()).update(vote.label for vote in record.votes)
             else:
                 left_out["cannot be read"] += 1
+                problem = problem or f"{path}: {record}"
+    if not truths:
+        raise InputError(f"no label was found in {problem or source}; give a table in UTF-8 with the columns "
+                         "request_id and label, or labelled captures")
     left_out["contradict each other"] = sum(len(labels) > 1 for labels in truths.values())
     return {key: next(iter(labels)) for key, labels in truths.items() if len(labels) == 1}, +left_out
 
@@ -95,37 +103,63 @@ class Measured:
 def _record_of(home: Path, version: str) -> Path: return home / "outcomes" / f"{version}.json"
 
 def read_outcomes(home: Path, version: str) -> dict[str, dict[str, list[str]]]:
-    "Return label and answer of each labelled answer of `version`, by source and key."
+    "Return label and answer of each labelled answer of `version`, by source and key. Raise `Damaged`."
     path = _record_of(home, version)
-    return read_checked(path) if path.is_file() else {source: {} for source in SOURCES}
+    found = read_checked(path) if path.is_file() else {source: {} for source in SOURCES}
+    rows = [row for by in found.values() for row in (by.values() if isinstance(by, dict) else [by])]
+    if set(found) != set(SOURCES) or not all(isinstance(row, list) and len(row) == 2 for row in rows):
+        raise Damaged(f"{path} is damaged: it is no record of labelled answers; intel-nb check --repair puts it aside")
+    return found
+
+def damaged_outcomes(home: Path) -> Iterator[Path]:
+    "Yield the records that cannot be read."
+    for path in sorted((home / "outcomes").glob("*.json")):
+        try:
+            read_outcomes(home, path.stem)
+        except InputError:
+            yield path
 
 def _add(home: Path, version: str, more: dict[str, dict[str, list[str]]]) -> None:
     known = read_outcomes(home, version)
     write_checked(_record_of(home, version), {source: known[source] | more[source] for source in SOURCES})
 
 # %% ../../nbs/chain/06_outcomes.ipynb #99b400a6
-def _known_answers(home: Path, truths: dict[str, str], left_out: Counter[str]) -> Iterator[tuple[str, str, Given]]:
+def _known_answers(home: Path, stage: str, truths: dict[str, str], left_out: Counter[str]
+                   ) -> Iterator[tuple[str, str, Given]]:
     "Yield source, key and answer of each of the `truths` that names an answer; count the others in `left_out`."
-    answers = {"requests": logged_answers(home / "endpoints", set(truths)),
-               "captures": captured_answers(home / "captures", set(truths))}
+    answers = {"requests": logged_answers(home / "endpoints" / stage, set(truths)),
+               "captures": captured_answers(home / "captures" / stage, set(truths))}
     for key in truths:
         found = [(source, key, one) for source in SOURCES for one in answers[source].get(key, ())]
         if len(answers["requests"].get(key, ())) > 1:
-            left_out["name two requests"] += 1  # a client may give an id twice
+            left_out["name several requests"] += 1  # a client may give an id twice
         else:
-            left_out["name nothing that is known here"] += not found
+            left_out[f"name nothing that {stage} has answered"] += not found
             yield from found
 
-def measure(home: Path, labels: Path) -> Measured:
-    """Hold `labels` (a file or a folder) against the answers that were given, and keep the result below `home`.
+def _classes_of(registry: Registry, versions: set[str]) -> dict[str, set[str]]:
+    "Return the classes of those of `versions` that the registry has."
+    known = {version.version for version in registry.versions()}
+    matrix = "multiclass_classification_metrics", "confusion_matrix"
+    read = {version: registry.evaluation(version).get(matrix[0], {}).get(matrix[1], {}) for version in versions & known}
+    return {version: set(classes) for version, classes in read.items()}
+
+def measure(home: Path, labels: Path, registry: Registry, stage: str = "production") -> Measured:
+    """Hold `labels` (a file or a folder) against the answers that `stage` gave, and keep the result below `home`.
 
     Raise `InputError` if there are no labels in it."""
     if not labels.exists() or not _label_files(labels):
         raise InputError(f"{labels} has no labels; give a table with the columns request_id and label, or captures")
     truths, left_out = read_truths(labels)
-    more: dict[str, dict[str, dict[str, list[str]]]] = {}
-    for source, key, one in _known_answers(home, truths, left_out):
-        more.setdefault(one.version, {name: {} for name in SOURCES})[source][key] = [truths[key], one.answer]
+    found = list(_known_answers(home, stage, truths, left_out))
+    classes, more = _classes_of(registry, {one.version for _, _, one in found}), dict[str, Any]()
+    for source, key, one in found:
+        if one.version not in classes:
+            left_out["name versions that the registry does not have"] += 1
+        elif classes[one.version] and truths[key] not in classes[one.version]:
+            left_out["name no class of the version"] += 1
+        else:
+            more.setdefault(one.version, {name: {} for name in SOURCES})[source][key] = [truths[key], one.answer]
     with locked(home / "outcomes.lock"):
         for version, outcomes in more.items():
             _add(home, version, outcomes)
@@ -135,9 +169,11 @@ def measure(home: Path, labels: Path) -> Measured:
 NAMES = {"requests": "labelled requests", "captures": "images kept at alarms"}
 
 def production_accuracy(home: Path, version: str) -> dict[str, dict[str, Any]]:
-    "Return accuracy, its 95 % interval and the number of `images` of `version` in production, by source."
-    found: dict[str, dict[str, Any]] = {}
-    for source, rows in read_outcomes(home, version).items():
+    "Return accuracy, 95 % interval and number of `images` of `version` by source; nothing if the record is damaged."
+    found, rows_by = dict[str, dict[str, Any]](), dict[str, dict[str, list[str]]]()
+    with suppress(InputError):  # which `check` names
+        rows_by = read_outcomes(home, version)
+    for source, rows in rows_by.items():
         if rows:
             share = sum(label == answer for label, answer in rows.values()) / len(rows)
             low, high = wilson_interval(share, len(rows))
@@ -152,12 +188,13 @@ def production_in_words(found: dict[str, dict[str, Any]], between: str = "; ") -
 # %% ../../nbs/chain/06_outcomes.ipynb #b98ea172
 def confusions(home: Path, version: str, first: int = 5) -> list[tuple[str, str, int]]:
     "Return the most frequent mistakes of `version` in production as label, answer and count."
-    rows: Iterable[list[str]] = (row for by in read_outcomes(home, version).values() for row in by.values())
+    rows = (row for by in read_outcomes(home, version).values() for row in by.values())
     wrong = Counter((label, answer) for label, answer in rows if label != answer)
     return [(label, answer, n) for (label, answer), n in wrong.most_common(first)]
 
 # %% ../../nbs/chain/06_outcomes.ipynb #d35166d8
-def measure_captured(home: Path, labels: Path) -> None:
+def measure_captured(home: Path, labels: Path, registry: Registry) -> None:
     "Do what `measure` does if `labels`, which were given for training, name captured images."
     if labels.exists() and any(captured_paths(path.read_bytes()) for path in _label_files(labels)):
-        measure(home, labels)
+        with suppress(InputError):  # what is wrong with them, the data step says, and `check` with the record
+            measure(home, labels, registry)

@@ -131,7 +131,7 @@ def local_source(context: RunContext, source: str, has_labels: bool) -> str:
         look_up_all(context, context.plan)
     path = fetch(source, fetched)
     if has_labels:
-        measure_captured(context.workspace.home, path)
+        measure_captured(context.workspace.home, path, context.workspace.registry())
         path = with_captured_images(path, context.workspace.home / "captures", fetched / ".captured")
     return str(path)
 

@@ -14,10 +14,10 @@ from .plan import Workspace
 from .runs import Run
 from ..dataset import class_names, read_split
 from ..serving.captures import image_file_name, label_config
-from ..storage import InputError, write_bytes, write_json, write_text, written_aside
+from ..storage import InputError, from_cell, locked, write_bytes, write_json, write_text, written_aside
 
 # %% auto #0
-__all__ = ['output_of', 'read_suspects', 'count_contradictory', 'suspect_task', 'export_suspects', 'write_task']
+__all__ = ['output_of', 'read_suspects', 'original_names', 'read_contradictory', 'suspect_task', 'export_suspects', 'write_task']
 
 # %% ../../nbs/chain/14_suspects.ipynb #09423688
 def output_of(run: Run, step: str) -> Path:
@@ -33,20 +33,27 @@ def read_suspects(run: Run) -> list[dict[str, str]]:
     if not path.is_file():
         raise InputError(f"{path} does not exist, because the run is older than such lists; run it again")
     with open(path, newline="") as lines:
-        return list(csv.DictReader(lines))
+        rows = [{name: from_cell(value) for name, value in row.items()} for row in csv.DictReader(lines)]
+    files = original_names(output_of(run, "data"))
+    return [row | {"file": files.get(row["sha256"], row["name"])} for row in rows]
 
-def count_contradictory(run: Run) -> str:
-    "Return where the images that bear two labels are listed, and how many there are; empty if there are none."
-    found = run.step("data")
-    count = (found.result or {}).get("left_out", {}).get("contradictory", 0) if found else 0
-    where = output_of(run, "data") / "quarantine.csv" if count else ""
-    return f"{count:,} images with contradictory labels are in {where}" if count else ""
+def original_names(data: Path) -> dict[str, str]:
+    "Return the name in the archive of each image by SHA-256, as the data step listed them in its folder `data`."
+    with open(data / "index.csv", newline="", encoding="utf-8") as lines:
+        return {row["sha256"]: from_cell(row["path"]) for row in csv.DictReader(lines)}
+
+def read_contradictory(run: Run) -> list[tuple[str, str]]:
+    "Return the files of the archive that show an image of another class, and which one, as the data step found them."
+    with open(output_of(run, "data") / "quarantine.csv", newline="", encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    return [(from_cell(row["path"]), from_cell(row["detail"])) for row in rows if row["reason"] == "contradictory"]
 
 # %% ../../nbs/chain/14_suspects.ipynb #c2b6b4a6
 def suspect_task(name: str, row: dict[str, str], run: str) -> dict[str, Any]:
     "Return Label Studio's task for the image file `name`, whose label in `row` is doubtful."
     choice = {"type": "choices", "from_name": "label", "to_name": "image", "value": {"choices": [row["answer"]]}}
-    return {"data": {"image": f"images/{name}"}, "meta": {"source": "suspects", "run": run, "label": row["label"]},
+    return {"data": {"image": f"images/{name}", "source": "suspects"},  # which tables keep, and `meta` they do not
+            "meta": {"source": "suspects", "run": run, "label": row["label"]},
             "predictions": [{"model_version": run, "score": float(row["confidence"]), "result": [choice]}]}
 
 def export_suspects(workspace: Workspace, run: Run, first: int = 100) -> Path:
@@ -54,8 +61,13 @@ def export_suspects(workspace: Workspace, run: Run, first: int = 100) -> Path:
 
     Raise `InputError` if it is there already: somebody may be working on it."""
     rows, folder = read_suspects(run)[:first], workspace.home / "captures" / f"suspects-{run.run_id}"
-    if folder.exists():
-        raise InputError(f"{folder} exists already; label what is in it, or remove it")
+    with locked(folder.with_suffix(".lock")):
+        if folder.exists():
+            raise InputError(f"{folder} exists already; label what is in it, or remove it")
+        return _write_suspects(folder, run, rows)
+
+def _write_suspects(folder: Path, run: Run, rows: Sequence[dict[str, str]]) -> Path:
+    "Write the labelling task of `rows`, the suspects of `run`, to `folder`, and return it."
     dataset = output_of(run, "data") / "dataset"
     images = dict[str, bytes]()
     for split in (read_split(dataset, name) for name in ("train", "validation")):

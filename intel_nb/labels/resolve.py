@@ -15,7 +15,7 @@ from .members import Member
 from .records import Vote, as_one_line
 
 # %% auto #0
-__all__ = ['KINDS', 'majority_label', 'NewImage', 'resolve_labels', 'count_outcomes']
+__all__ = ['NOT_CORRECTABLE', 'KINDS', 'majority_label', 'NewImage', 'resolve_labels', 'count_outcomes']
 
 # %% ../../nbs/labels/15_resolve.ipynb #aa3ba26a
 def majority_label(votes: Iterable[Vote]) -> str | None:
@@ -43,22 +43,22 @@ def _compare(labels: set[str], classes: Collection[str], in_dataset: tuple[str, 
     """Return kind, reason and detail of an outcome; `in_dataset` is a label and a path, `winner` is empty for a tie.
 
     A line that `corrects` was asked for because the label in the dataset is doubtful, so it counts more."""
-    written = " and ".join(sorted(map(as_one_line, labels)))
+    written, known = " and ".join(sorted(map(as_one_line, labels))), as_one_line(", ".join(classes))
+    label, path = in_dataset or ("", "")
+    same = f"the same image as {path} in the dataset"
     if not labels & set(classes):
-        return "quarantined", "unknown_label", f"{written} is not one of {as_one_line(', '.join(classes))}"
-    if in_dataset:
-        label, path = in_dataset
-        same = f"the same image as {path} in the dataset"
-        if label in labels:
-            return "duplicate", "duplicate", same
-        if corrects and winner in labels:
-            return "corrected", "", ""
+        return "quarantined", "unknown_label", f"{written} is not one of {known}"
+    if in_dataset and label in labels and not (corrects and winner != label):
+        return "duplicate", "duplicate", same
+    if in_dataset and not corrects:
         return "quarantined", "contradictory", f"labelled {written}, but it is {same}, which is labelled {label}"
     if not winner:
         return "quarantined", "contradictory", f"labelled {written}, but no class has the most support"
     if winner not in labels:
-        return "quarantined", "outvoted", f"labelled {written}, but {winner} has more support"
-    return "added", "", ""
+        return "quarantined", "outvoted", f"labelled {written}, but {as_one_line(winner)} has more support"
+    if winner not in classes:
+        return "quarantined", "unknown_label", f"{as_one_line(winner)} has the most support, and is not one of {known}"
+    return "corrected" if in_dataset else "added", "", ""
 
 # %% ../../nbs/labels/15_resolve.ipynb #8646e244
 def _count_votes(lines: Iterable[tuple[LocatedLabel, str]], classes: Collection[str]
@@ -67,24 +67,31 @@ def _count_votes(lines: Iterable[tuple[LocatedLabel, str]], classes: Collection[
     votes: dict[str, set[Vote]] = defaultdict(set)
     sources: dict[str, str] = {}
     for line, sha256 in lines:
-        if known := {vote for vote in line.record.votes if vote.label in classes}:
-            votes[sha256] |= known
+        if any(vote.label in classes for vote in line.record.votes):
+            votes[sha256] |= set(line.record.votes)
             sources[sha256] = max(sources.get(sha256, ""), line.record.source)  # a capture sorts after annotations
     return {sha256: majority_label(some) or "" for sha256, some in votes.items()}, sources
 
 # %% ../../nbs/labels/15_resolve.ipynb #09fa6b0e
+NOT_CORRECTABLE = ("it corrects a label, but the image is not, byte for byte, one that the dataset has for training or "
+                   "validation")
+
 def resolve_labels(lines: Sequence[tuple[LocatedLabel, str]], dataset: Mapping[str, tuple[str, str]],
-                   classes: Collection[str]) -> tuple[dict[str, NewImage], list[LabelOutcome]]:
+                   classes: Collection[str], correctable: Collection[str] = ()
+                   ) -> tuple[dict[str, NewImage], list[LabelOutcome]]:
     """Return the images to add or to correct by SHA-256, and the outcome of each line.
 
-    `lines` come with the SHA-256 of their images. `dataset` has the label and the path of each image by its SHA-256."""
+    `lines` come with the SHA-256 of their images. `dataset` has the label and the path of each image by its SHA-256;
+    a label may be corrected where the image is in `correctable`."""
     winners, sources = _count_votes(lines, classes)
     added: dict[str, NewImage] = {}
     outcomes = []
     for line, sha256 in lines:
         labels = {vote.label for vote in line.record.votes}
-        kind, reason, detail = _compare(labels, classes, dataset.get(sha256), winners.get(sha256, ""),
-                                        line.record.source == "correction")
+        if (corrects := line.record.source == "correction") and sha256 not in correctable:
+            kind, reason, detail = "quarantined", "not_correctable", NOT_CORRECTABLE
+        else:
+            kind, reason, detail = _compare(labels, classes, dataset.get(sha256), winners.get(sha256, ""), corrects)
         if kind in ("added", "corrected") and sha256 in added:
             kind, reason, detail = "duplicate", "duplicate", f"the same image as {added[sha256].member.path}"
         elif kind in ("added", "corrected"):

@@ -113,4 +113,5 @@ def read_row(row: Mapping[str, Any], voter: str, image: str = "image", label: st
     choices = [] if cancelled else fields.read_choices(row.get(label))
     confidence = records.check_confidence(confidence) if choices else None
     votes = (Vote(records.check_class_name(name), confidence, voter) for name in choices)
-    return records.make_record(row.get(image), votes)
+    source = "correction" if row.get("source") == "suspects" else "annotations"  # as a labelling task of ours says
+    return records.make_record(row.get(image), votes, source)

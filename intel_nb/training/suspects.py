@@ -17,7 +17,8 @@ from ..images import decode
 from ..storage import as_cell, written_aside
 
 # %% auto #0
-__all__ = ['SHARE', 'LEAST', 'rank_by_doubt', 'count_errors', 'list_suspects', 'write_suspects', 'plot_images', 'plot_suspects']
+__all__ = ['SHARE', 'LEAST', 'COLUMNS', 'rank_by_doubt', 'count_errors', 'list_suspects', 'write_suspects', 'plot_images',
+           'plot_suspects']
 
 # %% ../../nbs/training/06_suspects.ipynb #f8043ec6
 def rank_by_doubt(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
@@ -44,19 +45,23 @@ def count_errors(labels: np.ndarray, probabilities: np.ndarray) -> int:
 SHARE, LEAST = .05, 100  # of the images that are listed, and how many at least
 
 def list_suspects(split: Split, probabilities: np.ndarray) -> list[dict[str, Any]]:
-    "Return the most doubtful labels of `split`, the worst first, with the answer out of fold and both probabilities."
-    count = max(LEAST, round(SHARE * len(split)))
-    answers = probabilities.argmax(axis=1)
+    """Return the most doubtful labels of `split`, the worst first, with the answer out of fold and both probabilities.
+
+    Labels that the answer agrees with are not among them."""
+    count, answers = max(LEAST, round(SHARE * len(split))), probabilities.argmax(axis=1)
+    doubted = [i for i in rank_by_doubt(split.labels, probabilities).tolist() if answers[i] != split.labels[i]]
     return [{"rank": rank, "name": split.names[i], "sha256": split.sha256[i], "source": split.source[i],
              "label": split.classes[split.labels[i]], "answer": split.classes[answers[i]],
              "confidence": round(float(probabilities[i, answers[i]]), 4),
              "of_label": round(float(probabilities[i, split.labels[i]]), 4)}
-            for rank, i in enumerate(rank_by_doubt(split.labels, probabilities)[:count].tolist(), 1)]
+            for rank, i in enumerate(doubted[:count], 1)]
+
+COLUMNS = "rank", "name", "sha256", "source", "label", "answer", "confidence", "of_label"
 
 def write_suspects(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
     "Write the list as CSV."
     with written_aside(path) as aside, open(aside, "w", newline="") as out:
-        table = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+        table = csv.DictWriter(out, COLUMNS, lineterminator="\n")
         table.writeheader()
         table.writerows({name: as_cell(value) if isinstance(value, str) else value for name, value in row.items()}
                         for row in rows)
@@ -79,6 +84,6 @@ def plot_images(images: Sequence[bytes], titles: Sequence[str], side: int, other
 def plot_suspects(split: Split, rows: Sequence[dict[str, Any]], side: int, count: int = 12) -> Any:
     "Return a figure of the first `count` images in the list `rows` of suspects."
     at = {sha256: i for i, sha256 in enumerate(split.sha256)}
-    shown = [row for row in rows if row["answer"] != row["label"]][:count]
+    shown = rows[:count]
     titles = [f"labelled {row['label']},\nanswered {row['answer']} ({row['confidence']:.0%})" for row in shown]
     return plot_images([split.images[at[row["sha256"]]] for row in shown], titles, side, "no label is doubtful")
