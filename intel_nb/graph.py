@@ -90,21 +90,21 @@ _HEAD = """head (float[N,F] pooled, float[N,8] statistics) => (float[N,C] probab
     h_logits = Gemm (pooled, h_weight, h_bias)
     probabilities = Softmax <axis = 1> (h_logits)
 }"""
-_DRIFT = """drift (float[N,E] embedding, float[N,8] statistics) => (float[N,D] drift) {
-    d_components = Gemm (embedding, d_embedding, d_embedding_bias)
+_DRIFT = """drift (float[N,F] pooled, float[N,8] statistics) => (float[N,D] drift) {
+    d_components = Gemm (pooled, d_pooled, d_pooled_bias)
     d_image = Gemm (statistics, d_statistics, d_statistics_bias)
     drift = Concat <axis = 1> (d_components, d_image)
 }"""
 
 Affine = tuple[np.ndarray, np.ndarray]  # matrix (I, O) and offset (O,)
 
-def served_graph(features: onnx.ModelProto, head: Affine, embedding: Affine, statistics: Affine) -> onnx.ModelProto:
+def served_graph(features: onnx.ModelProto, head: Affine, pooled: Affine, statistics: Affine) -> onnx.ModelProto:
     """Return the graph to serve: `features` with the outputs `probabilities`, `embedding` and `drift`.
 
     `features` has the outputs `pooled` (N, F), `embedding` (N, E) and `statistics` (N, 8). `head` maps the pooled
-    features to C logits, the maps `embedding` and `statistics` give each output's part of the drift representation."""
-    names = ("h_weight", "h_bias", "d_embedding", "d_embedding_bias", "d_statistics", "d_statistics_bias")
-    constants = {k: np.asarray(v, np.float32) for k, v in zip(names, (*head, *embedding, *statistics))}
+    features to C logits, the maps `pooled` and `statistics` give each output's part of the drift representation."""
+    names = ("h_weight", "h_bias", "d_pooled", "d_pooled_bias", "d_statistics", "d_statistics_bias")
+    constants = {k: np.asarray(v, np.float32) for k, v in zip(names, (*head, *pooled, *statistics))}
     model = append_fragment(append_fragment(features, _HEAD, {}), _DRIFT, constants)
     outputs = {o.name: o for o in model.graph.output}
     del model.graph.output[:]

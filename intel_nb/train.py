@@ -22,7 +22,7 @@ from .registry import describe_accuracy, wilson_interval
 from .storage import InputError, written_aside
 from .training import calibration
 from .training.features import compute_features
-from .training.heads import fit_head, fit_head_on, measure_accuracy, predict_logits
+from .training.heads import Head, fit_head, fit_head_on, measure_accuracy, measure_scale, predict_logits
 from intel_nb.training.probabilities import (
     calibration_error,
     error_if_calibrated,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import onnx
 
     from intel_nb.training.backbone import Classifier
+    from intel_nb.training.finetune import Recipe
 
 # %% auto #0
 __all__ = ['PROFILES', 'CALIBRATION_IMAGES', 'MAX_DROP', 'apply_profile', 'build_graphs', 'choose_precision', 'HeldOut',
@@ -46,7 +47,7 @@ __all__ = ['PROFILES', 'CALIBRATION_IMAGES', 'MAX_DROP', 'apply_profile', 'build
 dataset = ""            # str: folder of Parquet shards that the data step wrote; empty: drawn sample scenes
 profile = "quick"       # str, quick, full or original: it sets each parameter that is None here
 model_name = None       # str: timm's name of the network
-image_size = None       # int, pixels, 8–4096: side of the square input
+image_size = None       # int, pixels, 8–4096: side of the square input (of another network: what its weights want)
 learning_rate = None    # float, above 0: of the last layer (not used by quick, whose head is fitted by L-BFGS)
 optimizer_name = None   # str: timm's name of the optimizer (not used by quick)
 epochs = None           # int, at least 1: passes over the training images, at most
@@ -71,9 +72,9 @@ PROFILES = {
     "model_name": {"type": "str", "quick": "tf_efficientnet_lite0", "full": "tf_efficientnet_lite0",
                    "original": "regnetz_c16"},
     "image_size": {"type": "int", "quick": 192, "full": 192, "original": 224},
-    "learning_rate": {"type": "float", "quick": None, "full": 1e-3, "original": 1.2e-05},
+    "learning_rate": {"type": "float", "quick": None, "full": 3e-5, "original": 1.2e-05},
     "optimizer_name": {"type": "str", "quick": None, "full": "adamw", "original": "ADAM"},
-    "epochs": {"type": "int", "quick": None, "full": 4, "original": 10},
+    "epochs": {"type": "int", "quick": None, "full": 2, "original": 10},
     "batch_size": {"type": "int", "quick": None, "full": 64, "original": 64},
     "pretrained": {"type": "str", "quick": "packaged", "full": "packaged", "original": "none"},
     "precision": {"type": "str", "quick": "float32", "full": "float32", "original": "float32"},
@@ -182,23 +183,26 @@ def train_frozen(train: Split, validation: Split, settings: dict[str, Any], seed
     return Trained(model, graphs, precision, accuracies, len(validation), held_out, drifts[precision].result())
 
 # %% ../nbs/01_train.ipynb #a9c45420
-def _train_layers(train: Split, validation: Split, settings: dict[str, Any], seed: int, checkpoint_dir: str | Path,
-                  log_dir: str | Path) -> Classifier:
-    "Return a network with all layers trained or, if that is better, only the head that the profile `full` fits first."
-    from intel_nb.training.backbone import build_model, export_backbone, set_head
-    from intel_nb.training.finetune import RECIPES, ImageDataset, finetune
+def _make_recipe(settings: dict[str, Any], seed: int) -> Recipe:
+    "Return the recipe of the profile, with what `settings` change in it."
+    from intel_nb.training.finetune import RECIPES
+    names = "learning_rate", "optimizer_name", "epochs", "batch_size"
+    return replace(RECIPES[settings["profile"]], **{name: settings[name] for name in names}, seed=seed)
+
+def _train_layers(model: Classifier, train: Split, validation: Split, settings: dict[str, Any], seed: int,
+                  checkpoint_dir: str | Path, log_dir: str | Path) -> Classifier:
+    "Return `model` with all layers trained or, if that is better, only the head that the profile `full` fits first."
+    from intel_nb.training.backbone import export_backbone, set_head
+    from intel_nb.training.finetune import ImageDataset, finetune
     side, head_accuracy = settings["image_size"], 0.
-    model = build_model(settings["model_name"], len(train.classes), settings["pretrained"], seed,
-                        settings["stages"] == "all")
     if settings["profile"] == "full":
         head = fit_head_on(export_backbone(model, side), train, validation, side, checkpoint_dir, seed)
         set_head(model, head.weight, head.bias)
         head_accuracy = head.accuracy
         print(f"head alone: val_accuracy {describe_accuracy(head_accuracy, len(validation))}")
-    start, names = copy.deepcopy(model), ("learning_rate", "optimizer_name", "epochs", "batch_size")
-    recipe = replace(RECIPES[settings["profile"]], **{name: settings[name] for name in names}, seed=seed)
+    start = copy.deepcopy(model)
     images, val_images = (ImageDataset(split.images, split.labels, side) for split in (train, validation))
-    accuracy = finetune(model, images, val_images, recipe, checkpoint_dir, log_dir)
+    accuracy = finetune(model, images, val_images, _make_recipe(settings, seed), checkpoint_dir, log_dir)
     if accuracy >= head_accuracy:
         return model
     print(f"training all layers gave {describe_accuracy(accuracy, len(validation))}: the head alone is kept")
@@ -217,15 +221,33 @@ def _validate(model: Classifier, graphs: dict[str, onnx.ModelProto], validation:
     set_head(model, weight / temperature, bias / temperature)
     return precision, accuracies, HeldOut("validation", validation, logits[precision], temperature)
 
+# %% ../nbs/01_train.ipynb #cca05554
+def _keep_better(start: Classifier, head: Head, model: Classifier, train: Split, validation: Split,
+                 settings: dict[str, Any], drift: calibration.DriftCalibration) -> Trained:
+    "Return what was made of `model` or, where its log-loss on validation is less, of `start`, which has the `head`."
+    from intel_nb.training.backbone import export_backbone
+    side, images = settings["image_size"], len(validation)
+    graphs, first = (build_graphs(export_backbone(one, side), settings["precision"], validation, side)
+                     for one in (model, start))
+    precision, accuracies, answers = _validate(model, graphs, validation, side)
+    before, accuracies_before, answers_before = _validate(start, first, validation, side)
+    losses = [abs(log_loss(one.split.labels, one.probabilities())) for one in (answers, answers_before)]  # not -0
+    print("log-loss on validation: {:.4f}, with the head alone {:.4f}".format(*losses))
+    if losses[0] <= losses[1]:
+        return Trained(model, graphs, precision, accuracies, images, answers, drift)
+    print("the head alone is kept")
+    held_out = HeldOut("out of fold", train, head.out_of_fold, head.temperature * answers_before.temperature)
+    return Trained(start, first, before, accuracies_before, images, held_out, drift)
+
 # %% ../nbs/01_train.ipynb #7d565ed6
-def train_end_to_end(train: Split, validation: Split, settings: dict[str, Any], seed: int, checkpoint_dir: str | Path,
-                     log_dir: str | Path) -> Trained:
-    "Train all layers, and calibrate the detector on images that the network was not trained on."
+def _train_whole(model: Classifier, train: Split, validation: Split, settings: dict[str, Any], seed: int,
+                 checkpoint_dir: str | Path, log_dir: str | Path) -> Trained:
+    "Train all layers of `model`, and calibrate the detector on images that the network was not trained on."
     from intel_nb.training.backbone import export_backbone
     side = settings["image_size"]
     capture, held_out, checked = calibration.choose_detector_rows(train, validation, settings["reference_size"])
     fresh, rest = train.take(held_out), train.take(np.setdiff1d(np.arange(len(train)), held_out))
-    model = _train_layers(rest, validation, settings, seed, checkpoint_dir, log_dir)
+    model = _train_layers(model, rest, validation, settings, seed, checkpoint_dir, log_dir)
     graphs = build_graphs(export_backbone(model, side), settings["precision"], validation, side)
     precision, accuracies, answers = _validate(model, graphs, validation, side)
     whitening = [rest.images[:calibration.WHITENING_SIZE]]
@@ -235,6 +257,34 @@ def train_end_to_end(train: Split, validation: Split, settings: dict[str, Any], 
     drift = calibration.calibrate_detector(features, range(cut, len(features)), settings, seed,
                                            features.take(range(cut)), capture)
     return Trained(model, graphs, precision, accuracies, len(validation), answers, drift)
+
+def _train_late(model: Classifier, train: Split, validation: Split, settings: dict[str, Any], seed: int,
+                checkpoint_dir: str | Path, log_dir: str | Path) -> Trained:
+    "Train the late stages of `model`, unless its head alone is better. The detector sees the frozen stages."
+    from intel_nb.training.backbone import set_head
+    from intel_nb.training.late_stages import StoredMaps, compute_stored, frozen_width, train_late_stages
+    side, n, both = settings["image_size"], len(train), len(train) + len(validation)
+    labels, sources = np.concatenate([train.labels, validation.labels]), train.source + validation.source
+    stored = compute_stored(model, train.images, validation.images, side, checkpoint_dir, "feature maps")
+    drift = calibration.calibrate_on_newest(stored.features, n, sources, settings, seed, slice(0, frozen_width(model)))
+    head = fit_head(stored.features, labels, n, len(train.classes), seed)
+    set_head(model, head.weight, head.bias)
+    start = copy.deepcopy(model)
+    train_late_stages(model, measure_scale(stored.features, n),
+                      StoredMaps(stored.maps, range(n), train.labels, stored.mirrored),
+                      StoredMaps(stored.maps, range(n, both), validation.labels),
+                      _make_recipe(settings, seed), checkpoint_dir, log_dir)
+    return _keep_better(start, head, model, train, validation, settings, drift)
+
+def train_end_to_end(train: Split, validation: Split, settings: dict[str, Any], seed: int, checkpoint_dir: str | Path,
+                     log_dir: str | Path) -> Trained:
+    "Train more than the head: the late stages where the profile and the network allow it, and else all layers."
+    from intel_nb.training.backbone import build_model
+    from intel_nb.training.late_stages import is_made_of_blocks
+    model = build_model(settings["model_name"], len(train.classes), settings["pretrained"], seed,
+                        settings["stages"] == "all")
+    late = settings["profile"] == "full" and settings["pretrained"] != "none" and is_made_of_blocks(model)
+    return (_train_late if late else _train_whole)(model, train, validation, settings, seed, checkpoint_dir, log_dir)
 
 # %% ../nbs/01_train.ipynb #aaa61b03
 def log_rows(log_dir: str | Path, rows: list[dict[str, float]]) -> None:

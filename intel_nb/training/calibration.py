@@ -26,25 +26,30 @@ __all__ = ['AffineMap', 'WHITENING_SIZE', 'MIN_CAPTURED', 'fit_drift_maps', 'app
 AffineMap = tuple[np.ndarray, np.ndarray]  # matrix (E, k) and offset (k,)
 
 # %% ../../nbs/training/05_calibration.ipynb #adec047b
-def fit_drift_maps(features: dict[str, np.ndarray], components: int, weight: float) -> tuple[AffineMap, AffineMap]:
-    """Return the maps of embedding and statistics, fitted on `features` of N images.
+def fit_drift_maps(features: dict[str, np.ndarray], components: int, weight: float,
+                   columns: slice | None = None) -> tuple[AffineMap, AffineMap]:
+    """Return the maps of pooled features and statistics, fitted on `features` of N images.
 
-    There is at most one component for each 16 images, because with more the noise would be whitened too."""
-    embedding = features["embedding"]
-    mean, matrix = fit_whitening(embedding, max(1, min(components, len(embedding) // 16)))
+    Of the pooled features it sees `columns`, by default those of the embedding. There is at most one component for
+    each 16 images, because with more the noise would be whitened too."""
+    pooled, width = features["pooled"], features["embedding"].shape[1]
+    columns = columns or slice(pooled.shape[1] - width, None)
+    mean, matrix = fit_whitening(pooled[:, columns], max(1, min(components, len(pooled) // 16)))
+    whole = np.zeros((pooled.shape[1], matrix.shape[1]), matrix.dtype)
+    whole[columns] = matrix
     stat_mean, stat_matrix = fit_whitening(features["statistics"])
-    return (matrix, -mean @ matrix), (stat_matrix * weight, -stat_mean @ stat_matrix * weight)
+    return (whole, -mean @ matrix), (stat_matrix * weight, -stat_mean @ stat_matrix * weight)
 
 # %% ../../nbs/training/05_calibration.ipynb #5d022716
 def apply_drift_maps(features: dict[str, np.ndarray], maps: tuple[AffineMap, AffineMap]) -> np.ndarray:
     "Return the float32 representation (N, D) of `features`, which the served graph computes as its output `drift`."
-    parts = [features[name] @ matrix + offset for name, (matrix, offset) in zip(("embedding", "statistics"), maps)]
+    parts = [features[name] @ matrix + offset for name, (matrix, offset) in zip(("pooled", "statistics"), maps)]
     return np.hstack(parts).astype(np.float32)
 
 # %% ../../nbs/training/05_calibration.ipynb #3c75ac92
 @dataclass(frozen=True)
 class DriftCalibration:
-    "The drift maps of embedding and statistics, and the detector that was calibrated on what they give."
+    "The drift maps of pooled features and statistics, and the detector that was calibrated on what they give."
     maps: tuple[AffineMap, AffineMap] = field(repr=False)
     detector: OnlineMMD = field(repr=False)
     run_time: float | None  # observations until a false alarm, the mean of 2,000 streams drawn from the bootstrap pool
@@ -60,7 +65,8 @@ def represent(features: Features, rows: Sequence[int], maps: tuple[AffineMap, Af
 
 # %% ../../nbs/training/05_calibration.ipynb #3c7fb38d
 def calibrate_detector(features: Features, rows: Sequence[int], settings: dict[str, Any], seed: int,
-                       whitening: dict[str, np.ndarray] | None = None, capture: str = "") -> DriftCalibration:
+                       whitening: dict[str, np.ndarray] | None = None, capture: str = "",
+                       columns: slice | None = None) -> DriftCalibration:
     """Return maps and detector, calibrated on `rows` of `features`: images that the network was not trained on.
 
     A third of them is the reference and the rest the bootstrap pool if there are features for `whitening`; otherwise
@@ -70,7 +76,7 @@ def calibrate_detector(features: Features, rows: Sequence[int], settings: dict[s
         sizes = split_sizes(len(rows), settings["reference_size"])
         cut, end = sizes["reference"], sizes["reference"] + sizes["pool"]
         whitening = features.take(rows[end:end + WHITENING_SIZE])
-    maps = fit_drift_maps(whitening, settings["components"], settings["statistics_weight"])
+    maps = fit_drift_maps(whitening, settings["components"], settings["statistics_weight"], columns)
     drift = represent(features, rows[:end], maps)
     windows = usable_windows(tuple(settings["windows"]), end - cut)
     detector = OnlineMMD(drift[:cut], settings["ert"], windows, settings["bootstraps"], drift[cut:], seed)
@@ -80,15 +86,15 @@ def calibrate_detector(features: Features, rows: Sequence[int], settings: dict[s
 MIN_CAPTURED = 200  # rows of a capture; a smaller one is ignored
 
 def calibrate_on_newest(features: Features, n_train: int, sources: Sequence[str], settings: dict[str, Any],
-                        seed: int) -> DriftCalibration:
+                        seed: int, columns: slice | None = None) -> DriftCalibration:
     """Calibrate on the newest capture that is large enough, and otherwise on all training images.
 
     `features` and `sources` are those of the `n_train` training images, followed by those of the validation images."""
     capture, captured = newest_capture(sources, least=MIN_CAPTURED)
     older = np.setdiff1d(np.arange(n_train), captured)[:WHITENING_SIZE]
     if captured and len(older) >= 16:
-        return calibrate_detector(features, captured, settings, seed, features.take(older), capture)
-    return calibrate_detector(features, range(n_train), settings, seed)
+        return calibrate_detector(features, captured, settings, seed, features.take(older), capture, columns)
+    return calibrate_detector(features, range(n_train), settings, seed, columns=columns)
 
 # %% ../../nbs/training/05_calibration.ipynb #5740563e
 def count_held_out(n_train: int, n_validation: int, reference_size: int) -> int:

@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     import onnx
 
 # %% auto #0
-__all__ = ['BLOCK_ROWS', 'Features', 'stream_features', 'compute_features']
+__all__ = ['HALF', 'BLOCK_ROWS', 'Features', 'stream_features', 'compute_features']
 
 # %% ../../nbs/training/03_features.ipynb #4d93920f
+HALF = {"pooled", "maps"}  # features that are kept as float16
 BLOCK_ROWS = 1024  # rows that are read at once; 8 MB for 2,024 pooled features
 
 class Features:
-    """Features of N images by name: `pooled` (N, F), whose last columns are the `embedding` (N, E), and `statistics`.
+    """Features of N images by name: `pooled` (N, F), whose last columns are the `embedding` (N, E), if any, and others.
 
     They lie in a file without a name in `folder`, which goes with this object."""
     def __init__(self, folder: str | Path):
@@ -47,12 +48,12 @@ class Features:
         "Add the rows of `features`: arrays (n, …) by name, the same names each time."
         stored = {name: values for name, values in features.items() if name != "embedding"}
         if not self._count:
-            kind = lambda name: "<f2" if name == "pooled" else "<f4"
+            kind = lambda name: "<f2" if name in HALF else "<f4"
             self._row = np.dtype([(name, kind(name), values.shape[1:]) for name, values in stored.items()])
-            self._embedding = features["embedding"].shape[1]
+            self._embedding = features["embedding"].shape[1] if "embedding" in features else 0
         rows = np.empty(len(features["pooled"]), self._row)
         for name, values in stored.items():
-            rows[name] = values.clip(-65504, 65504) if name == "pooled" else values  # beyond, a float16 is infinite
+            rows[name] = values.clip(-65504, 65504) if name in HALF else values  # beyond, a float16 is infinite
         self._file.write(rows.tobytes())
         self._file.flush()
         self._count += len(rows)
@@ -73,13 +74,16 @@ class Features:
         "Return rows of the file as float32 by name."
         rows = np.frombuffer(data, self._row)
         found = {name: rows[name].astype(np.float32) for name in self._row.names or ()}
-        return found | {"embedding": found["pooled"][:, -self._embedding:]}
+        return found | ({"embedding": found["pooled"][:, -self._embedding:]} if self._embedding else {})
 
 # %% ../../nbs/training/03_features.ipynb #f29a697c
 def stream_features(graph: onnx.ModelProto, images: Sequence[bytes], side: int,
-                    outputs: Sequence[str] = ()) -> Iterator[dict[str, np.ndarray]]:
-    "Yield the `outputs` of `graph`, all when none is named, for batches of encoded `images`, decoded to `side`×`side`."
-    load = lambda batch: np.stack([decode(data, side) for data in batch])
+                    outputs: Sequence[str] = (), mirrored: bool = False) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the `outputs` of `graph`, all when none is named, for batches of encoded `images`.
+
+    They are decoded to `side`×`side`, and `mirrored` if asked for."""
+    step = -1 if mirrored else 1
+    load = lambda batch: np.stack([decode(data, side)[:, ::step] for data in batch])
     return stream_batches(graph.SerializeToString(), images, load, outputs=outputs)
 
 def compute_features(graph: onnx.ModelProto, parts: Sequence[Sequence[bytes]], side: int, folder: str | Path,
