@@ -32,12 +32,12 @@ __all__ = ['app', 'aws_app', 'INTERRUPTED', 'JsonOption', 'VersionArgument', 'St
            'looked_at', 'mended', 'with_remedy', 'complete_with', 'complete_versions', 'complete_runs',
            'complete_steps', 'complete_profiles', 'complete_settings', 'PlainProgress', 'BarProgress', 'show_progress',
            'data_lines', 'annotation_lines', 'describe_run', 'exit_with_outcome', 'request_from', 'run_command',
-           'runs_command', 'report_command', 'version_row', 'print_versions', 'production_column', 'models_command',
-           'trace_command', 'describe_shadow', 'describe_drift', 'drift_and_shadow', 'endpoints_command',
-           'captures_command', 'suspects_command', 'measure_command', 'carry_out_decision', 'approve_command',
-           'reject_command', 'withdraw_command', 'promote_command', 'rollback_command', 'shadow_command',
-           'start_command', 'stop_command', 'with_bar', 'print_predictions', 'print_prediction_table', 'print_data',
-           'check_at_most_one', 'predict_command', 'check_not_rejected', 'serve_command', 'sign_command',
+           'probe_command', 'runs_command', 'report_command', 'version_row', 'print_versions', 'production_column',
+           'models_command', 'trace_command', 'describe_shadow', 'describe_drift', 'drift_and_shadow',
+           'endpoints_command', 'captures_command', 'suspects_command', 'measure_command', 'carry_out_decision',
+           'approve_command', 'reject_command', 'withdraw_command', 'promote_command', 'rollback_command',
+           'shadow_command', 'start_command', 'stop_command', 'with_bar', 'print_predictions', 'print_prediction_table',
+           'print_data', 'check_at_most_one', 'predict_command', 'check_not_rejected', 'serve_command', 'sign_command',
            'export_command', 'import_command', 'watch_command', 'audit_command', 'check_command', 'cancel_command',
            'logs_command', 'prune_command', 'confirm_unless', 'aws_template_command', 'aws_definition_command',
            'aws_rehearse_command', 'aws_cost_command', 'aws_deploy_command', 'aws_start_command', 'aws_status_command',
@@ -416,6 +416,28 @@ def run_command(
                            approve=approve, may_replace=may_replace)
     mended(workspace)
     exit_with_outcome(workspace, [show_progress(lambda tell: run_chain(workspace, request, tell=tell, ask=tell.ask))])
+
+# %% ../nbs/20_cli.ipynb #da1a000b
+@app.command("probe")
+def probe_command(
+    networks: Annotated[list[str], typer.Argument(metavar="NETWORK…", help="timm's name of a network. Its weights come "
+                                                  "from a package or the hub; NAME:none takes random ones.")],
+    data: Annotated[str | None, typer.Option(help="As for intel-nb run.")] = None,
+    image_size: Annotated[int, typer.Option(min=0, max=4096, help="Pixels; 0: what the weights want.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    "Rank networks on your images by a linear head on their features: one pass over the training images for each."
+    from intel_nb.chain.run import run_chain
+    from intel_nb.chain.suspects import output_of
+    from intel_nb.dataset import read_split
+    from intel_nb.training import probe
+    chosen, workspace = [probe.parse_network(text) for text in networks], _workspace()
+    request = request_from(workspace, [], {"data.archive": data}, last="data")
+    run = show_progress(lambda tell: run_chain(workspace, request, tell=(lambda event: None) if as_json else tell))
+    train, validation = (read_split(output_of(run, "data") / "dataset", name) for name in ("train", "validation"))
+    found = [probe.probe_network(name, weights, train, validation, workspace.store.root / ".work", side=image_size)
+             for name, weights in chosen]
+    print_rows([one._asdict() for one in found] if as_json else probe.ranking(found), as_json, "no network")
 
 # %% ../nbs/20_cli.ipynb #a84f762d
 @app.command("runs")
