@@ -157,6 +157,12 @@ class Trained:
     images: int     # of validation, on which the accuracies were measured
     held_out: HeldOut
     drift: calibration.DriftCalibration
+    frozen: HeldOut | None = None  # answers out of fold of the frozen network's head, where more was trained than it
+
+    @property
+    def judged(self) -> HeldOut:
+        "Return the answers that say which labels are doubtful: those to training images, where there are some."
+        return self.frozen or self.held_out
 
 # %% ../nbs/01_train.ipynb #bf3738fc
 def train_frozen(train: Split, validation: Split, settings: dict[str, Any], seed: int, folder: str | Path,
@@ -233,11 +239,11 @@ def _keep_better(start: Classifier, head: Head, model: Classifier, train: Split,
     before, accuracies_before, answers_before = _validate(start, first, validation, side)
     losses = [abs(log_loss(one.split.labels, one.probabilities())) for one in (answers, answers_before)]  # not -0
     print("log-loss on validation: {:.4f}, with the head alone {:.4f}".format(*losses))
+    frozen = HeldOut("out of fold", train, head.out_of_fold, head.temperature * answers_before.temperature)
     if losses[0] <= losses[1]:
-        return Trained(model, graphs, precision, accuracies, images, answers, drift)
+        return Trained(model, graphs, precision, accuracies, images, answers, drift, frozen)
     print("the head alone is kept")
-    held_out = HeldOut("out of fold", train, head.out_of_fold, head.temperature * answers_before.temperature)
-    return Trained(start, first, before, accuracies_before, images, held_out, drift)
+    return Trained(start, first, before, accuracies_before, images, frozen, drift)
 
 # %% ../nbs/01_train.ipynb #7d565ed6
 def _train_whole(model: Classifier, train: Split, validation: Split, settings: dict[str, Any], seed: int,
