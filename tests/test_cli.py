@@ -193,7 +193,7 @@ def test_the_documents(staged_once):
     low, high = version["interval"]
     assert version == {"version": "1", "status": "Approved", "accuracy": version["accuracy"], "aliases": ["staging"],
                        "run_id": "first", "images": version["images"], "interval": [low, high],
-                       "reason": "approved with intel-nb approve", "imported": None}
+                       "reason": "approved with intel-nb approve", "imported": None, "production": {}}
     assert 0 <= low <= version["accuracy"] <= high <= 1 and version["images"] > 0
     (endpoint,) = staged_once("endpoints", "--json").json
     assert list(endpoint) == ["stage", "url", "version", "status", "pid"]
