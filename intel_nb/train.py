@@ -22,7 +22,15 @@ from .registry import describe_accuracy, wilson_interval
 from .storage import InputError, written_aside
 from .training import calibration
 from .training.features import compute_features
-from .training.heads import Head, fit_head, fit_head_on, measure_accuracy, measure_scale, predict_logits
+from intel_nb.training.heads import (
+    Head,
+    apply_head,
+    fit_head,
+    fit_head_on,
+    measure_accuracy,
+    measure_scale,
+    predict_logits,
+)
 from intel_nb.training.probabilities import (
     calibration_error,
     error_if_calibrated,
@@ -228,22 +236,25 @@ def _validate(model: Classifier, graphs: dict[str, onnx.ModelProto], validation:
     return precision, accuracies, HeldOut("validation", validation, logits[precision], temperature)
 
 # %% ../nbs/01_train.ipynb #cca05554
-def _keep_better(start: Classifier, head: Head, model: Classifier, train: Split, validation: Split,
+def _keep_better(start: Classifier, head: Head, before: np.ndarray, model: Classifier, train: Split, validation: Split,
                  settings: dict[str, Any], drift: calibration.DriftCalibration) -> Trained:
-    "Return what was made of `model` or, where its log-loss on validation is less, of `start`, which has the `head`."
+    """Return what was made of `model` or, where its log-loss on validation is less, of `start`, which has the `head`.
+
+    `before` (N, C) are the logits of the head for the images of validation."""
     from intel_nb.training.backbone import export_backbone
-    side, images = settings["image_size"], len(validation)
-    graphs, first = (build_graphs(export_backbone(one, side), settings["precision"], validation, side)
-                     for one in (model, start))
+    side, images, alone = settings["image_size"], len(validation), fit_temperature(before, validation.labels)
+    build = lambda one: build_graphs(export_backbone(one, side), settings["precision"], validation, side)
+    graphs, frozen = build(model), HeldOut("out of fold", train, head.out_of_fold, head.temperature * alone)
     precision, accuracies, answers = _validate(model, graphs, validation, side)
-    before, accuracies_before, answers_before = _validate(start, first, validation, side)
-    losses = [abs(log_loss(one.split.labels, one.probabilities())) for one in (answers, answers_before)]  # not -0
+    both = answers.probabilities(), softmax(before, alone)
+    losses = [abs(log_loss(validation.labels, one)) for one in both]  # never -0
     print("log-loss on validation: {:.4f}, with the head alone {:.4f}".format(*losses))
-    frozen = HeldOut("out of fold", train, head.out_of_fold, head.temperature * answers_before.temperature)
     if losses[0] <= losses[1]:
         return Trained(model, graphs, precision, accuracies, images, answers, drift, frozen)
     print("the head alone is kept")
-    return Trained(start, first, before, accuracies_before, images, frozen, drift)
+    graphs = build(start)
+    precision, accuracies, _ = _validate(start, graphs, validation, side)
+    return Trained(start, graphs, precision, accuracies, images, frozen, drift)
 
 # %% ../nbs/01_train.ipynb #7d565ed6
 def _train_whole(model: Classifier, train: Split, validation: Split, settings: dict[str, Any], seed: int,
@@ -280,7 +291,8 @@ def _train_late(model: Classifier, train: Split, validation: Split, settings: di
                       StoredMaps(stored.maps, range(n), train.labels, stored.mirrored),
                       StoredMaps(stored.maps, range(n, both), validation.labels),
                       _make_recipe(settings, seed), checkpoint_dir, log_dir)
-    return _keep_better(start, head, model, train, validation, settings, drift)
+    before = apply_head(stored.features, (head.weight, head.bias), n)
+    return _keep_better(start, head, before, model, train, validation, settings, drift)
 
 def train_end_to_end(train: Split, validation: Split, settings: dict[str, Any], seed: int, checkpoint_dir: str | Path,
                      log_dir: str | Path) -> Trained:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import onnx
 
 # %% auto #0
-__all__ = ['HALF', 'BLOCK_ROWS', 'Features', 'stream_features', 'compute_features']
+__all__ = ['HALF', 'BLOCK_ROWS', 'Features', 'stream_features', 'print_progress', 'compute_features']
 
 # %% ../../nbs/training/03_features.ipynb #4d93920f
 HALF = {"pooled", "maps"}  # features that are kept as float16
@@ -86,6 +86,11 @@ def stream_features(graph: onnx.ModelProto, images: Sequence[bytes], side: int,
     load = lambda batch: np.stack([decode(data, side)[:, ::step] for data in batch])
     return stream_batches(graph.SerializeToString(), images, load, outputs=outputs)
 
+def print_progress(what: str, done: int, added: int, total: int) -> None:
+    "Print every 4,000 images how many of `total` are `done`, after `added` ones, unless `what` is empty."
+    if what and done // 4000 > (done - added) // 4000:
+        print(f"{what}: {done:,} of {total:,} images")
+
 def compute_features(graph: onnx.ModelProto, parts: Sequence[Sequence[bytes]], side: int, folder: str | Path,
                      what: str = "") -> Features:
     """Return what `stream_features` yields for the images of all `parts` in turn, in a file in `folder`.
@@ -94,6 +99,5 @@ def compute_features(graph: onnx.ModelProto, parts: Sequence[Sequence[bytes]], s
     features, total = Features(folder), sum(len(images) for images in parts)
     for batch in chain.from_iterable(stream_features(graph, images, side) for images in parts):
         features.append(batch)
-        if what and len(features) // 4000 > (len(features) - len(batch["embedding"])) // 4000:
-            print(f"{what}: {len(features):,} of {total:,} images")
+        print_progress(what, len(features), len(batch["embedding"]), total)
     return features

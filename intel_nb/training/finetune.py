@@ -10,7 +10,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence, Sized
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -201,10 +201,11 @@ class WholeCheckpoints(TorchCheckpointIO):
 def make_callbacks(recipe: Recipe, checkpoint_dir: str | Path) -> list[L.Callback]:
     "Return the callbacks for averaging, checkpoints, early stopping and one printed line per epoch."
     average = [EMAWeightAveraging(decay=recipe.average)] if recipe.average else []
-    checkpoint = ModelCheckpoint(checkpoint_dir, "best", monitor="val_accuracy", mode="max", save_last=True,
-                                 save_top_k=1, enable_version_counter=False)
+    # Lightning's save_last would skip each epoch that is not the best one, so the last one has a callback of its own.
+    last = ModelCheckpoint(checkpoint_dir, "last", enable_version_counter=False)
+    best = ModelCheckpoint(checkpoint_dir, "best", monitor="val_accuracy", mode="max", enable_version_counter=False)
     stop = [EarlyStopping(monitor="val_accuracy", mode="max", patience=recipe.patience)] if recipe.patience else []
-    return [*average, checkpoint, *stop, _PrintEpoch()]
+    return [*average, last, best, *stop, _PrintEpoch()]
 
 # %% ../../nbs/training/02_finetune.ipynb #ac0f6e6f
 def _silence_lightning() -> None:
@@ -213,13 +214,10 @@ def _silence_lightning() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\.")
 
-def _make_trainer(recipe: Recipe, checkpoint_dir: str | Path, log_dir: str | Path) -> L.Trainer:
-    "Return a trainer that logs to TensorBoard and CSV and shows no progress bar."
-    loggers = [TensorBoardLogger(log_dir, "tensorboard", ""), CSVLogger(log_dir, "csv", "")]
-    return L.Trainer(max_epochs=recipe.epochs, logger=loggers, callbacks=make_callbacks(recipe, checkpoint_dir),
-                     plugins=[WholeCheckpoints()], devices=1, enable_progress_bar=False,
-                     enable_model_summary=False, num_sanity_val_steps=0,
-                     log_every_n_steps=1)
+def _make_trainer(**options: Any) -> L.Trainer:
+    "Return a trainer that shows no progress bar."
+    return L.Trainer(devices=1, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+                     log_every_n_steps=1, **options)
 
 # %% ../../nbs/training/02_finetune.ipynb #d4a02d1f
 def finetune(model: nn.Module, train: Dataset, validation: Dataset, recipe: Recipe, checkpoint_dir: str | Path,
@@ -233,13 +231,14 @@ def finetune(model: nn.Module, train: Dataset, validation: Dataset, recipe: Reci
     module = SceneClassifier(model.train(), recipe, math.ceil(count / recipe.batch_size) * recipe.epochs)
     workers = cores() if torch.cuda.is_available() else 0  # without a GPU they would compete with the training
     load = lambda images, sampler: DataLoader(images, recipe.batch_size, sampler=sampler, num_workers=workers)
-    trainer, checked = _make_trainer(recipe, checkpoint_dir, log_dir), load(validation, None)
+    checked = load(validation, None)
+    loggers = [TensorBoardLogger(log_dir, "tensorboard", ""), CSVLogger(log_dir, "csv", "")]
+    trainer = _make_trainer(max_epochs=recipe.epochs, logger=loggers, callbacks=make_callbacks(recipe, checkpoint_dir),
+                            plugins=[WholeCheckpoints()])
     trainer.fit(module, load(train, EpochSampler(count, recipe.seed, copies)), checked,
                 ckpt_path=last if last.exists() else None, weights_only=True)
-    best = next(c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint))
-    chosen = best.best_model_path if recipe.patience else last
+    chosen = last.with_name("best.ckpt") if recipe.patience else last
     module.load_state_dict(torch.load(chosen, map_location="cpu", weights_only=True)["state_dict"])
-    (figures,) = _make_trainer(replace(recipe, average=0.), checkpoint_dir, log_dir).validate(module, checked,
-                                                                                              verbose=False)
+    (figures,) = _make_trainer(logger=False, enable_checkpointing=False).validate(module, checked, verbose=False)
     model.cpu().eval()
     return float(figures["val_accuracy"])

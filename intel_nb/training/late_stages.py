@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from ..graph import add_statistics
 from .backbone import Classifier, average_maps, export_module, fix_padding, set_head
-from .features import Features, stream_features
+from .features import Features, print_progress, stream_features
 from .finetune import Recipe, finetune
 
 # %% auto #0
@@ -69,8 +69,7 @@ def _compute(graph: onnx.ModelProto, images: Sequence[bytes], side: int, folder:
     for batch in stream_features(graph, images, side, mirrored=mirrored):
         maps.append({"maps": batch.pop("maps"), "pooled": batch["pooled"][:, :width]})
         features.append(batch)
-        if what and len(maps) // 4000 > (len(maps) - len(batch["pooled"])) // 4000:
-            print(f"{what}: {len(maps):,} of {len(images):,} images")
+        print_progress(what, len(maps), len(batch["pooled"]), len(images))
     return maps, features
 
 def compute_stored(model: Classifier, train: Sequence[bytes], validation: Sequence[bytes], side: int,
