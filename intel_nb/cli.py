@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -598,9 +599,17 @@ def measure_command(labels: Annotated[Path, typer.Argument(metavar="LABELS", hel
                     stage: Annotated[str, typer.Option(help="The stage that gave the answers.")] = "production",
                     as_json: JsonOption = False) -> None:
     "Tell how accurate the answers in production were, by labels that came after serving."
-    from intel_nb.chain.outcomes import SOURCES, confusions, measure, production_accuracy, production_in_words
-    home, registry = _workspace().home, _workspace().registry()
-    measured = measure(home, labels, registry, stage)
+    from intel_nb.chain.outcomes import (
+        SOURCES,
+        classes_of,
+        confusions,
+        measure,
+        production_accuracy,
+        production_in_words,
+    )
+    workspace = _workspace()
+    home = workspace.home
+    measured = measure(home, labels, partial(classes_of, workspace.registry()), stage)
     if not measured.found:
         why = "; ".join(f"{n:,} {reason}" for reason, n in measured.left_out.items())
         raise InputError(f"of the labels in {labels} none was counted ({why}); give ids from the header x-request-id "

@@ -415,8 +415,8 @@ def resolve_annotated(annotations: Annotations, pool: Pool, named: Named, path: 
     known = {row["sha256"].item().hex(): (named.classes[named.label[row["number"]]], path(int(row["number"])))
              for row in old}
     lines = [(line, sha256.hex()) for line, sha256 in annotations.lines]
-    may = {pool.images["sha256"][k].item().hex() for k in np.flatnonzero(correctable)} & {sha256 for _, sha256 in lines}
-    added, outcomes = resolve_labels(lines, known, named.classes, may)
+    may = pool.images["sha256"][correctable & np.isin(pool.images["sha256"], wanted)].tolist()
+    added, outcomes = resolve_labels(lines, known, named.classes, {sha256.hex() for sha256 in may})
     found = {bytes.fromhex(sha256): (named.classes.index(new.label), new.source) for sha256, new in added.items()}
     return found, annotations.outcomes + outcomes
 

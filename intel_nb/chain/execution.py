@@ -218,4 +218,6 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any], work: Path
     except (papermill.PapermillExecutionError, RuntimeError) as error:
         raise translate_error(str(output), error) from None
     finally:
+        if spare and spare.folder.exists():  # papermill failed before it took the kernel
+            spare.end()
         end_kernel(work, patience=1.0)

@@ -7,24 +7,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..labels.captured import captured_paths
-from ..labels.fields import Fields
-from ..labels.files import form_of, read_labels
-from ..labels.records import LabelRecord
-from ..labels.tables import LABEL_BYTES
 from ..registry import Registry, describe_accuracy, wilson_interval
-from ..storage import Damaged, InputError, files_of, locked, read_checked, read_json, write_checked
+from ..storage import Damaged, InputError, locked, read_checked, read_json, write_checked
 
 # %% auto #0
-__all__ = ['SOURCES', 'NAMES', 'Given', 'logged_answers', 'captured_answers', 'read_truths', 'Measured', 'read_outcomes',
-           'damaged_outcomes', 'measure', 'production_accuracy', 'production_in_words', 'confusions',
-           'measure_captured']
+__all__ = ['SOURCES', 'Classes', 'NAMES', 'Given', 'logged_answers', 'captured_answers', 'read_truths', 'Measured',
+           'read_outcomes', 'damaged_outcomes', 'classes_of', 'why_not', 'measure', 'production_accuracy',
+           'production_in_words', 'confusions', 'measure_captured']
 
 # %% ../../nbs/chain/06_outcomes.ipynb #f8ddc94b
 class Given(NamedTuple):
@@ -53,30 +49,29 @@ def logged_answers(folder: Path, wanted: set[str]) -> dict[str, list[Given]]:
 # %% ../../nbs/chain/06_outcomes.ipynb #6bedf67d
 def captured_answers(folder: Path, wanted: set[str]) -> dict[str, list[Given]]:
     "Return the answers to captured images that are `wanted`, by SHA-256, from the tasks below the `folder` of a stage."
+    from intel_nb.serving.captures import answer_of
     found: dict[str, list[Given]] = {}
     for path in folder.glob("*Z-*/tasks.json"):
         with suppress(InputError, KeyError, TypeError, IndexError, AttributeError):
             for task in read_json(path):
                 sha256 = Path(task["data"]["image"]).stem
                 if sha256 in wanted:
-                    (choice,) = task["predictions"][0]["result"][0]["value"]["choices"]
-                    found.setdefault(sha256, []).append(Given(str(task["meta"]["version"]), str(choice)))
+                    found.setdefault(sha256, []).append(Given(str(task["meta"]["version"]), str(answer_of(task))))
     return found
 
 # %% ../../nbs/chain/06_outcomes.ipynb #7b29a9d9
-def _label_files(source: Path) -> list[Path]:
-    "Return the files with labels in `source`, a file or a folder."
-    paths = [source / name for name in files_of(source)] if source.is_dir() else [source]
-    return [path for path in paths if form_of(path.name) and path.stat().st_size <= LABEL_BYTES]
-
 def read_truths(source: Path) -> tuple[dict[str, str], Counter[str]]:
     """Return the label of each request id and captured image (by SHA-256) in `source`, and counts of what was not read.
 
     Raise `InputError` if there is none."""
+    from intel_nb.labels.captured import captured_paths, label_files  # here, for commands that only look need not wait
+    from intel_nb.labels.fields import Fields
+    from intel_nb.labels.files import read_labels
+    from intel_nb.labels.records import LabelRecord
     truths: dict[str, set[str]] = {}
     left_out: Counter[str] = Counter()
     problem = ""
-    for path in _label_files(source):
+    for path in label_files(source):
         for _, record in read_labels(path.name, path.read_bytes(), Fields(image="request_id")):
             if isinstance(record, LabelRecord):
                 names = captured_paths(record.image.encode())
@@ -137,27 +132,32 @@ def _known_answers(home: Path, stage: str, truths: dict[str, str], left_out: Cou
             left_out[f"name nothing that {stage} has answered"] += not found
             yield from found
 
-def _classes_of(registry: Registry, versions: set[str]) -> dict[str, set[str]]:
-    "Return the classes of those of `versions` that the registry has."
-    known = {version.version for version in registry.versions()}
-    matrix = "multiclass_classification_metrics", "confusion_matrix"
-    read = {version: registry.evaluation(version).get(matrix[0], {}).get(matrix[1], {}) for version in versions & known}
-    return {version: set(classes) for version, classes in read.items()}
+Classes = Callable[[str], set[str] | None]  # of a version; None if there is no such version, empty if nobody knows
 
-def measure(home: Path, labels: Path, registry: Registry, stage: str = "production") -> Measured:
+def classes_of(registry: Registry, version: str) -> set[str] | None:
+    "Return the classes of `version` as its evaluation has them."
+    if all(version != known.version for known in registry.versions()):
+        return None
+    metrics = registry.evaluation(version).get("multiclass_classification_metrics", {})
+    return set(metrics.get("confusion_matrix", {}))
+
+def why_not(label: str, classes: set[str] | None) -> str:
+    "Return why `label` is not counted for a version with these `classes`; empty if it is."
+    if classes is None:
+        return "name versions that the registry does not have"
+    return "name no class of the version" if classes and label not in classes else ""
+
+def measure(home: Path, labels: Path, classes: Classes, stage: str = "production") -> Measured:
     """Hold `labels` (a file or a folder) against the answers that `stage` gave, and keep the result below `home`.
 
     Raise `InputError` if there are no labels in it."""
-    if not labels.exists() or not _label_files(labels):
-        raise InputError(f"{labels} has no labels; give a table with the columns request_id and label, or captures")
+    if not labels.exists():
+        raise InputError(f"{labels} does not exist")
     truths, left_out = read_truths(labels)
-    found = list(_known_answers(home, stage, truths, left_out))
-    classes, more = _classes_of(registry, {one.version for _, _, one in found}), dict[str, Any]()
-    for source, key, one in found:
-        if one.version not in classes:
-            left_out["name versions that the registry does not have"] += 1
-        elif classes[one.version] and truths[key] not in classes[one.version]:
-            left_out["name no class of the version"] += 1
+    known, more = cache(classes), dict[str, Any]()
+    for source, key, one in _known_answers(home, stage, truths, left_out):
+        if reason := why_not(truths[key], known(one.version)):
+            left_out[reason] += 1
         else:
             more.setdefault(one.version, {name: {} for name in SOURCES})[source][key] = [truths[key], one.answer]
     with locked(home / "outcomes.lock"):
@@ -180,9 +180,9 @@ def production_accuracy(home: Path, version: str) -> dict[str, dict[str, Any]]:
             found[source] = {"accuracy": share, "images": len(rows), "interval": [low, high]}
     return found
 
-def production_in_words(found: dict[str, dict[str, Any]], between: str = "; ") -> str:
+def production_in_words(found: dict[str, dict[str, Any]]) -> str:
     "Describe the result of `production_accuracy`. Empty where nothing was labelled."
-    return between.join(f"{describe_accuracy(one['accuracy'], one['images'])} of {NAMES[source]}"
+    return "; ".join(f"{describe_accuracy(one['accuracy'], one['images'])} of {NAMES[source]}"
                         for source, one in found.items())
 
 # %% ../../nbs/chain/06_outcomes.ipynb #b98ea172
@@ -193,8 +193,9 @@ def confusions(home: Path, version: str, first: int = 5) -> list[tuple[str, str,
     return [(label, answer, n) for (label, answer), n in wrong.most_common(first)]
 
 # %% ../../nbs/chain/06_outcomes.ipynb #d35166d8
-def measure_captured(home: Path, labels: Path, registry: Registry) -> None:
+def measure_captured(home: Path, labels: Path, classes: Classes) -> None:
     "Do what `measure` does if `labels`, which were given for training, name captured images."
-    if labels.exists() and any(captured_paths(path.read_bytes()) for path in _label_files(labels)):
+    from intel_nb.labels.captured import captured_paths, label_files
+    if labels.exists() and any(captured_paths(path.read_bytes()) for path in label_files(labels)):
         with suppress(InputError):  # what is wrong with them, the data step says, and `check` with the record
-            measure(home, labels, registry)
+            measure(home, labels, classes)

@@ -16,7 +16,7 @@ from typing import Any
 
 from .execution import NotebookFailed, SpareKernel, end_kernel, execute, import_papermill
 from .history import named_cause, run_summary_html
-from .outcomes import measure_captured
+from .outcomes import classes_of, measure_captured
 from intel_nb.chain.plan import (
     FOLDERS,
     PLAN,
@@ -131,7 +131,7 @@ def local_source(context: RunContext, source: str, has_labels: bool) -> str:
         look_up_all(context, context.plan)
     path = fetch(source, fetched)
     if has_labels:
-        measure_captured(context.workspace.home, path, context.workspace.registry())
+        measure_captured(context.workspace.home, path, partial(classes_of, context.workspace.registry()))
         path = with_captured_images(path, context.workspace.home / "captures", fetched / ".captured")
     return str(path)
 

@@ -16,7 +16,7 @@ from .tables import LABEL_BYTES
 from ..storage import files_of, link, tree_digest, written_aside
 
 # %% auto #0
-__all__ = ['captured_paths', 'add_captured_images', 'with_captured_images']
+__all__ = ['captured_paths', 'label_files', 'add_captured_images', 'with_captured_images']
 
 # %% ../../nbs/labels/16_captured.ipynb #e2765d25
 _CAPTURED = re.compile(rb"(images(?:/|%2[Ff]))?([0-9a-f]{64}\.(?:jpg|png|webp|bmp))")
@@ -26,11 +26,14 @@ def captured_paths(data: bytes) -> set[str]:
     return {("images/" if folder else "") + name.decode() for folder, name in _CAPTURED.findall(data)}
 
 # %% ../../nbs/labels/16_captured.ipynb #48003784
-def _missing_images(source: Path) -> set[Path]:
-    "Return where captured images should lie that the label file, or the label files below the folder, `source` names."
+def label_files(source: Path) -> list[Path]:
+    "Return the label files in `source`, a file or a folder."
     files = [source / name for name in files_of(source)] if source.is_dir() else [source]
-    labels = [path for path in files if form_of(path.name) and path.stat().st_size <= LABEL_BYTES]
-    wanted = {path.parent / name for path in labels for name in captured_paths(path.read_bytes())}
+    return [path for path in files if form_of(path.name) and path.stat().st_size <= LABEL_BYTES]
+
+def _missing_images(source: Path) -> set[Path]:
+    "Return where captured images should lie that the label files in `source` name."
+    wanted = {path.parent / name for path in label_files(source) for name in captured_paths(path.read_bytes())}
     return {path for path in wanted if not path.exists()}
 
 def _find_images(names: set[str], places: Iterable[Path]) -> dict[str, Path]:

@@ -43,11 +43,10 @@ def _compare(labels: set[str], classes: Collection[str], in_dataset: tuple[str, 
     """Return kind, reason and detail of an outcome; `in_dataset` is a label and a path, `winner` is empty for a tie.
 
     A line that `corrects` was asked for because the label in the dataset is doubtful, so it counts more."""
-    written, known = " and ".join(sorted(map(as_one_line, labels))), as_one_line(", ".join(classes))
-    label, path = in_dataset or ("", "")
+    written, (label, path) = " and ".join(sorted(map(as_one_line, labels))), in_dataset or ("", "")
     same = f"the same image as {path} in the dataset"
     if not labels & set(classes):
-        return "quarantined", "unknown_label", f"{written} is not one of {known}"
+        return "quarantined", "unknown_label", f"{written} is not one of {as_one_line(', '.join(classes))}"
     if in_dataset and label in labels and not (corrects and winner != label):
         return "duplicate", "duplicate", same
     if in_dataset and not corrects:
@@ -57,7 +56,7 @@ def _compare(labels: set[str], classes: Collection[str], in_dataset: tuple[str, 
     if winner not in labels:
         return "quarantined", "outvoted", f"labelled {written}, but {as_one_line(winner)} has more support"
     if winner not in classes:
-        return "quarantined", "unknown_label", f"{as_one_line(winner)} has the most support, and is not one of {known}"
+        return "quarantined", "unknown_label", f"{as_one_line(winner)} has the most support, and is no class here"
     return "corrected" if in_dataset else "added", "", ""
 
 # %% ../../nbs/labels/15_resolve.ipynb #8646e244

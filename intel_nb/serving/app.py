@@ -33,7 +33,7 @@ from .dataplane import DriftMonitor, InferenceRequest, Service, Settings
 from .openapi import describe_api
 from .payloads import Refusal, read_media_type
 from .shadow import Copy
-from .telemetry import Limiter, answered_labels, choose_request_id, log_request
+from .telemetry import Limiter, choose_request_id, log_request
 
 # %% auto #0
 __all__ = ['DRAIN_SECONDS', 'METRICS_TYPE', 'ROUTES', 'PAGE', 'CSP', 'DRIFT_TYPE', 'make_refusal_response', 'DrainingResponse',
@@ -310,7 +310,7 @@ class Application(FastAPI):
             return
         log_request(id=name, method=scope["method"], path=scope["path"][:200], status=status,
                     ms=round(1000 * seconds, 2), bytes=size, version=self.service.model["version"],
-                    answers=answered_labels(scope.get("answer")), unlogged=self._may_log_refusal.take_missed() or None)
+                    answer=scope.get("answer"), unlogged=self._may_log_refusal.take_missed() or None)
 
 # %% ../../nbs/serving/09_app.ipynb #a7333ef6
 def make_app(package: str | Path | Package, state_dir: str | Path, *, version: str | None = None,

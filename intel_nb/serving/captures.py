@@ -24,9 +24,9 @@ from ..storage import InputError, read_json, remove, write_bytes, write_json, wr
 
 # %% auto #0
 __all__ = ['TEST', 'WINDOW', 'HELD_BYTES', 'CAPTURE_BYTES', 'FLUSH_SECONDS', 'AGAIN', 'THUMBNAILS', 'SIDE', 'AnsweredImage',
-           'answered_images', 'RecentImages', 'label_studio_task', 'label_config', 'image_file_name', 'CaptureFolder',
-           'capture_time', 'make_room', 'BackgroundThread', 'CaptureThread', 'Recorder', 'CaptureRecord',
-           'list_captures', 'next_step', 'captures_section']
+           'answered_images', 'RecentImages', 'label_studio_task', 'answer_of', 'label_config', 'image_file_name',
+           'CaptureFolder', 'capture_time', 'make_room', 'BackgroundThread', 'CaptureThread', 'Recorder',
+           'CaptureRecord', 'list_captures', 'next_step', 'captures_section']
 
 # %% ../../nbs/serving/05_captures.ipynb #eecc42f2
 TEST = ("x-amzn-sagemaker-custom-attributes", "test")  # header and value; SageMaker passes its CustomAttributes on so
@@ -76,6 +76,10 @@ def label_studio_task(name: str, image: AnsweredImage, about: dict[str, Any]) ->
                      "version": about["version"]},
             "predictions": [{"model_version": f"{about['model']} {about['version']}".strip(),
                              "score": round(image.confidence, 4), "result": [choice]}]}
+
+def answer_of(task: dict[str, Any]) -> str:
+    "Return the model's answer in a task. Raise `KeyError`, `IndexError` or `TypeError` for what is no task of ours."
+    return task["predictions"][0]["result"][0]["value"]["choices"][0]
 
 # %% ../../nbs/serving/05_captures.ipynb #80415612
 def label_config(labels: Sequence[str]) -> str:
@@ -328,7 +332,7 @@ def list_captures(root: Path) -> list[CaptureRecord]:
     for path in root.glob("*/*Z-*/tasks.json"):
         with suppress(InputError, KeyError, TypeError, IndexError, AttributeError):
             about, tasks = read_json(path.with_name("capture.json")), read_json(path)
-            choices = Counter(t["predictions"][0]["result"][0]["value"]["choices"][0] for t in tasks)
+            choices = Counter(map(answer_of, tasks))
             stage, when, version = (str(about[name]) for name in ("endpoint", "captured", "version"))
             found.append(CaptureRecord(stage, when, version, len(tasks), dict(choices.most_common()), path.parent))
     return sorted(found, key=lambda capture: (capture.time, capture.where.name, capture.stage), reverse=True)

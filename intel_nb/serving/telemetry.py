@@ -77,9 +77,10 @@ def answered_labels(answer: bytes | None) -> list[str] | None:
 # %% ../../nbs/serving/04_telemetry.ipynb #11201725
 requests_log = logging.getLogger("intel_nb.requests")
 
-def log_request(**fields: Any) -> None:
-    "Write the `fields` of an answered request as one line, without those that are None."
+def log_request(answer: bytes | None = None, **fields: Any) -> None:
+    "Write the `fields` of a request and the labels of its `answer` as one line, without those that are None."
     if requests_log.isEnabledFor(logging.INFO):
+        fields["answers"] = answered_labels(answer)
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         requests_log.info(json.dumps({"time": now, **{k: v for k, v in fields.items() if v is not None}}))
 
