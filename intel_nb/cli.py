@@ -35,15 +35,16 @@ __all__ = ['app', 'aws_app', 'INTERRUPTED', 'JsonOption', 'VersionArgument', 'St
            'data_lines', 'annotation_lines', 'describe_run', 'exit_with_outcome', 'request_from', 'run_command',
            'probe_command', 'runs_command', 'report_command', 'version_row', 'print_versions', 'production_column',
            'models_command', 'trace_command', 'describe_shadow', 'describe_drift', 'drift_and_shadow',
-           'endpoints_command', 'captures_command', 'suspects_command', 'measure_command', 'carry_out_decision',
-           'approve_command', 'reject_command', 'withdraw_command', 'promote_command', 'rollback_command',
-           'shadow_command', 'start_command', 'stop_command', 'with_bar', 'print_predictions', 'print_prediction_table',
-           'print_data', 'check_at_most_one', 'predict_command', 'check_not_rejected', 'serve_command', 'sign_command',
-           'export_command', 'import_command', 'watch_command', 'audit_command', 'check_command', 'cancel_command',
-           'logs_command', 'prune_command', 'confirm_unless', 'aws_template_command', 'aws_definition_command',
-           'aws_rehearse_command', 'aws_cost_command', 'aws_deploy_command', 'aws_start_command', 'aws_status_command',
-           'aws_models_command', 'aws_approve_command', 'aws_promote_command', 'aws_reject_command',
-           'aws_rollback_command', 'aws_invoke_command', 'aws_logs_command', 'aws_destroy_command']
+           'endpoints_command', 'drift_in_words', 'drift_command', 'captures_command', 'suspects_command',
+           'measure_command', 'carry_out_decision', 'approve_command', 'reject_command', 'withdraw_command',
+           'promote_command', 'rollback_command', 'shadow_command', 'start_command', 'stop_command', 'with_bar',
+           'print_predictions', 'print_prediction_table', 'print_data', 'check_at_most_one', 'predict_command',
+           'check_not_rejected', 'serve_command', 'sign_command', 'export_command', 'import_command', 'watch_command',
+           'audit_command', 'check_command', 'cancel_command', 'logs_command', 'prune_command', 'confirm_unless',
+           'aws_template_command', 'aws_definition_command', 'aws_rehearse_command', 'aws_cost_command',
+           'aws_deploy_command', 'aws_start_command', 'aws_status_command', 'aws_models_command', 'aws_approve_command',
+           'aws_promote_command', 'aws_reject_command', 'aws_rollback_command', 'aws_invoke_command',
+           'aws_logs_command', 'aws_destroy_command']
 
 # %% ../nbs/20_cli.ipynb #d6fdda1b
 app = typer.Typer(name="intel-nb", no_args_is_help=True, rich_markup_mode=None,
@@ -557,6 +558,49 @@ def endpoints_command(as_json: JsonOption = False) -> None:
     rows = [{name: getattr(e, name) for name in fields} | ({} if as_json else drift_and_shadow(e, endpoints))
             for e in endpoints.list()]
     print_rows(rows, as_json, f"no endpoints yet in {workspace.home}: intel-nb run --approve makes one")
+
+# %% ../nbs/20_cli.ipynb #c0158d1f
+def drift_in_words(found: dict[str, Any]) -> str:
+    "Describe the answer of `GET /drift` in some lines."
+    stream = found.get("stream") or {}
+    hours = stream.get("expected_hours")
+    rate = f", {hours:g} hours at the present rate" if hours else ""
+    lines = [f"now       {describe_drift(found)}",
+             f"expected  a false alarm in {stream.get('expected_run_time', 0):g} images that bring something new{rate}"]
+    lines += _learned_in_words(stream)
+    lines += [f"alarm     {alarm['raised']}  {alarm['reason']}" for alarm in found.get("latest_alarms", [])]
+    return "\n".join(lines)
+
+def _learned_in_words(stream: dict[str, Any]) -> list[str]:
+    if not (learned := stream.get("learned")):
+        count = f"{stream.get('observations', 0):,} of {stream.get('needed', 0):,} images"
+        state = f"learned   {count}; until then the package's level holds"
+        return [state] + ([f"muted     {stream['muted']}"] if "muted" in stream else [])
+    lines = [f"learned   from {learned['observations']:,} images, {learned['since']} to {learned['until']}",
+             f"stream    {stream['advanced']:.0%} of images bring something new, of which one in "
+             f"{stream['dependence']:g} is independent",
+             f"level     {stream['level']:g} times the package's{', less what each hour brings' * stream['hours']}"]
+    off = ", ".join(f"{s['feature']} by {s['deviations']:g} deviations" for s in stream["shift"])
+    lines += [f"off       {off}: drifted from the start, or a new normal (--accept)"] if off else []
+    delays = ", ".join(f"{name} {text}" for name, text in stream["delays"].items() if name not in stream["missed"])
+    lines += [f"reported  after so many images: {delays}"] if delays else []
+    return lines + [f"missed    {name}: {stream['delays'][name]}" for name in stream["missed"]]
+
+# %% ../nbs/20_cli.ipynb #0ce9cbcc
+@app.command("drift")
+def drift_command(stage: StageArgument, as_json: JsonOption = False,
+                  accept: Annotated[bool, typer.Option("--accept", help="Take it as it is for its normal.")] = False,
+                  reason: Annotated[str, typer.Option(help="Why it is the normal, in a sentence.")] = "") -> None:
+    "Show what the detector of a stage knows of its stream, or take the stream as it is for the normal."
+    from intel_nb.chain.decisions import accept_stream
+    from intel_nb.serving.endpoints import drift_status
+    workspace = _workspace()
+    if accept:
+        accept_stream(workspace, stage, reason)
+        print_line(f"the stream of {stage} is taken for its normal, with the next images that it gets")
+        return
+    found = drift_status(workspace.endpoints().describe(stage).url)
+    print_json(found) if as_json else print_line(drift_in_words(found))
 
 # %% ../nbs/20_cli.ipynb #3d4c7085
 @app.command("captures")

@@ -8,20 +8,21 @@ from __future__ import annotations
 import io
 import math
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .storage import InputError, write_bytes
 
 # %% auto #0
-__all__ = ['TAIL', 'ENOUGH', 'Reading', 'split_sizes', 'usable_windows', 'fit_whitening', 'gaussian_kernel', 'median_sigma',
-           'Calibration', 'stream_statistics', 'survivor_thresholds', 'closeness', 'calibrate', 'OnlineMMD',
-           'window_mmd2', 'latest_rows', 'feature_shift']
+__all__ = ['FEW', 'INPUTS', 'TAIL', 'ENOUGH', 'Classes', 'Reading', 'split_sizes', 'usable_windows', 'fit_whitening',
+           'gaussian_kernel', 'median_sigma', 'class_cells', 'cell_means', 'means_between', 'centre', 'cell_variances',
+           'Calibration', 'Observations', 'Rows', 'prepare_rows', 'stream_statistics', 'survivor_thresholds',
+           'calibrate', 'OnlineMMD', 'window_mmd2', 'latest_rows', 'leading_pairs', 'feature_shift']
 
 # %% ../nbs/15_detector.ipynb #af89a4db
 def split_sizes(available: int, reference_size: int = 1000) -> dict[str, int]:
@@ -102,53 +103,81 @@ def median_sigma(rows: np.ndarray) -> float:
     median = float(np.partition(squares, middle)[middle]) if len(squares) else 0.0
     return math.sqrt(median / 2) or 1.0
 
-# %% ../nbs/15_detector.ipynb #2a0008df
-def _additions(closeness: np.ndarray, neighbours: np.ndarray, largest: int) -> np.ndarray:
+# %% ../nbs/15_detector.ipynb #d42f7c9f
+FEW = 8  # rows of a class in the reference, below which it has no cell of its own
+
+def class_cells(classes: np.ndarray | None, size: int) -> np.ndarray:
+    "Return the weights (N, C + 1) of N = `size` rows in the mean of each class; the last column is that of all rows."
+    everything = np.full((size, 1), 1 / size, np.float32)
+    if classes is None:
+        return everything
+    members = np.eye(int(classes.max()) + 1, dtype=np.float32)[classes]
+    counts = members.sum(axis=0)
+    return np.hstack([np.where(counts < FEW, everything, members / counts.clip(1)), everything])
+
+# %% ../nbs/15_detector.ipynb #5f92ed45
+def cell_means(rows: np.ndarray, reference: np.ndarray, sigma: float, cells: np.ndarray) -> np.ndarray:
+    "Return the mean kernel (n, C + 1) of each of `rows` to the reference of each class, float32, some rows at a time."
+    blocks = np.split(rows, range(1024, len(rows), 1024))
+    return np.concatenate([gaussian_kernel(block, reference, sigma) @ cells for block in blocks])
+
+def means_between(reference: np.ndarray, sigma: float, cells: np.ndarray) -> np.ndarray:
+    "Return the mean kernel (C + 1, C + 1) between different rows of the reference, for each pair of classes."
+    weights = cells.astype(np.float64)
+    same = weights.T @ weights  # what a row would count with itself, where k is 1
+    return (weights.T @ cell_means(reference, reference, sigma, cells) - same) / np.maximum(1 - same, 1e-12)
+
+# %% ../nbs/15_detector.ipynb #96223c83
+def centre(kernel: np.ndarray, means: np.ndarray, classes: np.ndarray, between: np.ndarray) -> np.ndarray:
+    "Turn the `kernel` (P, P) of rows with `means` (P, C + 1) and `classes` into h, in place, and return it."
+    kernel -= means[:, classes]
+    kernel -= means[:, classes].T
+    kernel += between.astype(kernel.dtype)[classes][:, classes]
+    return kernel
+
+# %% ../nbs/15_detector.ipynb #a78ba544
+def cell_variances(h: np.ndarray, classes: np.ndarray, cells: int, leaning: float = 100.) -> np.ndarray:
+    "Return the mean square (`cells`, `cells`) of `h` (P, P) between different rows, for each pair of `classes` (P,)."
+    members, squares = np.eye(cells)[classes], np.square(h)
+    np.fill_diagonal(squares, 0)
+    sums, counts = members.T @ squares @ members, np.outer(members.sum(0), members.sum(0)) - np.diag(members.sum(0))
+    return (sums + leaning * sums.sum() / counts.sum()) / (counts + leaning)
+
+# %% ../nbs/15_detector.ipynb #2068d27d
+def _additions(pairs: np.ndarray, largest: int) -> np.ndarray:
     """What one more observation in each of B streams adds to the sums over the latest 1 to W = `largest`, (2, W, B).
 
-    First the sums of k over the pairs, from `neighbours` (n, B), k to the n observations before, newest first: all of
-    them where fewer than W - 1 are given. Then those of `closeness` (B,), the mean of k to the reference."""
-    n, added = len(neighbours), np.empty((2, largest, len(closeness)), neighbours.dtype)
-    added[0, 0], added[1] = 0, closeness
+    `pairs` (2, n, B) are h and its variance with the n observations before, newest first: all where n < W - 1."""
+    n, width = pairs.shape[1:]
+    added = np.empty((2, largest, width), pairs.dtype)
+    added[:, 0] = 0
     if n:  # for many streams a matrix product is ten times as fast as running sums
-        many = neighbours.shape[1] >= 128
-        added[0, 1:n + 1] = np.tri(n, dtype=neighbours.dtype) @ neighbours if many else neighbours.cumsum(axis=0)
-    added[0, n + 1:] = added[0, n]
+        added[:, 1:n + 1] = np.tri(n, dtype=pairs.dtype) @ pairs if width >= 128 else pairs.cumsum(axis=1)
+    added[:, n + 1:] = added[:, n:n + 1]
     return added
 
-# %% ../nbs/15_detector.ipynb #fc188002
-def _moments(kernel: np.ndarray, closeness: np.ndarray, reference_mean: float, largest: int
-             ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation of MMD² without drift for 0 to `largest` observations, each (largest + 1,).
-
-    `kernel` (P, P) and `closeness` (P,) are those of the pool. With h(x, y) = k(x, y) - c(x) - c(y), MMD² is a constant
-    and the mean of h over the pairs of the window."""
-    p = len(kernel)
-    row_means = (kernel.sum(axis=1, dtype=np.float64) - kernel.diagonal()) / (p - 1)
-    one = row_means - closeness - closeness.mean()
-    squares = (kernel - closeness[:, None] - closeness) ** 2
-    pair_variance = (squares.sum(dtype=np.float64) - squares.trace(dtype=np.float64)) / (p * (p - 1)) - one.mean() ** 2
-    n = np.arange(2, largest + 1)
-    variance = (4 * (n - 2) * one.var() + 2 * pair_variance) / (n * (n - 1))
-    single = reference_mean - 2 * closeness.mean()
-    means = np.concatenate([[0, single], np.full(len(n), reference_mean + one.mean())])
-    deviations = np.sqrt(np.concatenate([[1, 4 * closeness.var(dtype=np.float64)], variance]).clip(1e-12))
-    return means[:largest + 1], deviations[:largest + 1]
-
 # %% ../nbs/15_detector.ipynb #da854df5
+INPUTS = .8  # of the hazard of all alarms, where a stream is watched for other kinds of change too
+
 @dataclass(frozen=True)
 class Calibration:
-    "What a calibration has fixed for an `OnlineMMD`; W is its largest window."
+    "What a calibration has fixed for an `OnlineMMD`; W is its largest window, C the number of classes."
     reference: np.ndarray   # float32 (N, D)
+    cells: np.ndarray       # float32 (N, C + 1): see `class_cells`
     ert: float              # expected run time without drift, in observations
     windows: np.ndarray     # int64, rising
     thresholds: np.ndarray  # float64 (W + 1,): at times 1 to W, then the one for all later times
-    means: np.ndarray       # float64 (W + 1,): of MMD² without drift, by number of observations
-    deviations: np.ndarray  # float64 (W + 1,)
+    between: np.ndarray     # float64 (C + 1, C + 1): mean kernel between classes
+    variances: np.ndarray   # float64 (C + 1, C + 1): of h between classes
     sigma: float            # bandwidth of the kernel
-    reference_mean: float   # mean of the kernel between different rows of the reference
     pool_size: int
     n_bootstraps: int
+    stricter: np.ndarray    # float64 (W + 1,): thresholds for a detector that has `INPUTS` of the hazard
+    shifted: dict[str, Observations] = field(default_factory=dict)  # observations of known changes, by their names
+
+    def at_level(self, factor: float) -> Calibration:
+        "Return this calibration with thresholds that are `factor` times as high."
+        return replace(self, thresholds=self.thresholds * factor)
 
     @property
     def largest(self) -> int:
@@ -158,43 +187,66 @@ class Calibration:
     @cached_property
     def kernel(self) -> _Kernel:
         "Return the kernel of new rows to the reference and to each other."
-        return _Kernel(self.reference, self.sigma)
+        return _Kernel(self.reference, self.sigma, self.cells)
 
-    @cached_property
-    def _weights(self) -> np.ndarray:
-        "Return (3, windows, W + 1): weights that turn `1, sums[0], sums[1]` into standardised MMD² at each time."
-        n = np.arange(self.largest + 1).clip(1)
-        weights = np.stack([self.reference_mean - self.means, 2 / (n * (n - 1)).clip(1), -2 / n]) / self.deviations
-        return weights[:, np.minimum(self.windows[:, None], np.arange(self.largest + 1))]
+    def cell_of(self, classes: np.ndarray | Sequence[int]) -> np.ndarray:
+        "Return the columns of `cells` for predicted `classes`: the last one for a class that it does not know."
+        return np.minimum(np.asarray(classes, np.int64), len(self.between) - 1)
 
-    def standardised(self, sums: np.ndarray, times: np.ndarray) -> np.ndarray:
-        """Return each window's statistic, (windows, B), from `sums` (2, W + 1, B) at the rising `times` (B,) or (1,).
-
-        A window that is not full yet takes what there is."""
-        full = times[0] >= self.largest  # as it nearly always is
-        weights = self._weights[..., -1:] if full else self._weights[..., np.minimum(times, self.largest)]
-        constant, pairs, near = weights.astype(sums.dtype, copy=False)
-        sums = sums[:, self.windows]
-        return constant + pairs * sums[0] + near * sums[1]
+    def standardised(self, sums: np.ndarray) -> np.ndarray:
+        "Return each window's statistic, (windows, B), from `sums` (2, W + 1, B). One not full yet takes what there is."
+        pairs, variances = sums[:, self.windows]
+        return pairs / np.sqrt(np.maximum(variances, 1e-12))
 
     def threshold(self, times: int | np.ndarray) -> np.ndarray:
         "Return what the statistic must exceed at `times` (1 is the first observation)."
         return self.thresholds[np.minimum(times, len(self.thresholds)) - 1]
 
 # %% ../nbs/15_detector.ipynb #69de441a
-def stream_statistics(calibration: Calibration, kernel: np.ndarray, closeness: np.ndarray, streams: np.ndarray
-                      ) -> np.ndarray:
-    """The statistic (T, B) at times 1 to T of B streams, `streams` (T, B) being indices into P rows, without any alarm.
+class Observations(NamedTuple):
+    "Drift features of images, float32 (n, D), and their predicted classes (n,)."
+    features: np.ndarray
+    classes: np.ndarray
 
-    `kernel` (P, P) holds k between the rows and `closeness` (P,) its mean to the reference, both float32."""
-    steps, width = streams.shape
-    back = calibration.largest - 1
-    flat, sums = kernel.reshape(-1), np.zeros((2, calibration.largest + 1, width), np.float32)
-    found = np.empty((steps, width), np.float32)
-    for t, (now, row) in enumerate(zip(streams, streams * len(kernel))):
-        before = streams[max(0, t - back):t][::-1]
-        sums[:, 1:] = sums[:, :-1] + _additions(closeness[now], flat[row + before], calibration.largest)
-        found[t] = calibration.standardised(sums, np.array([t + 1])).max(axis=0)
+    @classmethod
+    def of(cls, features: np.ndarray, classes: np.ndarray | None = None) -> Observations:
+        "Return the observations of `features`, all of one class if no `classes` are given."
+        return cls(features, np.zeros(len(features), np.int64) if classes is None else np.asarray(classes, np.int64))
+
+    def take(self, rows: Any) -> Observations:
+        "Return the observations in `rows`, a slice, indices or a mask."
+        return Observations(self.features[rows], self.classes[rows])
+
+    @staticmethod
+    def join(*parts: Observations) -> Observations:
+        "Return the observations of all `parts`, one after the other."
+        return Observations(*map(np.concatenate, zip(*parts)))
+
+class Rows(NamedTuple):
+    "Rows of which streams are made: `h` (P, P) between them, float32, and the columns of `cells` that are theirs."
+    h: np.ndarray
+    cells: np.ndarray
+
+def prepare_rows(known: Calibration, seen: Observations) -> Rows:
+    "Compute once what streams through the P observations `seen` will need."
+    cells = known.cell_of(seen.classes)
+    means = cell_means(seen.features, known.reference, known.sigma, known.cells)
+    return Rows(centre(gaussian_kernel(seen.features, seen.features, known.sigma), means, cells, known.between), cells)
+
+# %% ../nbs/15_detector.ipynb #b3f72126
+def stream_statistics(calibration: Calibration, rows: Rows, streams: np.ndarray) -> np.ndarray:
+    "The statistic (T, B) at times 1 to T of B `streams` (T, B) of indices into P `rows`, without any alarm."
+    (steps, width), largest, count = streams.shape, calibration.largest, len(calibration.variances)
+    h, variances = rows.h.reshape(-1), calibration.variances.astype(np.float32).reshape(-1)
+    cells, sums = rows.cells[streams], np.zeros((2, largest + 1, width), np.float32)
+    found, pairs = np.empty((steps, width), np.float32), np.empty((2, largest - 1, width), np.float32)
+    for t, (row, cell) in enumerate(zip(streams * len(rows.h), cells * count)):
+        n = min(t, largest - 1)
+        before = slice(t - n, t)
+        np.take(h, row + streams[before][::-1], out=pairs[0, :n], mode="wrap")  # with "raise" it would be buffered
+        np.take(variances, cell + cells[before][::-1], out=pairs[1, :n], mode="wrap")
+        sums[:, 1:] = sums[:, :-1] + _additions(pairs[:, :n], largest)
+        found[t] = calibration.standardised(sums).max(axis=0)
     return found
 
 # %% ../nbs/15_detector.ipynb #99c142a5
@@ -240,92 +292,91 @@ def survivor_thresholds(statistics: np.ndarray, ert: float, separate: int) -> np
     later, steps = statistics[separate:, alive].max(axis=0), len(statistics) - separate
     return np.array([*thresholds, _upper_quantile(later, 1 - (1 - 1 / ert)**steps, shape)])
 
-# %% ../nbs/15_detector.ipynb #182c3aa9
-def closeness(rows: np.ndarray, reference: np.ndarray, sigma: float) -> np.ndarray:
-    "Return the mean kernel value (n,) of each of `rows` to the reference, float32, in blocks of bounded memory."
-    blocks = np.split(rows, range(1024, len(rows), 1024))
-    return np.concatenate([gaussian_kernel(b, reference, sigma).mean(axis=1) for b in blocks])
-
-# %% ../nbs/15_detector.ipynb #7b02e285
-def _mean_apart(reference: np.ndarray, sigma: float) -> float:
-    "Return the mean kernel value between different rows of `reference`."
-    n = len(reference)
-    return (float(closeness(reference, reference, sigma).sum(dtype=np.float64)) * n - n) / (n * max(1, n - 1))
-
 # %% ../nbs/15_detector.ipynb #dd4df275
-def _bootstrap(bare: Calibration, kernel: np.ndarray, near: np.ndarray, rng: np.random.Generator, width: int = 2_048
-               ) -> np.ndarray:
+def _bootstrap(bare: Calibration, pool: Rows, rng: np.random.Generator, width: int = 2_048) -> np.ndarray:
     "Statistics (T, n_bootstraps) of streams without drift, T being twice the largest window where the pool allows."
-    steps = min(2 * bare.largest, len(kernel))
+    steps = min(2 * bare.largest, len(pool.h))
     statistics = np.empty((steps, bare.n_bootstraps), np.float32)
-    chunks = _draw_streams(len(kernel), steps, min(width, bare.n_bootstraps), rng)
+    chunks = _draw_streams(len(pool.h), steps, min(width, bare.n_bootstraps), rng)
     for begin in range(0, bare.n_bootstraps, width):  # `width`: what a step touches stays in the processor's cache
         streams = next(chunks)[:, :bare.n_bootstraps - begin]
-        statistics[:, begin:begin + width] = stream_statistics(bare, kernel, near, streams)
+        statistics[:, begin:begin + width] = stream_statistics(bare, pool, streams)
     return statistics
 
 # %% ../nbs/15_detector.ipynb #0b2e15bd
+Classes = tuple[np.ndarray, np.ndarray]  # predicted classes of the rows of reference and pool
+
 def calibrate(reference: np.ndarray, ert: float, windows: tuple[int, ...], n_bootstraps: int, pool: np.ndarray,
-              seed: int) -> Calibration:
+              seed: int, classes: Classes | None = None) -> Calibration:
     "Calibrate for `reference` (N, D) with streams drawn from `pool` (P, D), which must be disjoint from it."
-    pool = _thinned(pool, 4_000)
-    sigma = median_sigma(reference)
-    kernel, near = gaussian_kernel(pool, pool, sigma), closeness(pool, reference, sigma)
-    largest, reference_mean = max(windows), _mean_apart(reference, sigma)
-    means, deviations = _moments(kernel, near, reference_mean, largest)
-    bare = Calibration(reference, float(ert), np.array(sorted(set(windows)), np.int64), np.zeros(largest + 1), means,
-                       deviations, sigma, reference_mean, len(pool), n_bootstraps)
-    statistics = _bootstrap(bare, kernel, near, np.random.default_rng(seed))
-    return replace(bare, thresholds=survivor_thresholds(statistics, ert, largest))
+    kept = _thinned(np.arange(len(pool)), 4_000)
+    sigma, cells = median_sigma(reference), class_cells(classes and classes[0], len(reference))
+    between, largest = means_between(reference, sigma, cells), max(windows)
+    unknown = np.zeros(largest + 1)
+    bare = Calibration(reference, cells, float(ert), np.array(sorted(set(windows)), np.int64), unknown, between,
+                       np.ones_like(between), sigma, len(kept), n_bootstraps, unknown)
+    rows = prepare_rows(bare, Observations.of(pool[kept], classes and classes[1][kept]))
+    bare = replace(bare, variances=cell_variances(rows.h, rows.cells, len(between)))
+    statistics = _bootstrap(bare, rows, np.random.default_rng(seed))
+    usual, stricter = (survivor_thresholds(statistics, time, largest) for time in (ert, ert / INPUTS))
+    return replace(bare, thresholds=usual, stricter=stricter)
 
 # %% ../nbs/15_detector.ipynb #5de25462
 Reading = dict[str, float | int | bool | None]  # time, statistic, threshold, is_drift
 
+def _divided(reference: np.ndarray, pool: np.ndarray | None, classes: Any, seed: int
+             ) -> tuple[np.ndarray, np.ndarray, Classes | None]:
+    "Return reference, pool and their classes; without a pool a third of the rows becomes the reference."
+    if pool is not None:
+        return reference, pool, classes and (np.asarray(classes[0], np.int64), np.asarray(classes[1], np.int64))
+    order = np.random.default_rng(seed).permutation(len(reference))
+    parts = np.sort(order[:(cut := max(2, len(reference) // 3))]), np.sort(order[cut:])
+    known = None if classes is None else np.asarray(classes, np.int64)
+    return reference[parts[0]], reference[parts[1]], None if known is None else (known[parts[0]], known[parts[1]])
+
 def _prepared(reference: np.ndarray, pool: np.ndarray | None, windows: tuple[int, ...], ert: float, n_bootstraps: int,
-              seed: int) -> tuple[np.ndarray, np.ndarray]:
-    "Reference and pool as float32 matrices, or `ValueError` when a detector cannot be made of them."
-    reference = _matrix(reference, "reference")
-    if pool is None:
-        order = np.random.default_rng(seed).permutation(len(reference))
-        cut = max(2, len(reference) // 3)
-        reference, pool = reference[np.sort(order[:cut])], reference[np.sort(order[cut:])]
+              seed: int, classes: Any) -> tuple[np.ndarray, np.ndarray, Classes | None]:
+    "Reference, pool and their classes, or `ValueError` when a detector cannot be made of them."
+    reference, pool, known = _divided(_matrix(reference, "reference"), pool, classes, seed)
     pool = _matrix(pool, "pool") if len(pool) else reference[:0]
     if len(reference) < 2 or pool.shape[1] != reference.shape[1]:
         raise ValueError(f"reference {reference.shape} and pool {pool.shape} must have two rows or more, of one length")
-    if not len(windows) or min(windows) < 1 or any(int(w) != w for w in windows):
-        raise ValueError(f"windows must be whole numbers from 1 up, not {windows}")
+    if known and (tuple(map(len, known)) != (len(reference), len(pool)) or min(map(np.min, known)) < 0):
+        raise ValueError("classes are whole numbers from 0 up, one for each row of reference and pool")
+    if not len(windows) or min(windows) < 2 or any(int(w) != w for w in windows):
+        raise ValueError(f"windows must be whole numbers from 2 up, not {windows}")
     if len(pool) <= max(windows):
         raise ValueError(f"a window of {max(windows)} needs a pool of more than {len(pool)} rows; use smaller windows")
     if not 1 < ert <= n_bootstraps:
         raise ValueError(f"ert must lie between 1 and n_bootstraps ({n_bootstraps}), not {ert}")
-    return reference, pool
+    return reference, pool, known
 
 # %% ../nbs/15_detector.ipynb #4107455b
 class _Kernel:
     "The Gaussian kernel of new rows to the reference (N, D) and to each other; rows are less `origin`."
-    def __init__(self, reference: np.ndarray, sigma: float):
-        self.origin, self.scale = reference.mean(axis=0), np.float32(-0.5 / sigma**2)
+    def __init__(self, reference: np.ndarray, sigma: float, cells: np.ndarray):
+        self.origin, self.scale, self.cells = reference.mean(axis=0), np.float32(-0.5 / sigma**2), cells
         apart = reference - self.origin
         self.columns = np.ascontiguousarray(-2 * self.scale * apart.T)  # scaled, as are the squares, for exp
         self.squares = self.scale * np.einsum("ij,ij->i", apart, apart)
 
-    def closeness(self, rows: np.ndarray) -> np.ndarray:
-        "Mean kernel (n,) of each of `rows` (n, D) to the reference."
+    def near(self, rows: np.ndarray) -> np.ndarray:
+        "Kernel (n, N) of each of `rows` (n, D) to each row of the reference."
         near = np.einsum("ji,kj->ki", self.columns, rows)
         near += self.squares
         near += self.scale * np.einsum("ij,ij->i", rows, rows)[:, None]
-        np.exp(np.minimum(near, 0, out=near), out=near)
-        return np.add.reduce(near, axis=1, dtype=np.float64) / near.shape[1]
+        return np.exp(np.minimum(near, 0, out=near), out=near)
 
-    def neighbours(self, rows: np.ndarray, latest: np.ndarray, time: int) -> np.ndarray:
-        """Kernel (W - 1, n) of each of `rows` to those before it, the newest first; 0 where there were none.
+    def cell_means(self, near: np.ndarray) -> np.ndarray:
+        "Mean kernel (n, C + 1) to the reference of each class, from what `near` returned."
+        return np.einsum("ki,ic->kc", near, self.cells)
 
-        `latest` (W, D) were seen before, the newest last, and all in all there were `time`."""
+    def neighbours(self, rows: np.ndarray, latest: np.ndarray) -> np.ndarray:
+        "Kernel (W - 1, n) of each of `rows` to those before it, newest first, `latest` (W, D) being those seen before."
         (n, width), back = rows.shape, len(latest) - 1
         known = np.concatenate([latest[1:], rows])
         apart = np.ndarray((n, back, width), np.float32, known, 0, (4 * width, 4 * width, 4)) - rows[:, None]
-        kernel = np.exp(self.scale * np.einsum("nkd,nkd->kn", apart, apart)[::-1], dtype=np.float64)
-        return kernel if time >= back else np.where(np.arange(back)[:, None] < time + np.arange(n), kernel, 0)
+        return np.exp(self.scale * np.einsum("nkd,nkd->kn", apart, apart)[::-1], dtype=np.float64)
 
 # %% ../nbs/15_detector.ipynb #3179ecc1
 def _rows(features: np.ndarray, width: int) -> np.ndarray:
@@ -344,7 +395,7 @@ def _rows(features: np.ndarray, width: int) -> np.ndarray:
 # %% ../nbs/15_detector.ipynb #e8407b61
 def _readings(known: Calibration, sums: np.ndarray, times: np.ndarray) -> list[Reading]:
     "Return the readings at `times` (n,), after which the sums were `sums` (2, W + 1, n)."
-    statistics = np.maximum.reduce(known.standardised(sums, times))
+    statistics = np.maximum.reduce(known.standardised(sums))
     found = zip(times.tolist(), statistics.tolist(), known.threshold(times).tolist())
     return [{"time": t, "statistic": s, "threshold": limit, "is_drift": s > limit} for t, s, limit in found]
 
@@ -352,13 +403,14 @@ def _readings(known: Calibration, sums: np.ndarray, times: np.ndarray) -> list[R
 class OnlineMMD:
     """Online maximum mean discrepancy over several windows, calibrated to a mean run time of `ert` without drift.
 
-    `reference` (N, D) and the disjoint `pool` are rows of features without drift; without `pool` a third of the rows,
-    drawn by `seed`, is the reference and the rest the pool. Observations must be independent. Raise
-    `ValueError` for bad arguments."""
+    `reference` (N, D) and the disjoint `pool` are rows of features without drift, and `classes` the predicted classes
+    of both; without `pool` a third of the rows (and of the classes), drawn by `seed`, is the reference and the rest the
+    pool. Without `classes` it is plain MMD, and the classes of updates are not looked at. Given the class,
+    observations must be independent. Raise `ValueError` for bad arguments."""
     def __init__(self, reference: np.ndarray, ert: float, windows: tuple[int, ...] = (2, 4, 8, 16, 32),
-                 n_bootstraps: int = 100_000, pool: np.ndarray | None = None, seed: int = 0):
-        reference, pool = _prepared(reference, pool, windows, ert, n_bootstraps, seed)
-        self.calibration = calibrate(reference, ert, windows, n_bootstraps, pool, seed)
+                 n_bootstraps: int = 100_000, pool: np.ndarray | None = None, seed: int = 0, classes: Any = None):
+        reference, pool, known = _prepared(reference, pool, windows, ert, n_bootstraps, seed, classes)
+        self.calibration = calibrate(reference, ert, windows, n_bootstraps, pool, seed, known)
         self.reset()
 
     def reset(self) -> None:
@@ -366,30 +418,59 @@ class OnlineMMD:
         known = self.calibration
         self.time, self._sums = 0, np.zeros((2, known.largest + 1))
         self._latest = np.zeros((known.largest, known.reference.shape[1]), np.float32)
+        self._cells = np.zeros(known.largest, np.int64)  # of the latest rows, with their means
+        self._means = np.zeros((known.largest, len(known.between)), np.float32)
 
-    def update(self, features: np.ndarray) -> Reading:
-        "Take one observation (D,) and return its reading. Raise `ValueError` for a bad one, which changes nothing."
-        return self.update_many(np.asarray(features)[None])[0]
+    def update(self, features: np.ndarray, predicted: int = 0) -> Reading:
+        """Take one observation (D,) of which class `predicted` is the answer, and return its reading.
 
-    def update_many(self, features: np.ndarray, stop: bool = False) -> list[Reading]:
+        Raise `ValueError` for a bad one, which changes nothing."""
+        return self.update_many(np.asarray(features)[None], [predicted])[0]
+
+    def update_many(self, features: np.ndarray, classes: Sequence[int] | np.ndarray | None = None,
+                    stop: bool = False) -> list[Reading]:
         """Take observations (n, D) in order and return a reading of each. If one of them is bad, none is taken.
 
         With `stop`, observations after an alarm are not taken and have no reading."""
         known = self.calibration
         rows = _rows(features, known.reference.shape[1]) - known.kernel.origin
-        if not len(rows):
+        if not (n := len(rows)):
             return []
-        n, sums = len(rows), np.zeros((2, known.largest + 1, len(rows) + 1))
-        beside = known.kernel.neighbours(rows, self._latest, self.time)
-        added = _additions(known.kernel.closeness(rows), beside, known.largest)
-        sums[..., 0] = self._sums
-        for k in range(n):
-            np.add(sums[:, :-1, k], added[..., k], out=sums[:, 1:, k + 1])
+        cells = known.cell_of(np.zeros(n) if classes is None else classes)
+        means = known.kernel.cell_means(known.kernel.near(rows))
+        sums = self._sums_after(rows, cells, means)
         readings = _readings(known, sums[..., 1:], np.arange(self.time + 1, self.time + n + 1))
         taken = next((k for k, r in enumerate(readings, 1) if r["is_drift"]), n) if stop else n
         self.time, self._sums = self.time + taken, sums[..., taken].copy()
-        self._latest = np.concatenate([self._latest[taken:], rows[:taken][-known.largest:]])
+        keep = lambda old, new: np.concatenate([old[taken:], new[:taken][-known.largest:]])
+        before = self._latest, self._cells, self._means
+        self._latest, self._cells, self._means = map(keep, before, (rows, cells, means))
         return readings[:taken]
+
+    def _sums_after(self, rows: np.ndarray, cells: np.ndarray, means: np.ndarray) -> np.ndarray:
+        "Return the sums (2, W + 1, n + 1) now and after each of `rows`."
+        sums = np.zeros((2, self.calibration.largest + 1, len(rows) + 1))
+        added, sums[..., 0] = _additions(self._pairs(rows, cells, means), self.calibration.largest), self._sums
+        for k in range(len(rows)):
+            np.add(sums[:, :-1, k], added[..., k], out=sums[:, 1:, k + 1])
+        return sums
+
+    def sums_of(self, features: np.ndarray, classes: np.ndarray) -> np.ndarray:
+        "Return the sums (2, W + 1, n) after each of the observations (n, D) of `classes`, which are not taken."
+        known = self.calibration
+        rows = _rows(features, known.reference.shape[1]) - known.kernel.origin
+        means = known.kernel.cell_means(known.kernel.near(rows))
+        return self._sums_after(rows, known.cell_of(classes), means)[..., 1:]
+
+    def _pairs(self, rows: np.ndarray, cells: np.ndarray, means: np.ndarray) -> np.ndarray:
+        "Return h and its variance (2, W - 1, n) of each of `rows` with those before it, newest first; 0 where none."
+        known, back, new = self.calibration, self.calibration.largest - 1, np.arange(len(rows))
+        before = back - 1 - np.arange(back)[:, None] + new  # where those before it stand in what follows
+        theirs = np.concatenate([self._cells[1:], cells])[before]
+        to_ours = np.concatenate([self._means[1:], means])[before, cells]
+        h = known.kernel.neighbours(rows, self._latest) - means[new, theirs] - to_ours
+        pairs = np.stack([h + known.between[cells, theirs], known.variances[cells, theirs]])
+        return pairs if self.time >= back else np.where(np.arange(back)[:, None] < self.time + new, pairs, 0)
 
     @property
     def reading(self) -> Reading:
@@ -403,22 +484,28 @@ class OnlineMMD:
         "Return the standardised MMD² of each of `calibration.windows`; the statistic is the largest."
         if not self.time:
             return np.zeros(len(self.calibration.windows))
-        return self.calibration.standardised(self._sums[..., None], np.array([self.time]))[:, 0]
+        return self.calibration.standardised(self._sums[..., None])[:, 0]
 
     def state(self) -> bytes:
         "Return what it has seen, little endian, for `restore` of a detector with the same calibration."
-        values = (self.time, "<i8"), (self._sums, "<f8"), (self._latest, "<f4")
+        values = (self.time, "<i8"), (self._sums, "<f8"), (self._cells, "<i8"), (self._latest, "<f4")
         return b"".join(np.asarray(value, kind).tobytes() for value, kind in values)
 
     def restore(self, state: bytes) -> None:
         "Go on exactly where `state` was taken; raise `InputError` if it does not fit this detector."
-        time, rows, sums = _read_state(state, self.calibration)
-        self.time, self._sums, self._latest = time, sums, rows
+        self._go_on(**_read_state(state, self.calibration))
+
+    def _go_on(self, time: int, sums: np.ndarray, classes: np.ndarray, rows: np.ndarray) -> None:
+        self.time, self._sums, self._cells, self._latest = time, sums, classes, rows
+        self._means = self.calibration.kernel.cell_means(self.calibration.kernel.near(rows))
 
     def save(self, path: str | Path) -> None:
         "Write calibration and state to one `.npz`, atomically: for the same detector always the same bytes."
-        values = vars(self.calibration) | {"time": self.time, "rows": self._latest, "sums": self._sums}
+        values = vars(self.calibration) | {"time": self.time, "rows": self._latest, "sums": self._sums,
+                                           "classes": self._cells}
         arrays = {name: np.asarray(values[name], kind) for name, (kind, _) in (_CALIBRATION | _STATE).items()}
+        for name, seen in sorted(self.calibration.shifted.items()):
+            arrays |= {f"shifted_{name}": seen.features.astype("<f4"), f"classes_{name}": seen.classes.astype("<i8")}
         np.savez(out := io.BytesIO(), **arrays)
         write_bytes(path, out.getvalue())
 
@@ -429,10 +516,9 @@ class OnlineMMD:
 
 # %% ../nbs/15_detector.ipynb #a93eb0c5
 def window_mmd2(detector: OnlineMMD) -> np.ndarray:
-    "MMD² of each of `calibration.windows`, not standardised; 0 before the first observation."
-    known = detector.calibration
-    sizes = np.minimum(known.windows, detector.time)
-    return detector.window_statistics * known.deviations[sizes] + known.means[sizes]
+    "Return the mean of h of each of `calibration.windows`, not standardised: without classes it is MMD². 0 before 2."
+    sizes = np.minimum(detector.calibration.windows, detector.time)
+    return detector._sums[0, sizes] * 2 / (sizes * (sizes - 1)).clip(1)
 
 # %% ../nbs/15_detector.ipynb #130b9507
 def latest_rows(detector: OnlineMMD) -> np.ndarray:
@@ -441,6 +527,15 @@ def latest_rows(detector: OnlineMMD) -> np.ndarray:
     leading = int(known.windows[detector.window_statistics.argmax()])
     count = min(leading, detector.time)
     return detector._latest[len(detector._latest) - count:] + known.kernel.origin
+
+# %% ../nbs/15_detector.ipynb #04466dff
+def leading_pairs(detector: OnlineMMD) -> tuple[np.ndarray, np.ndarray]:
+    "Return h and its variance (n, n), 0 on the diagonal, between the observations of the window that leads."
+    known, count = detector.calibration, len(latest_rows(detector))
+    rows, cells, means = (a[len(a) - count:] for a in (detector._latest, detector._cells, detector._means))
+    h = centre(gaussian_kernel(rows, rows, known.sigma), means, cells, known.between)
+    apart = 1 - np.eye(count)
+    return h * apart, known.variances[cells][:, cells] * apart
 
 # %% ../nbs/15_detector.ipynb #da57bd11
 def feature_shift(detector: OnlineMMD, back: np.ndarray | None = None) -> np.ndarray:
@@ -455,12 +550,38 @@ def feature_shift(detector: OnlineMMD, back: np.ndarray | None = None) -> np.nda
     return (rows.mean(axis=0) - reference.mean(axis=0)) / reference.std(axis=0).clip(1e-6)
 
 # %% ../nbs/15_detector.ipynb #a45f3be4
-_CALIBRATION = {"reference": (np.float32, 2), "ert": (np.float64, 0), "windows": (np.int64, 1),
-                "thresholds": (np.float64, 1), "means": (np.float64, 1), "deviations": (np.float64, 1),
-                "sigma": (np.float64, 0), "reference_mean": (np.float64, 0), "pool_size": (np.int64, 0),
-                "n_bootstraps": (np.int64, 0)}  # name -> type and number of dimensions
-_STATE = {"time": (np.int64, 0), "rows": (np.float32, 2), "sums": (np.float64, 2)}
+_CALIBRATION = {"reference": (np.float32, 2), "cells": (np.float32, 2), "ert": (np.float64, 0),
+                "windows": (np.int64, 1), "thresholds": (np.float64, 1), "between": (np.float64, 2),
+                "variances": (np.float64, 2), "sigma": (np.float64, 0), "pool_size": (np.int64, 0),
+                "n_bootstraps": (np.int64, 0), "stricter": (np.float64, 1)}  # name -> type and number of dimensions
+_STATE = {"time": (np.int64, 0), "rows": (np.float32, 2), "sums": (np.float64, 2), "classes": (np.int64, 1)}
 _MAX_FILE = 2**30  # bytes, unpacked
+_EXAMPLES = "shifted_", "classes_"  # and after each the name of a change
+
+def _read_shifted(arrays: dict[str, np.ndarray], width: int) -> dict[str, Observations]:
+    "Return the examples of changes that are among `arrays`; raise `ValueError` if they are damaged."
+    names = [name.removeprefix("shifted_") for name in sorted(arrays) if name.startswith("shifted_")]
+    found = {name: Observations(arrays[f"shifted_{name}"], arrays[f"classes_{name}"]) for name in names}
+    for name, (rows, classes) in found.items():
+        expected = np.float32, np.int64, (len(classes), width), 1
+        if (rows.dtype, classes.dtype, rows.shape, classes.ndim) != expected:
+            raise ValueError(f"shifted_{name} is damaged")
+        if not np.isfinite(rows).all() or np.min(classes, initial=0) < 0:
+            raise ValueError(f"shifted_{name} is damaged")
+    return found
+
+def _of_one_class(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    "Add to the `arrays` of a file without classes what one class makes of them, with the state of a new detector."
+    reference, sigma = arrays["reference"], float(arrays["sigma"])
+    cells = class_cells(None, len(reference))
+    between = means_between(reference, sigma, cells)
+    h = centre(gaussian_kernel(reference, reference, sigma), cell_means(reference, reference, sigma, cells),
+               np.zeros(len(reference), np.int64), between)
+    largest, alike = len(arrays["thresholds"]) - 1, np.zeros(len(reference), np.int64)
+    return arrays | {"stricter": 1.02 * arrays["thresholds"], "cells": cells, "between": between,
+                     "variances": cell_variances(h, alike, 1), "time": np.array(0), "sums": np.zeros((2, largest + 1)),
+                     "classes": np.zeros(largest, np.int64),
+                     "rows": np.zeros((largest, reference.shape[1]), np.float32)}
 
 # %% ../nbs/15_detector.ipynb #af807d01
 def _read_arrays(path: str | Path) -> dict[str, np.ndarray]:
@@ -471,59 +592,69 @@ def _read_arrays(path: str | Path) -> dict[str, np.ndarray]:
             if sum(member.file_size for member in archive.infolist()) > _MAX_FILE:
                 raise ValueError("it is too large")
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in wanted}
+            names = [name for name in file.files if name in wanted or name.startswith(_EXAMPLES)]
+            arrays = {name: file[name] for name in names}
+            if "deviations" in file.files and "cells" not in file.files:
+                arrays = _of_one_class(arrays)
+        _check_types({name: arrays[name] for name in wanted})
+        _read_shifted(arrays, arrays["reference"].shape[1])
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except Exception as e:  # whatever zipfile and numpy meet in damaged bytes
         raise InputError(f"{path} is no drift detector ({e}); make the package again") from None
-    for name, (kind, ndim) in wanted.items():
-        array = arrays[name]
-        if array.dtype != kind or array.ndim != ndim or not np.isfinite(array).all():
-            raise InputError(f"{path} is no drift detector ({name} is damaged); make the package again")
     return arrays
+
+def _check_types(arrays: dict[str, np.ndarray]) -> None:
+    "Raise `ValueError`, which names the array, unless all have the type and the dimensions of `wanted`."
+    for name, (kind, ndim) in (_CALIBRATION | _STATE).items():
+        if arrays[name].dtype != kind or arrays[name].ndim != ndim or not np.isfinite(arrays[name]).all():
+            raise ValueError(f"{name} is damaged")
 
 # %% ../nbs/15_detector.ipynb #c9ff3ae7
 def _consistent(a: dict[str, np.ndarray]) -> bool:
     "Tell whether the arrays of a detector's file fit each other."
-    windows, (n, width) = a["windows"], a["reference"].shape
-    if not len(windows) or windows[0] < 1 or (np.diff(windows) < 1).any() or n < 2 or width < 1:
+    windows, (n, width), cells = a["windows"], a["reference"].shape, a["cells"].shape[1]
+    if not len(windows) or windows[0] < 1 or (np.diff(windows) < 1).any() or n < 2 or width < 1 or cells < 1:
         return False
     largest = int(windows[-1])
-    shapes = {"thresholds": (largest + 1,), "means": (largest + 1,), "deviations": (largest + 1,),
-              "rows": (largest, width), "sums": (2, largest + 1)}
+    shapes = {"thresholds": (largest + 1,), "stricter": (largest + 1,), "cells": (n, cells),
+              "between": (cells, cells), "variances": (cells, cells),
+              "rows": (largest, width), "sums": (2, largest + 1), "classes": (largest,)}
     fits = all(a[name].shape == shape for name, shape in shapes.items())
-    fits = fits and bool(a["deviations"].min() > 0 and a["sigma"] > 0 and a["ert"] > 1)
-    return fits and _plausible(int(a["time"]), a["rows"], a["sums"])
+    fits = fits and bool(a["variances"].min() >= 0 and a["sigma"] > 0 and a["ert"] > 1 and a["cells"].min() >= 0)
+    return fits and _plausible(int(a["time"]), a["rows"], a["sums"], a["classes"], cells)
 
 # %% ../nbs/15_detector.ipynb #3fee307a
-def _plausible(time: int, rows: np.ndarray, sums: np.ndarray) -> bool:
-    "Tell whether a detector could have been in that state: sums of at most W² kernel values, each between 0 and 1."
-    near = (np.abs(rows) <= 3 * _FAR).all()
-    return bool(0 <= time < 2**53 and near and sums.min() >= 0 and sums.max() <= len(rows)**2)
+def _plausible(time: int, rows: np.ndarray, sums: np.ndarray, classes: np.ndarray, cells: int) -> bool:
+    "Tell whether a detector could have been in that state: h lies between -2 and 2, and so its square at most at 4."
+    near = (np.abs(rows) <= 3 * _FAR).all() and classes.min() >= 0 and classes.max() < cells
+    return bool(0 <= time < 2**53 and near and sums[1].min() >= 0 and np.abs(sums).max() <= 4 * len(rows)**2)
 
 # %% ../nbs/15_detector.ipynb #1aec5c09
 def _unpacked(cls: type[OnlineMMD], path: str | Path) -> OnlineMMD:
     "Load the detector in the file, without calibrating anything."
     arrays = _read_arrays(path)
-    if not _consistent(arrays):
+    if not _consistent(arrays):  # each by itself is what it should be
         raise InputError(f"{path} is no drift detector (its arrays do not fit each other); make the package again")
     detector = cls.__new__(cls)
     dimensions = {name: ndim for name, (_, ndim) in _CALIBRATION.items()}
     fixed: dict[str, Any] = {name: arrays[name] if n else arrays[name].item() for name, n in dimensions.items()}
-    detector.calibration = Calibration(**fixed)
+    detector.calibration = Calibration(**fixed, shifted=_read_shifted(arrays, arrays["reference"].shape[1]))
     detector.reset()
-    detector.time, detector._sums, detector._latest = arrays["time"].item(), arrays["sums"], arrays["rows"]
+    detector._go_on(arrays["time"].item(), *(arrays[name] for name in ("sums", "classes", "rows")))
     return detector
 
 # %% ../nbs/15_detector.ipynb #0c3dda84
-def _read_state(state: bytes, known: Calibration) -> tuple[int, np.ndarray, np.ndarray]:
-    "Return time, rows and sums of a state, from wherever it comes. Raise `InputError`."
-    width, cut = known.reference.shape[1], 8 + 16 * (known.largest + 1)
-    if len(state) != cut + 4 * known.largest * width:
+def _read_state(state: bytes, known: Calibration) -> dict[str, Any]:
+    "Return `time`, `sums`, `classes` and `rows` of a state, from wherever it comes. Raise `InputError`."
+    largest, width = known.largest, known.reference.shape[1]
+    sizes = np.cumsum([8, 16 * (largest + 1), 8 * largest, 4 * largest * width])
+    if len(state) != sizes[-1]:
         raise InputError(f"a state of {len(state)} bytes is none of this drift detector")
-    time = int(np.frombuffer(state[:8], "<i8")[0])
-    sums = np.frombuffer(state[8:cut], "<f8").astype(np.float64).reshape(2, -1)
-    rows = np.frombuffer(state[cut:], "<f4").astype(np.float32).reshape(known.largest, width)
-    if not _plausible(time, rows, sums):
+    parts = (state[a:b] for a, b in zip([0, *sizes], sizes))
+    time, sums, classes, rows = (np.frombuffer(part, kind) for part, kind in zip(parts, ("<i8", "<f8", "<i8", "<f4")))
+    found: dict[str, Any] = {"time": int(time[0]), "sums": sums.astype(np.float64).reshape(2, -1)}
+    found |= {"classes": classes.astype(np.int64), "rows": rows.astype(np.float32).reshape(largest, width)}
+    if not _plausible(found["time"], found["rows"], found["sums"], found["classes"], len(known.between)):
         raise InputError("the state of the drift detector is damaged")
-    return time, rows, sums
+    return found

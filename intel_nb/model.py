@@ -423,7 +423,8 @@ def _sample_drift(seen: dict[str, np.ndarray], seed: int) -> tuple[list, OnlineM
     fits = fit_whitening(seen["embedding"][:80], 8), fit_whitening(seen["statistics"][:80])
     maps = [(matrix, -mean @ matrix) for mean, matrix in fits]
     drift = np.hstack([seen[name][80:] @ m + b for name, (m, b) in zip(("embedding", "statistics"), maps)])
-    return maps, OnlineMMD(drift[:100], 150, windows=(2, 4, 8, 16), n_bootstraps=10_000, pool=drift[100:], seed=seed)
+    classes = seen["predicted"][80:180], seen["predicted"][180:]
+    return maps, OnlineMMD(drift[:100], 150, (2, 4, 8, 16), 10_000, drift[100:], seed, classes)
 
 # %% ../nbs/18_model.ipynb #b64505b6
 def sample_package(folder: str | Path, seed: int = 0) -> Path:
@@ -433,7 +434,8 @@ def sample_package(folder: str | Path, seed: int = 0) -> Path:
     labels, images = _sample_images(60, seed)
     features = add_statistics(pooled_backbone(), 32)
     outputs = run_batches(features.SerializeToString(), images, np.asarray)
-    head, (maps, detector) = _ridge_head(outputs["embedding"], labels), _sample_drift(outputs, seed)
+    weight, bias = head = _ridge_head(outputs["embedding"], labels)
+    maps, detector = _sample_drift(outputs | {"predicted": (outputs["embedding"] @ weight + bias).argmax(1)}, seed)
     card = {"model_name": "pooled_pixels", "image_size": 32, "precision": "float32", "batch_tolerance": 1e-5,
             "profile": "sample", "ert": 150, "windows": detector.calibration.windows.tolist(), "reference_size": 100,
             "pool_size": 180, "drift_statistics": list(STATISTICS),

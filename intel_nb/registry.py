@@ -170,6 +170,7 @@ ACTS = {  # what a line says: the status that the version has from then on; empt
     "approve": "Approved", "reject": "Rejected", "withdraw": "PendingManualApproval",  # takes a rejection back
     "deploy": "", "promote": "", "rollback": "", "replace": "", "stop": "", "repair": "",  # what a stage serves
     "tag": "",          # what a run says of a version, such as the outcome of its staging test
+    "accept": "",       # that a stream as it is now, which a detector reports, is the normal
     "mend": "",         # the record itself
 }
 STAGE_ACTS = ("deploy", "promote", "rollback", "replace", "stop", "repair")

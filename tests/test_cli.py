@@ -15,9 +15,9 @@ from conftest import COMMAND, House
 
 from intel_nb.cli import call
 
-COMMANDS = ("run", "probe", "runs", "report", "models", "trace", "endpoints", "captures", "suspects", "measure",
-            "approve", "reject", "withdraw", "promote", "rollback", "shadow", "start", "stop", "predict", "serve",
-            "sign", "export", "import", "watch", "audit", "check", "cancel", "logs", "prune", "aws")
+COMMANDS = ("run", "probe", "runs", "report", "models", "trace", "endpoints", "drift", "captures", "suspects",
+            "measure", "approve", "reject", "withdraw", "promote", "rollback", "shadow", "start", "stop", "predict",
+            "serve", "sign", "export", "import", "watch", "audit", "check", "cancel", "logs", "prune", "aws")
 AWS_COMMANDS = ("template", "definition", "rehearse", "cost", "deploy", "start", "status", "models", "approve",
                 "promote", "reject", "rollback", "invoke", "logs", "destroy")
 

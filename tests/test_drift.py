@@ -2,14 +2,14 @@
 import numpy as np
 import pytest
 
-from intel_nb.detector import OnlineMMD
+from intel_nb.detection.corruptions import CORRUPTIONS, corrupted
+from intel_nb.detection.streams import Delay, RunTime, delay, first_alarms, run_time
+from intel_nb.detector import Observations
 from intel_nb.drift import (
-    CORRUPTIONS,
     OUT_OF_DISTRIBUTION,
     case_table,
     cases_of,
     chosen_images,
-    corrupted,
     drift_features,
     largest_difference,
     mean_delay,
@@ -20,7 +20,6 @@ from intel_nb.drift import (
 )
 from intel_nb.images import decode, encode_jpeg, encode_png
 from intel_nb.scenes import sample_scene
-from intel_nb.streams import Delay, RunTime, delay, first_alarms, run_time
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +54,14 @@ def test_amounts_grow_with_severity():
 
 def test_streams_are_those_of_the_packaged_detector(package, images):
     clean, shifted = seen(package, images, 40, 20, [2])
-    rows, detector = np.concatenate([clean, shifted["dark", 2]]), package.detector()
-    order = np.stack([np.random.default_rng(k).permutation(len(rows)) for k in range(8)], axis=1)
-    found = first_alarms(detector, rows, order)
+    both, detector = Observations.join(clean, shifted["dark", 2]), package.detector()
+    order = np.stack([np.random.default_rng(k).permutation(len(both.classes)) for k in range(8)], axis=1)
+    found = first_alarms(detector, both, order)
     for time, stream in zip(found, order.T):
         detector.reset()
-        assert next((s["time"] for s in map(detector.update, rows[stream]) if s["is_drift"]), 0) == time
-    assert largest_difference(replay(package.detector(), rows), replay(package.detector(), rows)) == 0
+        readings = map(detector.update, *both.take(stream))
+        assert next((s["time"] for s in readings if s["is_drift"]), 0) == time
+    assert largest_difference(replay(package.detector(), both), replay(package.detector(), both)) == 0
 
 
 def test_a_dark_stream_is_caught_and_a_clean_one_runs_long(package, images):
@@ -72,8 +72,8 @@ def test_a_dark_stream_is_caught_and_a_clean_one_runs_long(package, images):
 
 def test_few_images_are_enough(package, images):
     clean, shifted = seen(package, images[:2], 0, 2, [1, 2], ["fog"], over=7)
-    assert clean.shape[0] == 2 and len(shifted) == 18 + 1 + len(OUT_OF_DISTRIBUTION)
-    assert all(len(rows) == (7 if how == "slow" else 2) for (_, how), rows in shifted.items())
+    assert len(clean.classes) == 2 and len(shifted) == 18 + 1 + len(OUT_OF_DISTRIBUTION)
+    assert all(len(rows.classes) == (7 if how == "slow" else 2) for (_, how), rows in shifted.items())
     tables = case_table(package.detector(), clean, shifted, 3, seed=0)
     counts = [len(tables[kind]) for kind in ("delays", "slow", "out_of_distribution")]
     assert counts == [18, 1, len(OUT_OF_DISTRIBUTION)]
@@ -98,7 +98,8 @@ def test_a_slow_change_is_seen_later_than_a_sudden_one(package, images):
 def test_a_mix_names_its_classes_and_needs_images_of_them():
     rng = np.random.default_rng(0)
     rows, labels = rng.normal(size=(90, 17)).astype(np.float32), np.repeat([0, 1], 45)
-    found = unseen_delay(rows, labels, 1, 20, (2, 4), 20, seed=0)
+    clean = Observations.of(rows, labels)
+    found = unseen_delay(clean, labels, 1, 20, (2, 4), 20, seed=0)
     assert found["streams"] > 0 and found["limit"] == 45
-    table = mix_table(OnlineMMD(rows, 20, (2, 4), 500), rows, labels, ["a", "b", "none"], 20, seed=0)
+    table = mix_table(clean, labels, ["a", "b", "none"], 20, 20, seed=0)
     assert [row["classes"] for row in table] == [["a"], ["b"], ["a", "b"], ["b", "none"], ["none", "a"]]

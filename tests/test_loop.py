@@ -9,11 +9,12 @@ import pytest
 from conftest import COMMAND, QUICK, House
 
 from intel_nb.chain.plan import open_workspace
-from intel_nb.drift import fog
+from intel_nb.detection.corruptions import fog
+from intel_nb.detection.streams import run_time
+from intel_nb.detector import Observations
 from intel_nb.images import encode_jpeg
 from intel_nb.scenes import SAMPLE_CLASSES, sample_archive, sample_scene
 from intel_nb.serving.endpoints import drift_status, invoke
-from intel_nb.streams import run_time
 
 
 def in_fog(number: int) -> tuple[bytes, str]:
@@ -94,7 +95,8 @@ def test_the_loop_closes(tmp_path):
         package = open_workspace(house.environ).registry().package("2")
         from intel_nb.model import load_package
         loaded = load_package(package)
-        rows = loaded.predict_bytes([in_fog(k)[0] for k in range(20_000, 20_600)])["drift"]
+        answers = loaded.predict_bytes([in_fog(k)[0] for k in range(20_000, 20_600)])
+        rows = Observations(answers["drift"], answers["probabilities"].argmax(axis=1))
         found = run_time(loaded.detector(), rows, 300, seed=0)
         print(f"run time in fog {found.mean:.1f}")
         assert found.mean >= loaded.detector().calibration.ert / 2

@@ -17,7 +17,7 @@ NOTEBOOKS = {str(path.relative_to(ROOT / "nbs").with_suffix("")): json.loads(pat
 STEPS = [name for name in NOTEBOOKS if re.match(r"0\d_", name)]
 
 # A room may import those before its own group. Within a folder, a module imports lower numbers only.
-LAYERS = (("library",), ("labels", "training", "serving"), ("steps", "chain"), ("aws",), ("cli",))
+LAYERS = (("library",), ("detection",), ("labels", "training", "serving"), ("steps", "chain"), ("aws",), ("cli",))
 HEIGHT = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}
 
 
@@ -139,7 +139,7 @@ def test_the_table_of_profiles_agrees_with_the_declarations():
 
 def test_slow_changes_are_corruptions():
     from intel_nb.chain.parameters import read_parameters
-    from intel_nb.drift import CORRUPTIONS
+    from intel_nb.detection.corruptions import CORRUPTIONS
     assert choices_of(read_parameters(ROOT / "nbs" / "04_drift.ipynb")["slow"].limits) == list(CORRUPTIONS)
 
 

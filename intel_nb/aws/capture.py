@@ -75,17 +75,23 @@ def decode_request(request: CapturedRequest, side: int) -> np.ndarray | None:
         return None
 
 # %% ../../nbs/aws/06_capture.ipynb #e432ea7b
+def _seconds(time: str) -> float:
+    "Return seconds since 1970 of a time in ISO 8601."
+    return datetime.fromisoformat(time).timestamp()
+
 def feed_monitor(monitor: Monitor, package: Package, requests: Iterable[CapturedRequest]) -> Counter[str]:
     "Feed the images of `requests` to `monitor` by time, and count requests, images, refused requests and alarms."
     import numpy as np
     counts = Counter(requests=0, images=0, refused=0, alarms=-monitor.status()["alarms"])
     ordered = iter(sorted(requests))
     while batch := list(islice(ordered, 32)):
-        images = [decoded for one in batch if (decoded := decode_request(one, package.image_size)) is not None]
+        read = [(one, decode_request(one, package.image_size)) for one in batch]
+        images = [(decoded, _seconds(one.time)) for one, decoded in read if decoded is not None]
         counts.update(requests=len(batch), refused=len(batch) - len(images))
         if images:
-            outputs = package.predict(np.concatenate(images))
-            counts.update(images=len(monitor.update(outputs["drift"], outputs["probabilities"].argmax(1))))
+            outputs = package.predict(np.concatenate([decoded for decoded, _ in images]))
+            times = np.repeat([time for _, time in images], [len(decoded) for decoded, _ in images])
+            counts.update(images=len(monitor.update(outputs["drift"], outputs["probabilities"].argmax(1), times)))
     counts.update(alarms=monitor.status()["alarms"])
     return counts
 

@@ -19,12 +19,13 @@ from .store import Entry
 from ..registry import ModelVersion
 from ..serving.endpoints import Endpoint, served_fingerprint
 from ..serving.supervisor import StageRequest, read_record
-from ..storage import Damaged, InputError, utc_now
+from ..storage import Damaged, InputError, utc_now, write_text
 
 # %% auto #0
 __all__ = ['NotAllowed', 'find_endpoint', 'finished_entries', 'imported_samples', 'approve', 'deploy_request', 'imported_request',
            'promote', 'earlier_version', 'rollback', 'reject_waiting_runs', 'earlier_request', 'withdraw_package',
-           'record_withdrawal', 'reject', 'withdraw_rejection', 'start_shadow', 'check_may_start', 'start_stage']
+           'record_withdrawal', 'reject', 'withdraw_rejection', 'accept_stream', 'start_shadow', 'check_may_start',
+           'start_stage']
 
 # %% ../../nbs/chain/09_decisions.ipynb #79f6a52c
 class NotAllowed(RuntimeError):
@@ -209,6 +210,16 @@ def withdraw_rejection(workspace: Workspace, version: str, reason: str = "") -> 
         raise NotAllowed(f"no person rejected version {version}{why}; there is nothing to withdraw")
     registry.set_status(version, "PendingManualApproval", reason or "the rejection was withdrawn")
     return registry.get(version)
+
+# %% ../../nbs/chain/09_decisions.ipynb #3079485f
+def accept_stream(workspace: Workspace, stage: str, reason: str = "") -> None:
+    "Take the stream of `stage` as it is for its normal. Raise `NotAllowed` unless the stage runs."
+    from intel_nb.serving.monitor import ACCEPT
+    endpoint = find_endpoint(workspace, stage)
+    if endpoint.status != "running":
+        raise NotAllowed(f"{stage} is {endpoint.status}; intel-nb start {stage}")
+    workspace.registry().note("accept", version=endpoint.version, stage=stage, reason=reason)
+    write_text(workspace.endpoints().folder / stage / "state" / ACCEPT, reason)
 
 # %% ../../nbs/chain/09_decisions.ipynb #85c3d79e
 def start_shadow(workspace: Workspace, version: str, stage: str) -> None:

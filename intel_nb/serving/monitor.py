@@ -5,10 +5,12 @@
 # %% ../../nbs/serving/03_monitor.ipynb #dfe69930
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
 import threading
-from base64 import b64decode, b64encode
+import time
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,13 +22,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..detector import OnlineMMD, feature_shift, latest_rows
+from ..detection.learning import Names, Record, load_learned, save_learned
+from ..detection.mix import correct_shares
+from intel_nb.detection.watch import (
+    Step,
+    StreamRecorder,
+    StreamWatch,
+    describe_watch,
+    restore_watch,
+    watch_state,
+)
+from ..detector import Calibration, Observations, OnlineMMD, feature_shift, latest_rows
 from ..model import Package
 from ..storage import InputError, read_json, utc_now, write_json, write_text
 
 # %% auto #0
-__all__ = ['HISTORY', 'REPORTS', 'AGAIN', 'MonitorState', 'save_state', 'load_state', 'clean_folder', 'name_features',
-           'describe_shift', 'describe_alarm', 'raise_alarm', 'Observation', 'Monitor']
+__all__ = ['ACCEPT', 'HISTORY', 'REPORTS', 'AGAIN', 'MonitorState', 'feature_digest', 'append_rows', 'read_rows', 'save_state',
+           'name_features', 'new_watch', 'load_state', 'clean_folder', 'describe_shift', 'describe_mix',
+           'describe_alarm', 'raise_alarm', 'Observation', 'Monitor']
 
 # %% ../../nbs/serving/03_monitor.ipynb #9fa9e9d1
 @dataclass
@@ -37,6 +50,7 @@ class MonitorState:
     last_alarm: str | None = None    # when it was raised, ISO 8601 in UTC
     last_report: str | None = None   # when an alarm was last reported, likewise
     recent: list[int] = field(default_factory=list)  # predicted classes of the latest images
+    latest_alarms: list[list[str]] = field(default_factory=list)  # when the latest ten were raised, and for what reason
 
     def add(self, predicted: list[int], window: int) -> None:
         "Count images with the classes `predicted`; keep the classes of the latest `window` images."
@@ -44,10 +58,57 @@ class MonitorState:
         self.recent = [*self.recent, *predicted][-window:]
 
 # %% ../../nbs/serving/03_monitor.ipynb #0213ae2e
-def save_state(path: Path, state: MonitorState, detector: OnlineMMD, fingerprint: str) -> None:
-    "Write both to `path`. A process that is killed at any moment leaves the old file or the new one."
-    seen = b64encode(detector.state()).decode()
-    write_text(path, json.dumps({"fingerprint": fingerprint, **vars(state), "detector": seen}))
+def feature_digest(known: Calibration) -> str:
+    "Return a digest of what the features of a detector mean: the same reference gives the same."
+    return hashlib.sha256(known.reference.tobytes() + np.float64(known.sigma).tobytes()).hexdigest()
+
+def _row_type(width: int) -> np.dtype:
+    return np.dtype([("features", "<f4", (width,)), ("predicted", "<i8"), ("time", "<f8")])
+
+def append_rows(path: Path, recorder: StreamRecorder) -> None:
+    "Append to `path` what `recorder` holds and the file does not yet; drop what a killed process left behind it."
+    seen, times = recorder.whole()
+    new = slice(recorder.saved, recorder.count)
+    rows = np.zeros(recorder.count - recorder.saved, kind := _row_type(seen.features.shape[1]))
+    rows["features"], rows["predicted"], rows["time"] = seen.features[new], seen.classes[new], times[new]
+    with open(path, "r+b" if path.exists() else "wb") as file:
+        file.truncate(recorder.saved * kind.itemsize)
+        file.seek(0, os.SEEK_END)
+        file.write(rows.tobytes())
+    recorder.saved = recorder.count
+
+def read_rows(path: Path, count: int, width: int) -> Record:
+    "Return the first `count` rows of `path`; raise `InputError` if there are fewer, or if they cannot be."
+    kind = _row_type(width)
+    with open(path, "rb") as file:
+        data = file.read(count * kind.itemsize)
+    rows = np.frombuffer(data[:len(data) // kind.itemsize * kind.itemsize], kind)
+    if len(rows) < count or not (np.isfinite(rows["features"]).all() and np.isfinite(rows["time"]).all()):
+        raise InputError(f"{path} holds {len(rows)} of {count} observations")
+    return Record(Observations(rows["features"].copy(), rows["predicted"].astype(np.int64)), rows["time"].copy())
+
+# %% ../../nbs/serving/03_monitor.ipynb #ed70787d
+def save_state(path: Path, state: MonitorState, watch: StreamWatch, digest: str = "") -> None:
+    """Write both to `path`, and what is learned from or was learned beside it.
+
+    A process that is killed at any moment leaves the old state or the new one."""
+    if watch.learned is None and watch.recorder.saved < watch.recorder.count:
+        append_rows(path.with_name("stream.rows"), watch.recorder)
+    if watch.learned is not None and watch.unsaved:
+        save_learned(watch.learned, path.with_name("learned.npz"))
+        watch.unsaved = False
+    found = {"features": digest or feature_digest(watch.calibrated), **vars(state), "watch": watch_state(watch)}
+    write_text(path, json.dumps(found | {"learned": watch.learned is not None}))
+
+# %% ../../nbs/serving/03_monitor.ipynb #63099111
+def name_features(card: dict[str, Any], width: int) -> Names:
+    "Return how the `width` drift features of a package with this `card` are reported."
+    if "drift_unmixing" not in card:
+        return Names([f"feature {i}" for i in range(width)], np.eye(width), width)
+    unmixing = np.array(card["drift_unmixing"])
+    rest = width - len(unmixing)
+    back = np.vstack([np.zeros((rest, unmixing.shape[1])), unmixing])
+    return Names(list(card["drift_statistics"]), back, rest)
 
 # %% ../../nbs/serving/03_monitor.ipynb #5da3fc81
 def _check_counts(state: MonitorState, classes: int) -> None:
@@ -56,23 +117,37 @@ def _check_counts(state: MonitorState, classes: int) -> None:
     whole = all(type(n) is int and 0 <= n < 2**53 for n in numbers)
     if not whole or max(state.recent, default=0) >= classes:
         raise InputError("its counts are damaged")
-    for raised in filter(None, (state.last_alarm, state.last_report)):
+    for raised in filter(None, (state.last_alarm, state.last_report, *(when for when, _ in state.latest_alarms))):
         datetime.fromisoformat(raised)
 
-def load_state(path: Path, package: Package) -> tuple[MonitorState, OnlineMMD]:
-    "Return the counts and the detector in `path`. After another package only the counts go on; damage is as no file."
-    detector = package.detector()
+def new_watch(package: Package) -> StreamWatch:
+    "Return a new watch with the detector of `package`. `INTEL_NB_MIX=0` leaves the mix of classes out."
+    detector, mix = package.detector(), os.environ.get("INTEL_NB_MIX", "1") != "0"
+    return StreamWatch(detector, name_features(package.card, detector.calibration.reference.shape[1]), mix)
+
+def _restored(path: Path, saved: dict[str, Any], watch: StreamWatch) -> StreamWatch:
+    "Return `watch` as it was `saved`."
+    learned = load_learned(path.with_name("learned.npz"), watch.calibrated) if saved["learned"] else None
+    count, width = saved["watch"]["record"], watch.recorder.features.shape[1]
+    record = read_rows(path.with_name("stream.rows"), count, width) if count and not learned else None
+    restore_watch(watch, saved["watch"], learned, record)
+    return watch
+
+def load_state(path: Path, package: Package) -> tuple[MonitorState, StreamWatch]:
+    "Return the counts and the watch in `path`. With other features only the counts go on; damage is as no file."
+    watch, log = new_watch(package), logging.getLogger(__name__)
     try:
         saved = read_json(path) if path.exists() else {}
         state = MonitorState(*(saved.get(name, default) for name, default in vars(MonitorState()).items()))
         _check_counts(state, len(package.labels))
-        if saved.get("fingerprint") != package.fingerprint:
-            return replace(state, recent=[]), detector
-        detector.restore(b64decode(saved["detector"]))
-        return state, detector
+        if saved.get("features") != feature_digest(watch.calibrated):
+            if "features" in saved:
+                log.warning("this version has other drift features than the last one: the stream is learned anew")
+            return replace(state, recent=[]), watch
+        return state, _restored(path, saved, watch)
     except Exception as e:  # a damaged file can raise anything, and the endpoint must start all the same
-        logging.getLogger(__name__).warning("the drift detector starts anew, as %s cannot be used: %s", path, e)
-        return MonitorState(), detector
+        log.warning("the drift detector starts anew, as %s cannot be used: %s", path, e)
+        return MonitorState(), new_watch(package)
 
 # %% ../../nbs/serving/03_monitor.ipynb #be5b6d74
 def clean_folder(folder: Path) -> Path:
@@ -82,18 +157,6 @@ def clean_folder(folder: Path) -> Path:
         for left in folder.glob(".*"):
             left.unlink(missing_ok=True)
     return folder
-
-# %% ../../nbs/serving/03_monitor.ipynb #63099111
-def name_features(card: dict[str, Any], width: int) -> tuple[list[str], np.ndarray, int]:
-    """Return how the `width` drift features of a package with this `card` are reported.
-
-    These are m names, the matrix (width, m) from drift features to the named quantities, and the number of features
-    that are the embedding's."""
-    if "drift_unmixing" not in card:
-        return [f"feature {i}" for i in range(width)], np.eye(width), width
-    unmixing = np.array(card["drift_unmixing"])
-    rest = width - len(unmixing)
-    return list(card["drift_statistics"]), np.vstack([np.zeros((rest, unmixing.shape[1])), unmixing]), rest
 
 # %% ../../nbs/serving/03_monitor.ipynb #cbe60b07
 def describe_shift(detector: OnlineMMD, card: dict[str, Any]) -> dict[str, Any]:
@@ -108,31 +171,42 @@ def describe_shift(detector: OnlineMMD, card: dict[str, Any]) -> dict[str, Any]:
     return {"window": window, "moved": moved, "embedding": round(float(embedding), 2)}
 
 # %% ../../nbs/serving/03_monitor.ipynb #12e5dad9
-def describe_alarm(state: MonitorState, detector: OnlineMMD, package: Package, version: str) -> dict[str, Any]:
-    "Return the report of an alarm, for JSON: the reading, what moved, and how often each class was predicted."
-    return {"model": package.name, "version": version, "fingerprint": package.fingerprint,
-            "observations": state.observations, **detector.reading, **describe_shift(detector, package.card),
-            "classes": {package.labels[k]: n for k, n in Counter(state.recent).most_common()}}
+def describe_mix(watch: StreamWatch, package: Package) -> dict[str, list[float]]:
+    "Return the share of each class as it was learned and as it is now, corrected by the model's confusions if known."
+    if not watch.mix:
+        return {}
+    shares, confusion = (watch.mix.evidence.shares, watch.mix.recent()), package.card.get("confusion")
+    known, now = (correct_shares(one, np.array(confusion)) if confusion else one for one in shares)
+    return {label: [round(float(known[k]), 3), round(float(now[k]), 3)] for k, label in enumerate(package.labels)}
+
+def describe_alarm(state: MonitorState, watch: StreamWatch, step: Step, package: Package, version: str
+                   ) -> dict[str, Any]:
+    "Return the report of an alarm, for JSON: reason and reading, what moved, and how often each class was predicted."
+    about = {"model": package.name, "version": version, "fingerprint": package.fingerprint, "reason": step.reason}
+    mix = {"mix": describe_mix(watch, package)} if step.reason == "class mix" else {}
+    return {**about, "observations": state.observations, **step.reading, **describe_shift(watch.detector, package.card),
+            "classes": {package.labels[k]: n for k, n in Counter(state.recent).most_common()}, **mix}
 
 # %% ../../nbs/serving/03_monitor.ipynb #50f8efbd
-def raise_alarm(report: Callable[[str, dict[str, Any]], None], state: MonitorState, detector: OnlineMMD,
-                package: Package, version: str) -> dict[str, Any]:
-    """Count an alarm, give it to `report` if it is the first of this minute, by name, and reset `detector`.
+def raise_alarm(report: Callable[[str, dict[str, Any]], None], state: MonitorState, watch: StreamWatch,
+                package: Package, version: str, step: Step) -> dict[str, Any]:
+    """Count the alarm of `step`, and give it to `report` if it is the first of this minute, by name.
 
-    Return its `name`, when it was `raised`, after how many `observations`, the `window` of the latest images that
-    moved, and whether it was `reported`."""
+    Return its `name`, when it was `raised`, its `reason`, after how many `observations`, the `window` of the latest
+    images that moved, and whether it was `reported`."""
     now = utc_now()
     reported = now[:16] != (state.last_report or "")[:16]
     alarm = {"name": f"{now.replace(':', '')}-{state.observations:08}", "raised": now, "reported": reported,
-             "observations": state.observations, "window": len(latest_rows(detector))}
+             "reason": step.reason, "observations": state.observations, "window": len(latest_rows(watch.detector))}
     if reported:
-        report(str(alarm["name"]), {"raised": now, **describe_alarm(state, detector, package, version)})
+        report(str(alarm["name"]), {"raised": now, **describe_alarm(state, watch, step, package, version)})
         state.last_report = now
     state.alarms, state.last_alarm, state.recent = state.alarms + 1, now, []
-    detector.reset()
+    state.latest_alarms = [*state.latest_alarms, [now, step.reason]][-10:]
     return alarm
 
 # %% ../../nbs/serving/03_monitor.ipynb #91eec527
+ACCEPT = "accept"       # the file by which a person takes a stream for its normal
 HISTORY = 300           # observations that are remembered for the page
 REPORTS, AGAIN = 100, 1  # alarms that wait for a disk with room; seconds between two tries
 
@@ -142,36 +216,44 @@ class Observation(NamedTuple):
     alarm: dict[str, Any] | None = None
 
 class Monitor:
-    """The detector of the endpoint that serves `package` as `version`, with its state in `folder`.
+    """The watch over the stream of the endpoint that serves `package` as `version`, with its state in `folder`.
 
     The state is written every `every` observations, with each report, and by `release`. After that another monitor may
-    own it."""
+    own it. A file `accept` in the folder takes the stream as it is for its normal (see `StreamWatch.accept`)."""
     def __init__(self, package: Package, folder: str | Path, version: str = "", every: int = 16):
         self._path, self._every = clean_folder(Path(folder)) / "state.json", every
         self._owner, self._lock, self.problem = True, threading.Lock(), ""
         self._reports: deque[tuple[str, dict[str, Any]]] = deque(maxlen=REPORTS)
         self._again: threading.Timer | None = None
-        self.state, self.detector = load_state(self._path, package)
+        self.state, self.watch = load_state(self._path, package)
         self._saved = self.state.observations
         self._latest: deque[list[Any]] = deque(maxlen=HISTORY)
-        self._save_state = partial(save_state, self._path, self.state, self.detector, package.fingerprint)
-        self._alarm = partial(raise_alarm, self._keep_report, self.state, self.detector, package, version)
+        self._advanced: deque[float] = deque(maxlen=HISTORY)  # when the latest images came that advanced the detector
+        digest = feature_digest(self.watch.calibrated)
+        self._save_state = partial(save_state, self._path, self.state, self.watch, digest)
+        self._alarm = partial(raise_alarm, self._keep_report, self.state, self.watch, package, version)
 
-    def update(self, features: np.ndarray, classes: np.ndarray) -> list[Observation]:
-        "Observe N images in order: their drift features (N, D) and predicted `classes` (N,)."
+    def update(self, features: np.ndarray, classes: np.ndarray, times: np.ndarray | None = None) -> list[Observation]:
+        """Observe N images in order: their drift features (N, D) and predicted `classes` (N,).
+
+        They were seen at `times` (N,) in seconds since 1970, or now."""
         found: list[Observation] = []
-        predicted = [int(k) for k in classes]
+        predicted = np.asarray(classes, np.int64)
+        times = np.full(len(predicted), time.time()) if times is None else times
         with self._lock:
             while len(found) < len(predicted):
-                at, room = len(found), max(1, self._every - (self.state.observations - self._saved))
-                found += self._observe(features[at:at + room], predicted[at:at + room])
+                part = slice(len(found), len(found) + max(1, self._every - (self.state.observations - self._saved)))
+                found += self._observe(Observations(features[part], predicted[part]), times[part])
         return found
 
     def status(self) -> dict[str, Any]:
-        "Return the counts and the latest reading, as `GET /drift` shows them."
+        "Return the counts, the latest reading and what is known of the stream, as `GET /drift` shows them."
         with self._lock:
-            return {"observations": self.state.observations, **self.detector.reading, "alarms": self.state.alarms,
-                    "last_alarm": self.state.last_alarm, **({"problems": [self.problem]} if self.problem else {})}
+            alarms = [{"raised": when, "reason": reason} for when, reason in reversed(self.state.latest_alarms)]
+            return {"observations": self.state.observations, **self.watch.detector.reading,
+                    "alarms": self.state.alarms, "last_alarm": self.state.last_alarm, "latest_alarms": alarms,
+                    "stream": describe_watch(self.watch, self._rate()),
+                    **({"problems": [self.problem]} if self.problem else {})}
 
     def history(self) -> list[list[Any]]:
         "Return statistic, threshold and `is_drift` of the latest observations in this process, oldest first."
@@ -184,16 +266,24 @@ class Monitor:
             self._save()
             self._owner = False
 
-    def _observe(self, rows: np.ndarray, predicted: list[int]) -> list[Observation]:
-        "Observe `rows` up to the first alarm, and save when it is time."
-        readings = self.detector.update_many(rows, stop=self._owner)
-        last = len(readings) - 1
-        self.state.add(predicted[:last + 1], self.detector.calibration.largest)
-        self._latest.extend([r["statistic"], r["threshold"], r["is_drift"]] for r in readings)
-        alarm = self._alarm() if self._owner and readings[last]["is_drift"] else None
-        if alarm and alarm["reported"] or self.state.observations - self._saved >= self._every:
+    def _rate(self) -> float | None:
+        "Return how many images an hour advance the detector; None before ten of them."
+        passed = self._advanced[-1] - self._advanced[0] if len(self._advanced) >= 10 else 0
+        return 3600 * (len(self._advanced) - 1) / passed if passed > 0 else None
+
+    def _observe(self, seen: Observations, times: np.ndarray) -> list[Observation]:
+        "Observe some images, and save when it is time."
+        found, window = [], self.watch.calibrated.largest
+        steps = self.watch.update(seen, times, utc_now())
+        for step, predicted, when in zip(steps, seen.classes.tolist(), times.tolist()):
+            self.state.add([predicted], window)
+            self._latest.append([step.reading[name] for name in ("statistic", "threshold", "is_drift")])
+            self._advanced.extend([when] if step.advanced else [])
+            found.append(Observation(step.reading, self._alarm(step) if step.reason and self._owner else None))
+        reported = any(one.alarm and one.alarm["reported"] for one in found)
+        if reported or self.state.observations - self._saved >= self._every:
             self._save()
-        return [*map(Observation, readings[:last]), Observation(readings[last], alarm)]
+        return found
 
     def _keep_report(self, name: str, report: dict[str, Any]) -> None:
         self._reports.append((name, report))
@@ -203,12 +293,17 @@ class Monitor:
         if not self._owner:
             return
         self._saved = self.state.observations
+        accepted = self._path.with_name(ACCEPT)
+        if is_accepted := accepted.exists():
+            self.watch.accept()
         try:
             while self._reports:
                 name, report = self._reports[0]
                 write_json(self._path.with_name("alarms") / f"{name}.json", report)
                 self._reports.popleft()
             self._save_state()
+            if is_accepted:
+                accepted.unlink(missing_ok=True)
             self.problem = ""
         except OSError as e:
             self.problem = f"the detector's state is in memory only: {e.strerror}"

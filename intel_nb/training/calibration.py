@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from ..dataset import Split, newest_capture
-from ..detector import OnlineMMD, fit_whitening, split_sizes, usable_windows
+from ..detection.streams import run_time
+from ..detector import Observations, OnlineMMD, fit_whitening, split_sizes, usable_windows
 from ..storage import InputError
-from ..streams import run_time
 from .features import BLOCK_ROWS, Features
 
 # %% auto #0
@@ -65,36 +65,40 @@ def represent(features: Features, rows: Sequence[int], maps: tuple[AffineMap, Af
 
 # %% ../../nbs/training/05_calibration.ipynb #3c7fb38d
 def calibrate_detector(features: Features, rows: Sequence[int], settings: dict[str, Any], seed: int,
-                       whitening: dict[str, np.ndarray] | None = None, capture: str = "",
+                       classes: np.ndarray, whitening: dict[str, np.ndarray] | None = None, capture: str = "",
                        columns: slice | None = None) -> DriftCalibration:
     """Return maps and detector, calibrated on `rows` of `features`: images that the network was not trained on.
 
-    A third of them is the reference and the rest the bootstrap pool if there are features for `whitening`; otherwise
-    `split_sizes` also leaves a part for the whitening. `settings` are those of the train step."""
+    Their predicted `classes` (N,) are those of all features. A third of the rows is the reference and the rest the
+    bootstrap pool if there are features for `whitening`; otherwise `split_sizes` also leaves a part for the whitening.
+    `settings` are those of the train step."""
     cut, end = len(rows) // 3, len(rows)
     if whitening is None:
         sizes = split_sizes(len(rows), settings["reference_size"])
         cut, end = sizes["reference"], sizes["reference"] + sizes["pool"]
         whitening = features.take(rows[end:end + WHITENING_SIZE])
     maps = fit_drift_maps(whitening, settings["components"], settings["statistics_weight"], columns)
-    drift = represent(features, rows[:end], maps)
+    seen = Observations.of(represent(features, rows[:end], maps), classes[np.asarray(rows[:end])])
+    reference, pool = seen.take(slice(cut)), seen.take(slice(cut, None))
     windows = usable_windows(tuple(settings["windows"]), end - cut)
-    detector = OnlineMMD(drift[:cut], settings["ert"], windows, settings["bootstraps"], drift[cut:], seed)
-    return DriftCalibration(maps, detector, run_time(detector, drift[cut:], 2000, seed).mean, capture)
+    detector = OnlineMMD(reference.features, settings["ert"], windows, settings["bootstraps"], pool.features, seed,
+                         (reference.classes, pool.classes))
+    return DriftCalibration(maps, detector, run_time(detector, pool, 2000, seed).mean, capture)
 
 # %% ../../nbs/training/05_calibration.ipynb #0b89efa5
 MIN_CAPTURED = 200  # rows of a capture; a smaller one is ignored
 
 def calibrate_on_newest(features: Features, n_train: int, sources: Sequence[str], settings: dict[str, Any],
-                        seed: int, columns: slice | None = None) -> DriftCalibration:
+                        seed: int, classes: np.ndarray, columns: slice | None = None) -> DriftCalibration:
     """Calibrate on the newest capture that is large enough, and otherwise on all training images.
 
-    `features` and `sources` are those of the `n_train` training images, followed by those of the validation images."""
+    `features`, `sources` and predicted `classes` are those of the `n_train` training images, followed by those of the
+    validation images."""
     capture, captured = newest_capture(sources, least=MIN_CAPTURED)
     older = np.setdiff1d(np.arange(n_train), captured)[:WHITENING_SIZE]
     if captured and len(older) >= 16:
-        return calibrate_detector(features, captured, settings, seed, features.take(older), capture, columns)
-    return calibrate_detector(features, range(n_train), settings, seed, columns=columns)
+        return calibrate_detector(features, captured, settings, seed, classes, features.take(older), capture, columns)
+    return calibrate_detector(features, range(n_train), settings, seed, classes, columns=columns)
 
 # %% ../../nbs/training/05_calibration.ipynb #5740563e
 def count_held_out(n_train: int, n_validation: int, reference_size: int) -> int:
