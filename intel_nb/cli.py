@@ -429,7 +429,7 @@ def probe_command(
 ) -> None:
     "Rank networks on your images by a linear head on their features: one pass over the training images for each."
     from intel_nb.chain.run import run_chain
-    from intel_nb.chain.suspects import output_of
+    from intel_nb.chain.runs import output_of
     from intel_nb.dataset import read_split
     from intel_nb.training import probe
     chosen, workspace = [probe.parse_network(text) for text in networks], _workspace()
@@ -460,13 +460,14 @@ def report_command(run: Annotated[str, typer.Argument(metavar="RUN", help="A run
         complete_runs))],
                    as_json: JsonOption = False) -> None:
     "Show what a run did, and write its page."
-    from intel_nb.chain.history import run_summary, run_summary_html
-    from intel_nb.chain.runs import read_run, write_report
+    from intel_nb.chain.history import run_summary
+    from intel_nb.chain.report import render_notebooks, write_report
+    from intel_nb.chain.runs import read_run
     from intel_nb.serving.captures import captures_section
     workspace = _workspace()
     found = read_run(workspace.executed, run)
-    sections = run_summary_html(workspace, found) + captures_section(workspace.home / "captures")
-    write_report(workspace.executed, found, sections)
+    render_notebooks(workspace.executed / run)
+    write_report(workspace, found, captures_section(workspace.home / "captures"))
     if as_json:
         print_json(run_summary(workspace, found))
     else:
@@ -576,8 +577,8 @@ def suspects_command(run: Annotated[str, typer.Argument(metavar="RUN", help="A r
                      task: Annotated[bool, typer.Option("--task", help="Write them as a labelling task.")] = False,
                      as_json: JsonOption = False) -> None:
     "List the training labels of a run that are probably wrong, or make a labelling task of them."
-    from intel_nb.chain.runs import read_run
-    from intel_nb.chain.suspects import export_suspects, read_contradictory, read_suspects
+    from intel_nb.chain.runs import read_contradictory, read_run, read_suspects
+    from intel_nb.chain.suspects import export_suspects
     workspace = _workspace()
     found = read_run(workspace.executed, run)
     where = export_suspects(workspace, found, first) if task else None

@@ -5,10 +5,16 @@
 # %% ../../nbs/training/09_pairs.ipynb #a417002b
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
 import numpy as np
 
+from ..dataset import Predictions
+
 # %% auto #0
-__all__ = ['mcnemar_test', 'paired_interval', 'compare_models', 'compare_by_class', 'describe_difference']
+__all__ = ['mcnemar_test', 'paired_interval', 'compare_models', 'compare_by_class', 'describe_difference', 'Pairs',
+           'pair_answers', 'bootstrap_interval']
 
 # %% ../../nbs/training/09_pairs.ipynb #84b9dab7
 def mcnemar_test(a_right: np.ndarray, b_right: np.ndarray) -> float:
@@ -48,3 +54,49 @@ def compare_by_class(labels: np.ndarray, classes: list[str], right: np.ndarray,
 def describe_difference(comparison: dict[str, float]) -> str:
     "Return the difference that `compare_models` found, with its interval and p-value, in words."
     return "{difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}, p = {p_value:.3g}".format(**comparison)
+
+# %% ../../nbs/training/09_pairs.ipynb #064ba2aa
+@dataclass(frozen=True)
+class Pairs:
+    "The answers of two models to the N images that both answered under the same label."
+    models: tuple[Predictions, Predictions] = field(repr=False)
+    rows: np.ndarray  # int64 (N, 2): of each image among the answers of either model
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def labels(self) -> list[str]:
+        "Return the class of each image."
+        return [self.models[0].classes[k] for k in self.models[0].labels[self.rows[:, 0]]]
+
+    def answers(self, model: int) -> list[str]:
+        "Return the answers of one of the models, 0 or 1."
+        return [self.models[model].classes[k] for k in self.models[model].predicted[self.rows[:, model]]]
+
+    def right(self, model: int) -> np.ndarray:
+        "Return which answers of one of the models, 0 or 1, are right: bool (N,)."
+        found = self.models[model]
+        return (found.predicted == found.labels)[self.rows[:, model]]
+
+    def changed(self) -> tuple[list[int], list[int]]:
+        "Return which images the second model answers right and the first wrong, and the other way round."
+        first, second = self.right(0), self.right(1)
+        return np.flatnonzero(second & ~first).tolist(), np.flatnonzero(first & ~second).tolist()
+
+# %% ../../nbs/training/09_pairs.ipynb #af31f587
+def pair_answers(first: Predictions, second: Predictions) -> Pairs:
+    "Return the answers of two models to the images that both have under the same label, in the order of the first."
+    places = {sha256: row for row, sha256 in enumerate(second.sha256)}
+    label = lambda found, row: found.classes[found.labels[row]]
+    rows = [(row, places[sha256]) for row, sha256 in enumerate(first.sha256)
+            if sha256 in places and label(first, row) == label(second, places[sha256])]
+    return Pairs((first, second), np.array(rows, np.int64).reshape(-1, 2))
+
+# %% ../../nbs/training/09_pairs.ipynb #31634a37
+def bootstrap_interval(figure: Callable[[np.ndarray], float], n: int, seed: int = 0, times: int = 500
+                       ) -> tuple[float, float]:
+    "Return the 95 % interval of `figure`, called with rows that are drawn with replacement from `n` (Efron 1979)."
+    rng = np.random.default_rng(seed)
+    low, high = np.quantile([figure(rng.integers(0, n, n)) for _ in range(times)], [.025, .975])
+    return float(low), float(high)
