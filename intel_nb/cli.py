@@ -33,17 +33,18 @@ __all__ = ['app', 'aws_app', 'INTERRUPTED', 'JsonOption', 'VersionArgument', 'St
            'looked_at', 'mended', 'with_remedy', 'complete_with', 'complete_versions', 'complete_runs',
            'complete_steps', 'complete_profiles', 'complete_settings', 'PlainProgress', 'BarProgress', 'show_progress',
            'data_lines', 'annotation_lines', 'describe_run', 'exit_with_outcome', 'request_from', 'run_command',
-           'probe_command', 'runs_command', 'report_command', 'version_row', 'print_versions', 'production_column',
-           'models_command', 'trace_command', 'describe_shadow', 'describe_drift', 'drift_and_shadow',
-           'endpoints_command', 'captures_command', 'suspects_command', 'measure_command', 'carry_out_decision',
-           'approve_command', 'reject_command', 'withdraw_command', 'promote_command', 'rollback_command',
-           'shadow_command', 'start_command', 'stop_command', 'with_bar', 'print_predictions', 'print_prediction_table',
-           'print_data', 'check_at_most_one', 'predict_command', 'check_not_rejected', 'serve_command', 'sign_command',
-           'export_command', 'import_command', 'watch_command', 'audit_command', 'check_command', 'cancel_command',
-           'logs_command', 'prune_command', 'confirm_unless', 'aws_template_command', 'aws_definition_command',
-           'aws_rehearse_command', 'aws_cost_command', 'aws_deploy_command', 'aws_start_command', 'aws_status_command',
-           'aws_models_command', 'aws_approve_command', 'aws_promote_command', 'aws_reject_command',
-           'aws_rollback_command', 'aws_invoke_command', 'aws_logs_command', 'aws_destroy_command']
+           'probe_command', 'runs_command', 'report_command', 'compare_command', 'version_row', 'print_versions',
+           'production_column', 'models_command', 'trace_command', 'describe_shadow', 'describe_drift',
+           'drift_and_shadow', 'endpoints_command', 'captures_command', 'suspects_command', 'measure_command',
+           'carry_out_decision', 'approve_command', 'reject_command', 'withdraw_command', 'promote_command',
+           'rollback_command', 'shadow_command', 'start_command', 'stop_command', 'with_bar', 'print_predictions',
+           'print_prediction_table', 'print_data', 'check_at_most_one', 'predict_command', 'check_not_rejected',
+           'serve_command', 'sign_command', 'export_command', 'import_command', 'watch_command', 'audit_command',
+           'check_command', 'cancel_command', 'logs_command', 'prune_command', 'confirm_unless', 'aws_template_command',
+           'aws_definition_command', 'aws_rehearse_command', 'aws_cost_command', 'aws_deploy_command',
+           'aws_start_command', 'aws_status_command', 'aws_models_command', 'aws_approve_command',
+           'aws_promote_command', 'aws_reject_command', 'aws_rollback_command', 'aws_invoke_command',
+           'aws_logs_command', 'aws_destroy_command']
 
 # %% ../nbs/20_cli.ipynb #d6fdda1b
 app = typer.Typer(name="intel-nb", no_args_is_help=True, rich_markup_mode=None,
@@ -474,6 +475,24 @@ def report_command(run: Annotated[str, typer.Argument(metavar="RUN", help="A run
         rows = [{"step": s.name, "status": s.status, "seconds": f"{s.seconds:.1f}", "notebook": s.notebook}
                 for s in found.steps]
         print_line(f"{format_table(rows, '')}\n{describe_run(workspace, found)}")
+
+# %% ../nbs/20_cli.ipynb #f22e8ac1
+@app.command("compare")
+def compare_command(
+    first: Annotated[str, typer.Argument(metavar="RUN", help="A run id, or a version.",
+                                         autocompletion=complete_with(complete_runs))],
+    second: Annotated[str, typer.Argument(metavar="RUN", help="Another one.",
+                                          autocompletion=complete_with(complete_runs))],
+    page: Annotated[Path | None, typer.Option("--html", metavar="PATH", help="Write it as a page too.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    "Show what differs between two runs or versions: parameters, figures, and images that changed sides."
+    from intel_nb.chain.comparison import compare, in_words, render_comparison
+    from intel_nb.storage import write_text
+    found = compare(_workspace(), first, second)
+    if page:
+        write_text(page, render_comparison(found))
+    print_json(found.document()) if as_json else print_line(in_words(found) + (f"\npage      {page}" if page else ""))
 
 # %% ../nbs/20_cli.ipynb #1f2906fa
 def version_row(version: ModelVersion, as_json: bool) -> dict[str, Any]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # what reads images and tables is imported where a page is ma
 # %% auto #0
 __all__ = ['TEMPLATES', 'SIDE', 'KINDS', 'MOST_CLASSES', 'MOST_OF_A_CLASS', 'SAMPLES', 'SHOWN_SUSPECTS', 'CHANGES',
            'STATUS_KINDS', 'SECTIONS', 'fill_template', 'thumbnail', 'with_other_steps', 'Evidence', 'predictions_of',
-           'gather_evidence', 'headline_of', 'why_so', 'next_commands', 'continue_command', 'what_next', 'find_rival',
+           'gather_evidence', 'headline_of', 'why_so', 'next_commands', 'start_command', 'what_next', 'find_rival',
            'points', 'describe_pair', 'is_it_better', 'how_sure', 'class_rows', 'mostly_taken_for', 'shown_pair',
            'where_worse', 'stage_of', 'compare_with_rival', 'which_data', 'answers_of', 'slice_rows', 'better_section',
            'worst_by_class', 'mistakes_section', 'reliability_points', 'calibration_section', 'samples_by_class',
@@ -163,10 +163,10 @@ def why_so(version: ModelVersion | None, run: Run) -> str:
 
 # %% ../../nbs/chain/07_report.ipynb #58fb7c23
 def next_commands(version: ModelVersion | None, run: Run, again: str) -> dict[str, str]:
-    "Return the commands that a person may give now, by what they do; `again` is the one that continues `run`."
+    "Return the commands that a person may give now, by what they do; `again` is the one that started `run`."
     if version is None:
         look = {"To see why": f"intel-nb logs {run.run_id}"} if run.status == "failed" else {}
-        return look | {"To continue": again}
+        return look | {"To continue": f"{again} --run-id {run.run_id}"}
     number = version.version
     reject = {"To reject it": f'intel-nb reject {number} --reason "…"'}
     if version.status == "Rejected":
@@ -179,12 +179,12 @@ def next_commands(version: ModelVersion | None, run: Run, again: str) -> dict[st
     return promote | reject
 
 # %% ../../nbs/chain/07_report.ipynb #19b22f82
-def continue_command(workspace: Workspace, run: Run) -> str:
-    "Return the command that continues `run`, with the parameters that it was started with."
+def start_command(workspace: Workspace, run: Run) -> str:
+    "Return the command that does again what `run` did, with the parameters that it was started with."
     parameters: dict[str, Any] = {}
     with suppress(InputError, OSError, KeyError):
         parameters = read_json(workspace.executed / run.run_id / "request.json")["parameters"]
-    return shlex.join(["intel-nb", "run", *run_options(parameters), "--run-id", run.run_id])
+    return shlex.join(["intel-nb", "run", *run_options(parameters)])
 
 # %% ../../nbs/chain/07_report.ipynb #fd830a3b
 def what_next(version: ModelVersion | None) -> str:
@@ -203,10 +203,11 @@ def what_next(version: ModelVersion | None) -> str:
 
 # %% ../../nbs/chain/07_report.ipynb #fb238c2a
 def find_rival(version: ModelVersion | None, versions: Mapping[str, ModelVersion], evaluation: dict[str, Any]) -> str:
-    "Return the version to compare with; empty if no other one serves or served."
+    "Return the version among `versions`, newest first, to compare with; empty if no other one serves or served."
     others = [other for other in versions.values() if not version or other.version != version.version]
     serving = [other.version for stage in ("production", "staging") for other in others if stage in other.aliases]
-    return serving[0] if serving else (evaluation.get("champion") or {}).get("version", "")
+    before = [other.version for other in others if other.status == "Approved"]
+    return next(iter(serving), "") or (evaluation.get("champion") or {}).get("version", "") or next(iter(before), "")
 
 # %% ../../nbs/chain/07_report.ipynb #3e820b14
 def points(share: float) -> str:
@@ -272,6 +273,8 @@ def where_worse(rows: Sequence[Mapping[str, Any]], rival: str) -> str:
     compared = any(row["pair"] for row in rows)
     text = f"Than version {rival}: {', '.join(worse)}. " if worse else "On no class for sure. " if compared else ""
     weakest = rows[0]
+    if weakest["value"] == 1:
+        return f"{text}Every test image was answered right."
     taken = f", mostly taken for {weakest['mistaken']}" if weakest["mistaken"] else ""
     share = describe_accuracy(weakest["value"], weakest["images"])
     return f"{text}Weakest class: {weakest['name']}, {share} right{taken}."
@@ -402,7 +405,7 @@ def calibration_section(evidence: Evidence) -> dict[str, Any] | None:
               "in 19 cases of 20." + (" So nothing speaks against them." if error <= true["high"] else
                                       " So they are not quite true.") if true else "")
     lines = [f"Confidence and the share of right answers differ by {error:.3f} on average (expected calibration error)."
-             + beside, f"Log-loss {evaluation['log_loss']:.3f} nats an image."]
+             + beside, f"Log-loss {abs(evaluation['log_loss']):.3f} nats an image."]
     bins = reliability_points(found, 0, 10) if found else []
     least = max(0., min((min(row["confidence"], row["low"]) for row in bins), default=0) - .02)
     return {"lines": lines, "least": least, "points": reliability_points(found, least, 10) if found else []}
@@ -565,7 +568,7 @@ def origin_of(evidence: Evidence) -> dict[str, str]:
     facts = {"endpoint": run.endpoint or "", "started by": f"{run.trigger} ({run.cause})",
              "finished": run.finished or "", "package": short(prints.get("package", "")),
              "data": short(prints.get("data", "")),
-             "to make it again": continue_command(evidence.workspace, run).partition(" --run-id")[0],
+             "to make it again": start_command(evidence.workspace, run),
              "all of it": f"intel-nb trace {run.model_version}" if run.model_version else ""}
     return {name: value for name, value in facts.items() if value}
 
@@ -593,7 +596,7 @@ def render_report(evidence: Evidence, more: str = "") -> str:
     sections = {name: attempt(partial(make, evidence), name) for name, make in SECTIONS.items()}
     return fill_template(
         "report.html", run=run, headline=headline_of(version, run), why=why_so(version, run), written=utc_now(),
-        commands=list(next_commands(version, run, continue_command(evidence.workspace, run)).items()),
+        commands=list(next_commands(version, run, start_command(evidence.workspace, run)).items()),
         answers=attempt(lambda: answers_of(evidence, rows, rival, pair), "answers") or {},
         better=attempt(lambda: better_section(evidence, rows, rival, pair), "better"), **sections,
         steps=steps_section(evidence), origin=origin_of(evidence), problems=problems, more=Markup(more))
