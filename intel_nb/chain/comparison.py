@@ -19,10 +19,13 @@ from intel_nb.chain.report import (
     Evidence,
     fill_template,
     gather_evidence,
+    p_in_words,
+    percent,
     points,
     seconds_in_words,
     short,
     thumbnail,
+    when,
 )
 from .runs import Run, read_run
 from .store import Entry, key_of
@@ -95,8 +98,8 @@ def short_digests(value: Any) -> Any:
 # %% ../../nbs/chain/15_comparison.ipynb #9d460ec2
 def differing(first: Mapping[str, Entry], second: Mapping[str, Entry]) -> dict[str, list[Any]]:
     "Return both values of the parameters in which steps differ that both have; a value that one lacks is None."
-    a, b = ({name: value for name, value in used_parameters(entries).items() if name.split(".")[0].split(",")[0] in both}
-            for both in [first.keys() & second.keys()] for entries in (first, second))
+    both = first.keys() & second.keys()
+    a, b = (used_parameters({step: entries[step] for step in STEPS if step in both}) for entries in (first, second))
     return {name: [a.get(name), b.get(name)] for name in dict.fromkeys([*a, *b]) if a.get(name) != b.get(name)}
 
 # %% ../../nbs/chain/15_comparison.ipynb #c3c812da
@@ -117,7 +120,7 @@ class Figure:
     interval: tuple[float, float] | None = None  # of the difference, 95 %
     p_value: float | None = None
     images: int = 0  # that the difference was measured on
-    unit: str = ""  # share, s, ms, images or nothing
+    unit: str = ""  # share, s, ms, images, mean (of images) or nothing
 
     @property
     def kind(self) -> str:
@@ -193,8 +196,8 @@ def other_figures(first: Evidence, second: Evidence) -> list[Figure]:
     both = lambda step, name: (first.result(step).get(name), second.result(step).get(name))
     return [share_figure("validation accuracy", validation, None),
             Figure("training images", both("data", "train"), unit="images"),
-            Figure("images to a false alarm", both("drift", "run_time")),
-            Figure("images to the alarm", both("drift", "mean_delay")),
+            Figure("images to a false alarm", both("drift", "run_time"), unit="mean"),
+            Figure("images to the alarm", both("drift", "mean_delay"), unit="mean"),
             Figure("latency, 50 % within", both("staging", "p50_ms"), unit="ms"),
             Figure("training time", (training_seconds(first), training_seconds(second)), unit="s")]
 
@@ -268,7 +271,7 @@ def value_in_words(value: float | None, unit: str) -> str:
         return seconds_in_words(value) if unit == "s" else f"{value:.1f} ms"
     if unit == "images":
         return f"{value:,.0f}"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    return f"{value:.1f}" if unit == "mean" else f"{value:.3f}"
 
 def difference_in_words(figure: Figure) -> str:
     "Return the difference of a figure with its interval: of shares in percentage points. Empty if it was not measured."
@@ -285,8 +288,8 @@ def columns(rows: Iterable[tuple[str, ...]], widths: tuple[int, ...]) -> Iterato
 
 def image_line(row: Mapping[str, Any]) -> list[str]:
     "Describe an image that changed sides in one line, or in two if its name does not fit."
-    text = (f"  labelled {row['label']}: {row['first']} {row['first_confidence']:.0%} → "
-            f"{row['second']} {row['second_confidence']:.0%}")
+    text = (f"  labelled {row['label']}: {row['first']} {percent(row['first_confidence'])} → "
+            f"{row['second']} {percent(row['second_confidence'])}")
     line = f"{text}  {row['file']}"
     lines = [line] if len(line) <= WIDTH else [text, f"    {row['file']}"]
     return [clip(printable(one), WIDTH) for one in lines]
@@ -307,7 +310,7 @@ def in_words(comparison: Comparison, most: int = 10) -> str:
     lines += ["", *columns([("figure", "first", "second", "difference, 95 % interval"), *figures], (28, 9, 9, 28)), ""]
     accuracy = comparison.figures[0].p_value if comparison.figures else None
     told = (f"differences of shares are percentage points, on the {n:,} test images that both answered"
-            + (f"; accuracy: p = {accuracy:.2g} (McNemar)" if accuracy is not None else "")) if n else NOTHING_COMMON
+            + (f"; accuracy: {p_in_words(accuracy)}" if accuracy is not None else "")) if n else NOTHING_COMMON
     lines += wrap(told, WIDTH)
     for name, rows in comparison.changed.items() if n else ():
         lines.append(f"{name.replace('_', ' ')}: {len(rows):,}")
@@ -324,8 +327,8 @@ def with_pictures(comparison: Comparison, rows: list[dict[str, Any]]) -> list[di
     images: dict[str, bytes] = {}
     for split in (split for side in comparison.sides if (split := side.split("test"))):
         images |= {sha: split.images[k] for k, sha in enumerate(split.sha256) if sha in wanted and sha not in images}
-    said = {sha: f"labelled {row['label']}: first {row['first']}, {row['first_confidence']:.0%}; "
-                 f"second {row['second']}, {row['second_confidence']:.0%}" for sha, row in wanted.items()}
+    said = {sha: f"labelled {row['label']}: first {row['first']}, {percent(row['first_confidence'])}; "
+                 f"second {row['second']}, {percent(row['second_confidence'])}" for sha, row in wanted.items()}
     return [{"src": thumbnail(images[sha]) if sha in images else "", "alt": said[sha],
              "text": f"{said[sha]}: {row['file']}"} for sha, row in wanted.items()]
 
@@ -338,7 +341,9 @@ def render_comparison(comparison: Comparison) -> str:
     show = lambda value: "–" if value is None else value if isinstance(value, str) else json.dumps(value)
     changed = [{"name": name.replace("_", " "), "count": len(found), "images": with_pictures(comparison, found),
                 "id": name} for name, found in comparison.changed.items()]
+    accuracy = comparison.figures[0].p_value if comparison.figures else None
     return fill_template("comparison.html", sides=[title_of(side) for side in comparison.sides], figures=rows,
                          parameters=[(name, *map(show, both)) for name, both in comparison.parameters.items()],
-                         alone=comparison.alone, images=comparison.images, changed=changed if comparison.images else [], written=utc_now(),
-                         accuracy=comparison.figures[0] if comparison.figures else None)
+                         alone=comparison.alone, images=comparison.images, written=when(utc_now()),
+                         changed=changed if comparison.images else [],
+                         p_value="" if accuracy is None else p_in_words(accuracy))

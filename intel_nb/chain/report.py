@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import intel_nb
-from .history import data_in_words, data_summary, run_options, shadow_tallies
+from .history import data_summary, run_options, shadow_tallies
 from .outcomes import production_accuracy, production_in_words
 from .plan import Workspace
 from .runs import Run, list_runs, original_names, output_of, read_suspects
@@ -33,12 +33,13 @@ if TYPE_CHECKING:  # what reads images and tables is imported where a page is ma
 __all__ = ['TEMPLATES', 'SIDE', 'KINDS', 'MOST_CLASSES', 'MOST_OF_A_CLASS', 'SAMPLES', 'SHOWN_SUSPECTS', 'CHANGES',
            'STATUS_KINDS', 'SECTIONS', 'fill_template', 'thumbnail', 'with_other_steps', 'Evidence', 'predictions_of',
            'gather_evidence', 'headline_of', 'why_so', 'next_commands', 'start_command', 'what_next', 'find_rival',
-           'points', 'describe_pair', 'is_it_better', 'how_sure', 'class_rows', 'mostly_taken_for', 'shown_pair',
-           'where_worse', 'stage_of', 'compare_with_rival', 'which_data', 'answers_of', 'slice_rows', 'better_section',
-           'worst_by_class', 'mistakes_section', 'reliability_points', 'calibration_section', 'samples_by_class',
-           'data_section', 'suspects_section', 'delay_in_words', 'change_in_words', 'run_time_in_words',
-           'drift_section', 'seconds_in_words', 'cost_section', 'steps_section', 'short', 'origin_of', 'try_section',
-           'render_report', 'write_report', 'render_notebooks']
+           'points', 'percent', 'p_in_words', 'describe_pair', 'is_it_better', 'how_sure', 'class_rows',
+           'mostly_taken_for', 'shown_pair', 'where_worse', 'stage_of', 'compare_with_rival', 'which_data',
+           'answers_of', 'slice_rows', 'better_section', 'worst_by_class', 'mistakes_section', 'reliability_points',
+           'calibration_section', 'samples_by_class', 'data_section', 'suspects_section', 'delay_in_words',
+           'change_in_words', 'run_time_in_words', 'drift_section', 'seconds_in_words', 'cost_section', 'steps_section',
+           'when', 'started_by', 'short', 'origin_of', 'try_section', 'render_report', 'write_report',
+           'render_notebooks']
 
 # %% ../../nbs/chain/07_report.ipynb #94b828e9
 TEMPLATES = Path(intel_nb.__file__).parent / "chain" / "templates"
@@ -214,10 +215,18 @@ def points(share: float) -> str:
     "Return a difference of shares in percentage points, with its sign."
     return f"{100 * share:+.1f}".replace("-", "−")
 
+def percent(share: float) -> str:
+    "Return a share in whole percent; one that only rounding makes whole is not."
+    return "over 99 %" if .995 <= share < 1 else f"{100 * share:.0f} %"
+
+def p_in_words(p_value: float) -> str:
+    "Return the p-value of McNemar's test as text."
+    return ("p < 0.001" if p_value < .001 else f"p = {p_value:.2g}") + " (McNemar)"
+
 def describe_pair(found: Mapping[str, float]) -> str:
     "Return how sure a difference is, from what `compare_models` found."
-    p = "p < 0.001" if found["p_value"] < .001 else f"p = {found['p_value']:.2g}"
-    return f"95 % interval {points(found['low'])} to {points(found['high'])} percentage points, {p} (McNemar)"
+    low, high = points(found["low"]), points(found["high"])
+    return f"95 % interval {low} to {high} percentage points, {p_in_words(found['p_value'])}"
 
 # %% ../../nbs/chain/07_report.ipynb #5570c271
 def is_it_better(rival: str, where: str, pair: Mapping[str, float] | None) -> str:
@@ -335,7 +344,8 @@ def better_section(evidence: Evidence, rows: list[dict[str, Any]], rival: str, p
         return None
     slices, paired = slice_rows(evidence.evaluation), [row["pair"] for row in rows if row["pair"]]
     version = evidence.run.model_version
-    lines = [is_it_better(rival, stage_of(evidence.versions.get(rival)), pair), how_sure(evidence.evaluation, pair)]
+    verdict = is_it_better(rival, stage_of(evidence.versions.get(rival)), pair)
+    lines = [f"{verdict} {how_sure(evidence.evaluation, pair)}"]
     if version and (outcome := production_accuracy(evidence.workspace.home, version)):
         lines.append(f"Accuracy in production: {production_in_words(outcome)}.")
     if (annotated := evidence.result("evaluate").get("annotations", "none")) != "none":
@@ -368,7 +378,7 @@ def mistakes_section(evidence: Evidence) -> dict[str, Any] | None:
 
     def picture(k: int) -> dict[str, str]:
         text = (f"labelled {found.classes[found.labels[k]]}, answered {found.classes[found.predicted[k]]}, "
-                f"{found.probabilities[k].max():.0%}")
+                f"{percent(found.probabilities[k].max())}")
         data = split.images[places[found.sha256[k]]] if split and found.sha256[k] in places else None
         return {"src": thumbnail(data) if data else "", "alt": text,
                 "text": f"{text}: {evidence.names.get(found.sha256[k], found.names[k])}"}
@@ -437,7 +447,8 @@ def data_section(evidence: Evidence) -> dict[str, Any] | None:
     twins = [f"near-duplicates: {near['images']:,} images in {near['groups']:,} groups"] if near.get("groups") else []
     left = [f"{n:,} {WORDS.get(reason, reason.replace('_', ' '))}" for reason, n in result["left_out"].items()]
     left += [f"Each is listed in {output_of(evidence.all_steps, 'data') / 'quarantine.csv'}"] if left else []
-    return {"text": f"{data_in_words(summary)}.", "lines": [*folders, *twins, *result["notes"]],
+    same = f" It is the data of run {summary['same_as']}." if summary and summary["same_as"] else ""
+    return {"text": which_data(evidence) + same, "lines": [*folders, *twins, *result["notes"]],
             "splits": list(counts), "has_samples": any(samples.values()), "left_out": left,
             "rows": [{"name": name, "counts": [counts[split].get(name, 0) for split in counts],
                       "samples": samples.get(name, [])} for name in classes[:MOST_CLASSES * 4]],
@@ -457,7 +468,7 @@ def suspects_section(evidence: Evidence) -> dict[str, Any] | None:
     for split in (split for name in ("train", "validation") if (split := evidence.split(name))):
         wanted = {row["sha256"] for row in rows[:SHOWN_SUSPECTS]}
         images |= {sha: split.images[k] for k, sha in enumerate(split.sha256) if sha in wanted}
-    said = lambda row: f"labelled {row['label']}, answered {row['answer']}, {float(row['confidence']):.0%}"
+    said = lambda row: f"labelled {row['label']}, answered {row['answer']}, {percent(float(row['confidence']))}"
     pictures = [{"src": thumbnail(images[row["sha256"]]), "alt": said(row), "text": f"{said(row)}: {row['file']}"}
                 for row in rows[:SHOWN_SUSPECTS] if row["sha256"] in images]
     wrong, listed = evidence.result("train").get("probably_wrong_labels"), f"{len(rows):,} labels are doubted"
@@ -476,7 +487,7 @@ def delay_in_words(row: Mapping[str, Any]) -> str:
     if row["caught"] >= 1:
         return f"{row['mean']:.1f}"
     least = row["limit"] if row["caught"] < .5 else row["mean"]
-    return f"≥ {least:.0f}, {row['caught']:.0%} caught"
+    return f"≥ {least:.0f}, {percent(row['caught'])} caught"
 
 # %% ../../nbs/chain/07_report.ipynb #ec5cdd75
 def change_in_words(row: Mapping[str, Any]) -> str:
@@ -557,6 +568,15 @@ def steps_section(evidence: Evidence) -> dict[str, Any]:
     worked = sum(step.seconds for step in evidence.run.steps if step.status == "succeeded")
     return {"rows": rows, "text": f"The steps that ran took {seconds_in_words(worked)} together." if worked else ""}
 
+# %% ../../nbs/chain/07_report.ipynb #58dacf24
+def when(time: str) -> str:
+    "Return a time of a record as a person writes it."
+    return f"{time[:10]} {time[11:16]} UTC" if time else "not yet"
+
+def started_by(run: Run) -> str:
+    "Say what started a run: a person's command, or an event."
+    return f"the command intel-nb {run.trigger}" if run.cause == "command" else run.cause
+
 # %% ../../nbs/chain/07_report.ipynb #5675e92f
 def short(digest: str) -> str:
     "Return the first digits of a digest, which a person can compare."
@@ -565,8 +585,8 @@ def short(digest: str) -> str:
 def origin_of(evidence: Evidence) -> dict[str, str]:
     "Return where a run and its version come from, by name."
     run, prints = evidence.run, evidence.evaluation.get("fingerprints", {})
-    facts = {"endpoint": run.endpoint or "", "started by": f"{run.trigger} ({run.cause})",
-             "finished": run.finished or "", "package": short(prints.get("package", "")),
+    facts = {"endpoint": run.endpoint or "", "started by": started_by(run), "started": when(run.started),
+             "finished": when(run.finished or ""), "package": short(prints.get("package", "")),
              "data": short(prints.get("data", "")),
              "to make it again": start_command(evidence.workspace, run),
              "all of it": f"intel-nb trace {run.model_version}" if run.model_version else ""}
@@ -595,7 +615,8 @@ def render_report(evidence: Evidence, more: str = "") -> str:
     version, run = evidence.version, evidence.run
     sections = {name: attempt(partial(make, evidence), name) for name, make in SECTIONS.items()}
     return fill_template(
-        "report.html", run=run, headline=headline_of(version, run), why=why_so(version, run), written=utc_now(),
+        "report.html", run=run, headline=headline_of(version, run), why=why_so(version, run), written=when(utc_now()),
+        started=f"{when(run.started)} by {started_by(run)}",
         commands=list(next_commands(version, run, start_command(evidence.workspace, run)).items()),
         answers=attempt(lambda: answers_of(evidence, rows, rival, pair), "answers") or {},
         better=attempt(lambda: better_section(evidence, rows, rival, pair), "better"), **sections,
