@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,15 +32,15 @@ if TYPE_CHECKING:  # what reads images and tables is imported where a page is ma
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'SIDE', 'KINDS', 'MOST_CLASSES', 'MOST_OF_A_CLASS', 'SAMPLES', 'SHOWN_SUSPECTS', 'CHANGES',
-           'STATUS_KINDS', 'SECTIONS', 'fill_template', 'thumbnail', 'with_other_steps', 'Evidence', 'predictions_of',
-           'gather_evidence', 'headline_of', 'why_so', 'next_commands', 'start_command', 'what_next', 'find_rival',
-           'points', 'percent', 'p_in_words', 'describe_pair', 'is_it_better', 'how_sure', 'class_rows',
+           'STATUS_KINDS', 'SECTIONS', 'TAGS', 'fill_template', 'thumbnail', 'with_other_steps', 'Evidence',
+           'predictions_of', 'gather_evidence', 'headline_of', 'why_so', 'next_commands', 'start_command', 'what_next',
+           'find_rival', 'points', 'percent', 'p_in_words', 'describe_pair', 'is_it_better', 'how_sure', 'class_rows',
            'mostly_taken_for', 'shown_pair', 'where_worse', 'stage_of', 'compare_with_rival', 'which_data',
            'answers_of', 'slice_rows', 'better_section', 'worst_by_class', 'mistakes_section', 'reliability_points',
            'calibration_section', 'samples_by_class', 'data_section', 'suspects_section', 'delay_in_words',
            'change_in_words', 'run_time_in_words', 'drift_section', 'seconds_in_words', 'cost_section', 'steps_section',
-           'when', 'started_by', 'short', 'origin_of', 'try_section', 'render_report', 'write_report',
-           'render_notebooks']
+           'when', 'started_by', 'short', 'origin_of', 'try_section', 'render_report', 'write_report', 'clean',
+           'is_definition', 'render_notebooks']
 
 # %% ../../nbs/chain/07_report.ipynb #94b828e9
 TEMPLATES = Path(intel_nb.__file__).parent / "chain" / "templates"
@@ -629,18 +630,34 @@ def write_report(workspace: Workspace, run: Run, more: str = "") -> Path:
     return write_text(workspace.executed / run.run_id / "report.html", page)
 
 # %% ../../nbs/chain/07_report.ipynb #8e199dff
+TAGS = {"p", "br", "hr", "h1", "h2", "h3", "h4", "div", "span", "pre", "table", "thead", "tbody", "tr", "th", "td"}
+
+def clean(html: Any) -> str:
+    "Return `html` without what could run, load or mislead: other tags than those of a text are shown as text."
+    import bleach
+    return bleach.clean(str(html), tags=TAGS | set(bleach.ALLOWED_TAGS), attributes={"*": ["class"], "a": ["href"]})
+
+def is_definition(cell: Mapping[str, Any]) -> bool:
+    "Tell whether a cell of a notebook is exported and shows nothing."
+    is_exported = re.match(r"#\s*\|\s*exports?\b", cell["source"]) is not None
+    return cell["cell_type"] == "code" and is_exported and not cell["outputs"]
+
 def render_notebooks(folder: Path) -> list[Path]:
     "Write the notebooks in `folder` as HTML beside them, unless that is newer. Without nbconvert there are none."
     try:
+        import nbformat
         from nbconvert import HTMLExporter
     except ModuleNotFoundError:
         return []
     from markupsafe import Markup
     pages, exporter = [], HTMLExporter(template_name="basic", sanitize_html=True)
+    exporter.register_filter("clean_html", clean)
     for notebook in sorted(folder.glob("*.ipynb")):
         page = notebook.with_suffix(".html")
         if not page.is_file() or page.stat().st_mtime < notebook.stat().st_mtime:
-            body, _ = exporter.from_filename(str(notebook))
-            write_text(page, fill_template("notebook.html", name=notebook.stem, body=Markup(body)))
+            found = nbformat.read(notebook, 4)
+            found.cells = [cell for cell in found.cells if not is_definition(cell)]
+            body = Markup(exporter.from_notebook_node(found)[0])
+            write_text(page, fill_template("notebook.html", name=notebook.stem, body=body))
         pages.append(page)
     return pages
