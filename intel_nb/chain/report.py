@@ -21,6 +21,7 @@ from .history import data_summary, run_options, shadow_tallies
 from .outcomes import production_accuracy, production_in_words
 from .plan import Workspace
 from .runs import Run, list_runs, original_names, output_of, read_suspects
+from .store import Store
 from ..labels.summary import WORDS
 from ..registry import ModelVersion, describe_accuracy, wilson_interval
 from ..serving.shadow import shadow_in_words
@@ -32,7 +33,7 @@ if TYPE_CHECKING:  # what reads images and tables is imported where a page is ma
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'SIDE', 'KINDS', 'MOST_CLASSES', 'MOST_OF_A_CLASS', 'SAMPLES', 'SHOWN_SUSPECTS', 'CHANGES',
-           'STATUS_KINDS', 'SECTIONS', 'TAGS', 'fill_template', 'thumbnail', 'with_other_steps', 'Evidence',
+           'STATUS_KINDS', 'SECTIONS', 'TAGS', 'fill_template', 'thumbnail', 'with_other_steps', 'in_store', 'Evidence',
            'predictions_of', 'gather_evidence', 'headline_of', 'why_so', 'next_commands', 'start_command', 'what_next',
            'find_rival', 'points', 'percent', 'p_in_words', 'describe_pair', 'is_it_better', 'how_sure', 'class_rows',
            'mostly_taken_for', 'shown_pair', 'where_worse', 'stage_of', 'compare_with_rival', 'which_data',
@@ -72,6 +73,13 @@ def with_other_steps(run: Run, runs: Iterable[Run]) -> Run:
                     found[step.name] = step
     return replace(run, steps=list(found.values()))
 
+# %% ../../nbs/chain/07_report.ipynb #fc7557f9
+def in_store(run: Run, store: Store) -> Run:
+    "Return `run` with the folders of its steps as they lie in `store` now; one that is not there stays as recorded."
+    place = lambda step: store.folder(step.name, step.key) if step.key else Path()
+    return replace(run, steps=[replace(step, out_dir=str(place(step))) if step.key and place(step).is_dir() else step
+                               for step in run.steps])
+
 # %% ../../nbs/chain/07_report.ipynb #3ac62239
 @dataclass(frozen=True)
 class Evidence:
@@ -82,7 +90,7 @@ class Evidence:
     versions: Mapping[str, ModelVersion]
 
     @cached_property
-    def all_steps(self) -> Run: return with_other_steps(self.run, self.runs)
+    def all_steps(self) -> Run: return in_store(with_other_steps(self.run, self.runs), self.workspace.store)
 
     @property
     def version(self) -> ModelVersion | None: return self.versions.get(self.run.model_version or "")
