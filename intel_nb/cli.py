@@ -460,14 +460,15 @@ def runs_command(as_json: JsonOption = False) -> None:
 def report_command(run: Annotated[str, typer.Argument(metavar="RUN", help="A run id.", autocompletion=complete_with(
         complete_runs))],
                    as_json: JsonOption = False) -> None:
-    "Show what a run did, and write its page."
+    "Show what a run did, and write its page, and its notebooks as pages beside it."
     from intel_nb.chain.history import run_summary
     from intel_nb.chain.report import render_notebooks, write_report
     from intel_nb.chain.runs import read_run
     from intel_nb.serving.captures import captures_section
     workspace = _workspace()
     found = read_run(workspace.executed, run)
-    render_notebooks(workspace.executed / run)
+    if not as_json:  # a program reads the notebooks themselves
+        render_notebooks(workspace.executed / run)
     write_report(workspace, found, captures_section(workspace.home / "captures"))
     if as_json:
         print_json(run_summary(workspace, found))

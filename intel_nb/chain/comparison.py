@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,9 +38,9 @@ if TYPE_CHECKING:  # what reads tables is imported where they are compared
 # %% auto #0
 __all__ = ['STEPS', 'WIDTH', 'NOTHING_COMMON', 'MOST_PICTURES', 'find_evidence', 'title_of', 'entries_of', 'used_parameters',
            'package_parameters', 'short_digests', 'differing', 'steps_of_one', 'Figure', 'share_figure',
-           'accuracy_figures', 'error_figures', 'paired_error', 'other_figures', 'training_seconds', 'changed_images',
-           'Comparison', 'compare', 'clip', 'value_in_words', 'difference_in_words', 'columns', 'image_line',
-           'in_words', 'with_pictures', 'render_comparison']
+           'accuracy_figures', 'error_figures', 'loss_difference', 'other_figures', 'training_seconds',
+           'changed_images', 'Comparison', 'compare', 'clip', 'value_in_words', 'difference_in_words', 'columns',
+           'image_line', 'in_words', 'with_pictures', 'render_comparison']
 
 # %% ../../nbs/chain/15_comparison.ipynb #4dfe94fd
 def find_evidence(workspace: Workspace, name: str) -> Evidence:
@@ -78,10 +78,10 @@ def used_parameters(entries: Mapping[str, Entry]) -> dict[str, Any]:
     for step, entry in entries.items():
         used = package_parameters(entry.folder) if step == "train" else {}
         found |= {f"{step}.{name}": used.get(name) if value is None else value
-                  for name, value in entry.recipe["parameters"].items()}
-        found[f"{step}, its code"] = short(key_of({name: entry.recipe[name] for name in ("code", "modules")}))
+                  for name, value in entry.recipe.get("parameters", {}).items()}
+        found[f"{step}, its code"] = short(key_of({name: entry.recipe.get(name) for name in ("code", "modules")}))
         if step == "data":
-            found |= {f"data.{name}": short_digests(value) for name, value in entry.recipe["inputs"].items()}
+            found |= {f"data.{name}": short_digests(value) for name, value in entry.recipe.get("inputs", {}).items()}
     return found
 
 def package_parameters(folder: Path) -> dict[str, Any]:
@@ -149,8 +149,8 @@ def accuracy_figures(first: Evidence, second: Evidence, pairs: Pairs | None) -> 
     def compared(rows: list[int]) -> dict[str, float] | None:
         return compare_models(pairs.right(1)[rows], pairs.right(0)[rows]) if pairs and rows else None
 
-    accuracy = [(found["multiclass_classification_metrics"]["accuracy"]["value"], found.get("images", 0)) if found
-                else None for found in both]
+    measured = [found.get("multiclass_classification_metrics", {}).get("accuracy") for found in both]
+    accuracy = [(one["value"], found.get("images", 0)) if one else None for one, found in zip(measured, both)]
     names = dict.fromkeys(name for found in both for name in found.get("per_class", ()))
     figures = [share_figure("accuracy", accuracy, compared(list(range(len(labels)))))]
     for name in names:
@@ -162,27 +162,21 @@ def accuracy_figures(first: Evidence, second: Evidence, pairs: Pairs | None) -> 
 
 # %% ../../nbs/chain/15_comparison.ipynb #4f4f7e38
 def error_figures(first: Evidence, second: Evidence, pairs: Pairs | None) -> list[Figure]:
-    "Return calibration error and log-loss of both. Their difference is measured on the images of `pairs`."
-    from intel_nb.training.probabilities import calibration_error, log_loss, reliability_bins
-    measures: dict[str, tuple[str, Callable[..., float]]] = {
-        "expected calibration error": ("expected_calibration_error",
-                                       lambda labels, answers: calibration_error(reliability_bins(labels, answers))),
-        "log-loss": ("log_loss", log_loss)}
-    figures = []
-    for name, (key, measure) in measures.items():
-        values = first.evaluation.get(key), second.evaluation.get(key)
-        difference, interval = paired_error(pairs, measure) if pairs else (None, None)
-        figures.append(Figure(name, values, (None, None), difference, interval, None, len(pairs or ())))
-    return figures
+    "Return calibration error and log-loss of both. The difference of the latter is measured on the images of `pairs`."
+    both = lambda name: (first.evaluation.get(name), second.evaluation.get(name))
+    difference, interval = loss_difference(pairs) if pairs else (None, None)
+    return [Figure("expected calibration error", both("expected_calibration_error")),
+            Figure("log-loss", both("log_loss"), (None, None), difference, interval, None, len(pairs or ()))]
 
-def paired_error(pairs: Pairs, measure: Callable[..., float]) -> tuple[float, tuple[float, float]]:
-    "Return how much more `measure` gives for the second model than for the first, with its bootstrap interval."
+def loss_difference(pairs: Pairs) -> tuple[float, tuple[float, float]]:
+    "Return how much larger the log-loss of the second model is than that of the first, with its bootstrap interval."
     from intel_nb.training.pairs import bootstrap_interval
+    from intel_nb.training.probabilities import log_loss
     tables = [(found.labels[pairs.rows[:, k]], found.probabilities[pairs.rows[:, k]])
               for k, found in enumerate(pairs.models)]
 
     def difference(rows: Any) -> float:
-        first, second = (measure(labels[rows], answers[rows]) for labels, answers in tables)
+        first, second = (log_loss(labels[rows], answers[rows]) for labels, answers in tables)
         return second - first
 
     return difference(slice(None)), bootstrap_interval(difference, len(pairs))
