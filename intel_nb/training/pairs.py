@@ -19,9 +19,12 @@ __all__ = ['mcnemar_test', 'paired_interval', 'compare_models', 'compare_by_clas
 # %% ../../nbs/training/09_pairs.ipynb #84b9dab7
 def mcnemar_test(a_right: np.ndarray, b_right: np.ndarray) -> float:
     "Return the exact two-sided p-value that two models are equally good on the same images (N,) (McNemar 1947)."
-    from scipy.stats import binomtest
-    only_a, only_b = int((a_right & ~b_right).sum()), int((~a_right & b_right).sum())
-    return float(binomtest(only_a, only_a + only_b, .5).pvalue) if only_a + only_b else 1.
+    least, most = sorted([int((a_right & ~b_right).sum()), int((~a_right & b_right).sum())])
+    ways, tail = 1, 0  # in which `k` of the disagreements are for the one; whole numbers, so that nothing is rounded
+    for k in range(least + 1):
+        tail += ways
+        ways = ways * (least + most - k) // (k + 1)
+    return min(1., 2 * tail / 2 ** (least + most))
 
 # %% ../../nbs/training/09_pairs.ipynb #f2ecaac5
 def paired_interval(a_right: np.ndarray, b_right: np.ndarray) -> tuple[float, float]:
