@@ -34,14 +34,14 @@ if TYPE_CHECKING:  # what reads images and tables is imported where a page is ma
 # %% auto #0
 __all__ = ['TEMPLATES', 'SIDE', 'KINDS', 'MOST_CLASSES', 'MOST_OF_A_CLASS', 'SAMPLES', 'SHOWN_SUSPECTS', 'CHANGES',
            'STATUS_KINDS', 'SECTIONS', 'TAGS', 'fill_template', 'thumbnail', 'with_other_steps', 'in_store', 'Evidence',
-           'predictions_of', 'gather_evidence', 'headline_of', 'why_so', 'next_commands', 'start_command', 'what_next',
-           'find_rival', 'points', 'percent', 'p_in_words', 'describe_pair', 'is_it_better', 'how_sure', 'class_rows',
-           'mostly_taken_for', 'shown_pair', 'where_worse', 'stage_of', 'compare_with_rival', 'which_data',
-           'answers_of', 'slice_rows', 'better_section', 'worst_by_class', 'mistakes_section', 'reliability_points',
-           'calibration_section', 'samples_by_class', 'data_section', 'suspects_section', 'delay_in_words',
-           'change_in_words', 'run_time_in_words', 'drift_section', 'seconds_in_words', 'cost_section', 'steps_section',
-           'when', 'started_by', 'short', 'origin_of', 'try_section', 'render_report', 'write_report', 'clean',
-           'is_definition', 'render_notebooks']
+           'predictions_of', 'gather_evidence', 'headline_of', 'why_so', 'next_commands', 'start_command', 'maker_of',
+           'what_next', 'find_rival', 'points', 'percent', 'p_in_words', 'describe_pair', 'is_it_better', 'how_sure',
+           'class_rows', 'mostly_taken_for', 'shown_pair', 'where_worse', 'stage_of', 'compare_with_rival',
+           'which_data', 'answers_of', 'slice_rows', 'better_section', 'worst_by_class', 'mistakes_section',
+           'reliability_points', 'calibration_section', 'samples_by_class', 'data_section', 'suspects_section',
+           'delay_in_words', 'change_in_words', 'run_time_in_words', 'drift_section', 'seconds_in_words',
+           'cost_section', 'steps_section', 'when', 'started_by', 'short', 'origin_of', 'try_section', 'render_report',
+           'write_report', 'clean', 'is_definition', 'render_notebooks']
 
 # %% ../../nbs/chain/07_report.ipynb #94b828e9
 TEMPLATES = Path(intel_nb.__file__).parent / "chain" / "templates"
@@ -180,7 +180,7 @@ def next_commands(version: ModelVersion | None, run: Run, again: str) -> dict[st
     number = version.version
     reject = {"To reject it": f'intel-nb reject {number} --reason "…"'}
     if version.status == "Rejected":
-        return {"To list the others": "intel-nb models", "To check labels": f"intel-nb suspects {run.run_id}"}
+        return {"To list the others": "intel-nb models", "To check labels": f"intel-nb suspects {version.run_id or run.run_id}"}
     if version.status != "Approved" or not (version.aliases or version.staging_test):
         return {"To approve it": f"intel-nb approve {number}"} | reject
     if "production" in version.aliases:
@@ -189,12 +189,16 @@ def next_commands(version: ModelVersion | None, run: Run, again: str) -> dict[st
     return promote | reject
 
 # %% ../../nbs/chain/07_report.ipynb #19b22f82
-def start_command(workspace: Workspace, run: Run) -> str:
-    "Return the command that does again what `run` did, with the parameters that it was started with."
+def start_command(workspace: Workspace, run_id: str) -> str:
+    "Return the command that does again what a run did, with the parameters that it was started with."
     parameters: dict[str, Any] = {}
     with suppress(InputError, OSError, KeyError):
-        parameters = read_json(workspace.executed / run.run_id / "request.json")["parameters"]
+        parameters = read_json(workspace.executed / run_id / "request.json")["parameters"]
     return shlex.join(["intel-nb", "run", *run_options(parameters)])
+
+def maker_of(version: ModelVersion | None, run: Run) -> str:
+    "Return the id of the run that made `version`, which another run may promote or reject; that of `run` without one."
+    return (version.run_id if version else "") or run.run_id
 
 # %% ../../nbs/chain/07_report.ipynb #fd830a3b
 def what_next(version: ModelVersion | None) -> str:
@@ -244,7 +248,7 @@ def is_it_better(rival: str, where: str, pair: Mapping[str, float] | None) -> st
         return "There is nothing to compare it with: no other version serves."
     name = f"version {rival}{where and f' in {where}'}"
     if pair is None:
-        return f"It was not compared with {name}, which has other classes or no stored answers to the same images."
+        return f"That cannot be told: there are no answers of {name} to the same test images."
     sign = "Yes" if pair["difference"] > 0 else "No, worse"
     verdict = sign if pair["p_value"] < .05 else "No difference that shows"
     return f"{verdict}: {points(pair['difference'])} percentage points against {name}."
@@ -483,7 +487,7 @@ def suspects_section(evidence: Evidence) -> dict[str, Any] | None:
     wrong, listed = evidence.result("train").get("probably_wrong_labels"), f"{len(rows):,} labels are doubted"
     estimate = f"; an estimate of the wrong ones among all is {wrong:,}" if wrong is not None else ""
     return {"text": f"{listed}, by answers of heads that had not seen the image{estimate}. The most doubtful:",
-            "images": pictures, "command": f"intel-nb suspects {evidence.run.run_id} --task"}
+            "images": pictures, "command": f"intel-nb suspects {maker_of(evidence.version, evidence.run)} --task"}
 
 # %% ../../nbs/chain/07_report.ipynb #eaf7c47a
 CHANGES = {"dark": "darker", "bright": "brighter", "contrast": "less contrast", "jpeg": "JPEG compression",
@@ -594,10 +598,12 @@ def short(digest: str) -> str:
 def origin_of(evidence: Evidence) -> dict[str, str]:
     "Return where a run and its version come from, by name."
     run, prints = evidence.run, evidence.evaluation.get("fingerprints", {})
+    maker = maker_of(evidence.version, run)
     facts = {"endpoint": run.endpoint or "", "started by": started_by(run), "started": when(run.started),
              "finished": when(run.finished or ""), "package": short(prints.get("package", "")),
              "data": short(prints.get("data", "")),
-             "to make it again": start_command(evidence.workspace, run),
+             "made by run": maker if maker != run.run_id else "",
+             "to make it again": start_command(evidence.workspace, maker),
              "all of it": f"intel-nb trace {run.model_version}" if run.model_version else ""}
     return {name: value for name, value in facts.items() if value}
 
@@ -626,7 +632,7 @@ def render_report(evidence: Evidence, more: str = "") -> str:
     return fill_template(
         "report.html", run=run, headline=headline_of(version, run), why=why_so(version, run), written=when(utc_now()),
         started=f"{when(run.started)} by {started_by(run)}",
-        commands=list(next_commands(version, run, start_command(evidence.workspace, run)).items()),
+        commands=list(next_commands(version, run, start_command(evidence.workspace, run.run_id)).items()),
         answers=attempt(lambda: answers_of(evidence, rows, rival, pair), "answers") or {},
         better=attempt(lambda: better_section(evidence, rows, rival, pair), "better"), **sections,
         steps=steps_section(evidence), origin=origin_of(evidence), problems=problems, more=Markup(more))
