@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # what reads images and tables is imported where a page is ma
 # %% auto #0
 __all__ = ['TEMPLATES', 'SIDE', 'KINDS', 'MOST_CLASSES', 'MOST_OF_A_CLASS', 'SAMPLES', 'SHOWN_SUSPECTS', 'CHANGES',
            'STATUS_KINDS', 'SECTIONS', 'TAGS', 'fill_template', 'thumbnail', 'with_other_steps', 'in_store', 'Evidence',
-           'predictions_of', 'gather_evidence', 'headline_of', 'why_so', 'next_commands', 'start_command', 'maker_of',
+           'predictions_of', 'gather_evidence', 'headline_of', 'why_so', 'start_command', 'maker_of', 'next_commands',
            'what_next', 'find_rival', 'points', 'percent', 'p_in_words', 'describe_pair', 'is_it_better', 'how_sure',
            'class_rows', 'mostly_taken_for', 'shown_pair', 'where_worse', 'stage_of', 'compare_with_rival',
            'which_data', 'answers_of', 'slice_rows', 'better_section', 'worst_by_class', 'mistakes_section',
@@ -171,23 +171,6 @@ def why_so(version: ModelVersion | None, run: Run) -> str:
     test = {"failed": "It failed its test on staging. "}.get(version.staging_test, "")
     return (failed + test + (f"Reason: {version.reason}." if version.status == "Rejected" else "")).strip()
 
-# %% ../../nbs/chain/07_report.ipynb #58fb7c23
-def next_commands(version: ModelVersion | None, run: Run, again: str) -> dict[str, str]:
-    "Return the commands that a person may give now, by what they do; `again` is the one that started `run`."
-    if version is None:
-        look = {"To see why": f"intel-nb logs {run.run_id}"} if run.status == "failed" else {}
-        return look | {"To continue": f"{again} --run-id {run.run_id}"}
-    number = version.version
-    reject = {"To reject it": f'intel-nb reject {number} --reason "…"'}
-    if version.status == "Rejected":
-        return {"To list the others": "intel-nb models", "To check labels": f"intel-nb suspects {version.run_id or run.run_id}"}
-    if version.status != "Approved" or not (version.aliases or version.staging_test):
-        return {"To approve it": f"intel-nb approve {number}"} | reject
-    if "production" in version.aliases:
-        return {"To go back": "intel-nb rollback production"} | reject
-    promote = {"To put it into production": f"intel-nb promote {number}"} if version.staging_test == "passed" else {}
-    return promote | reject
-
 # %% ../../nbs/chain/07_report.ipynb #19b22f82
 def start_command(workspace: Workspace, run_id: str) -> str:
     "Return the command that does again what a run did, with the parameters that it was started with."
@@ -199,6 +182,24 @@ def start_command(workspace: Workspace, run_id: str) -> str:
 def maker_of(version: ModelVersion | None, run: Run) -> str:
     "Return the id of the run that made `version`, which another run may promote or reject; that of `run` without one."
     return (version.run_id if version else "") or run.run_id
+
+# %% ../../nbs/chain/07_report.ipynb #58fb7c23
+def next_commands(version: ModelVersion | None, run: Run, again: str) -> dict[str, str]:
+    "Return the commands that a person may give now, by what they do; `again` is the one that started `run`."
+    if version is None:
+        look = {"To see why": f"intel-nb logs {run.run_id}"} if run.status == "failed" else {}
+        return look | {"To continue": f"{again} --run-id {run.run_id}"}
+    number = version.version
+    reject = {"To reject it": f'intel-nb reject {number} --reason "…"'}
+    if version.status == "Rejected":
+        suspects = f"intel-nb suspects {maker_of(version, run)}"
+        return {"To list the others": "intel-nb models", "To check labels": suspects}
+    if version.status != "Approved" or not (version.aliases or version.staging_test):
+        return {"To approve it": f"intel-nb approve {number}"} | reject
+    if "production" in version.aliases:
+        return {"To go back": "intel-nb rollback production"} | reject
+    promote = {"To put it into production": f"intel-nb promote {number}"} if version.staging_test == "passed" else {}
+    return promote | reject
 
 # %% ../../nbs/chain/07_report.ipynb #fd830a3b
 def what_next(version: ModelVersion | None) -> str:
