@@ -34,14 +34,14 @@ if TYPE_CHECKING:  # what reads images and tables is imported where a page is ma
 # %% auto #0
 __all__ = ['TEMPLATES', 'SIDE', 'KINDS', 'MOST_CLASSES', 'MOST_OF_A_CLASS', 'SAMPLES', 'SHOWN_SUSPECTS', 'CHANGES',
            'STATUS_KINDS', 'SECTIONS', 'TAGS', 'fill_template', 'thumbnail', 'with_other_steps', 'in_store', 'Evidence',
-           'predictions_of', 'gather_evidence', 'headline_of', 'why_so', 'start_command', 'maker_of', 'next_commands',
-           'what_next', 'find_rival', 'points', 'percent', 'p_in_words', 'describe_pair', 'is_it_better', 'how_sure',
-           'class_rows', 'mostly_taken_for', 'shown_pair', 'where_worse', 'stage_of', 'compare_with_rival',
-           'which_data', 'answers_of', 'slice_rows', 'better_section', 'worst_by_class', 'mistakes_section',
-           'reliability_points', 'calibration_section', 'samples_by_class', 'data_section', 'suspects_section',
-           'delay_in_words', 'change_in_words', 'run_time_in_words', 'drift_section', 'seconds_in_words',
-           'cost_section', 'steps_section', 'when', 'started_by', 'short', 'origin_of', 'try_section', 'render_report',
-           'write_report', 'clean', 'is_definition', 'render_notebooks']
+           'predictions_of', 'gather_evidence', 'headline_of', 'why_so', 'failure_of', 'start_command', 'maker_of',
+           'next_commands', 'what_next', 'find_rival', 'points', 'percent', 'p_in_words', 'describe_pair',
+           'is_it_better', 'how_sure', 'class_rows', 'mostly_taken_for', 'shown_pair', 'where_worse', 'stage_of',
+           'compare_with_rival', 'which_data', 'answers_of', 'slice_rows', 'better_section', 'worst_by_class',
+           'mistakes_section', 'reliability_points', 'calibration_section', 'samples_by_class', 'data_section',
+           'suspects_section', 'delay_in_words', 'change_in_words', 'run_time_in_words', 'drift_section',
+           'seconds_in_words', 'cost_section', 'steps_section', 'when', 'started_by', 'short', 'origin_of',
+           'try_section', 'render_report', 'write_report', 'clean', 'is_definition', 'render_notebooks']
 
 # %% ../../nbs/chain/07_report.ipynb #94b828e9
 TEMPLATES = Path(intel_nb.__file__).parent / "chain" / "templates"
@@ -171,6 +171,16 @@ def why_so(version: ModelVersion | None, run: Run) -> str:
     test = {"failed": "It failed its test on staging. "}.get(version.staging_test, "")
     return (failed + test + (f"Reason: {version.reason}." if version.status == "Rejected" else "")).strip()
 
+# %% ../../nbs/chain/07_report.ipynb #b86d66dd
+def failure_of(run: Run, folder: Path) -> str:
+    "Return the error in the notebook of the step of `run` that failed, which lies in `folder`; empty if there is none."
+    failed = next((step.notebook for step in run.steps if step.status == "failed"), "")
+    with suppress(InputError, OSError, LookupError, TypeError):
+        cells = read_json(folder / failed)["cells"] if failed else []
+        outputs = (output for cell in cells for output in cell.get("outputs", ()))
+        return next((f"{one['ename']}: {one['evalue'][:300]}" for one in outputs if one["output_type"] == "error"), "")
+    return ""
+
 # %% ../../nbs/chain/07_report.ipynb #19b22f82
 def start_command(workspace: Workspace, run_id: str) -> str:
     "Return the command that does again what a run did, with the parameters that it was started with."
@@ -187,8 +197,7 @@ def maker_of(version: ModelVersion | None, run: Run) -> str:
 def next_commands(version: ModelVersion | None, run: Run, again: str) -> dict[str, str]:
     "Return the commands that a person may give now, by what they do; `again` is the one that started `run`."
     if version is None:
-        look = {"To see why": f"intel-nb logs {run.run_id}"} if run.status == "failed" else {}
-        return look | {"To continue": f"{again} --run-id {run.run_id}"}
+        return {"To continue": f"{again} --run-id {run.run_id}"}
     number = version.version
     reject = {"To reject it": f'intel-nb reject {number} --reason "…"'}
     if version.status == "Rejected":
@@ -631,7 +640,9 @@ def render_report(evidence: Evidence, more: str = "") -> str:
     version, run = evidence.version, evidence.run
     sections = {name: attempt(partial(make, evidence), name) for name, make in SECTIONS.items()}
     return fill_template(
-        "report.html", run=run, headline=headline_of(version, run), why=why_so(version, run), written=when(utc_now()),
+        "report.html", run=run, headline=headline_of(version, run), written=when(utc_now()),
+        why=f"{why_so(version, run)} {failure_of(run, evidence.workspace.executed / run.run_id)}".strip(),
+
         started=f"{when(run.started)} by {started_by(run)}",
         commands=list(next_commands(version, run, start_command(evidence.workspace, run.run_id)).items()),
         answers=attempt(lambda: answers_of(evidence, rows, rival, pair), "answers") or {},
