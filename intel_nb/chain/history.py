@@ -22,10 +22,10 @@ from ..registry import ModelVersion
 from ..storage import InputError, files_of, read_json, remove
 
 # %% auto #0
-__all__ = ['StepKey', 'named_cause', 'data_summary', 'data_in_words', 'labels_in_words', 'run_outcome', 'run_summary',
-           'run_summaries', 'run_row', 'shadow_tallies', 'version_entries', 'entry_origin', 'run_options',
-           'trace_version', 'trace_in_words', 'log_files', 'needed_by_runs', 'needed_by_versions', 'unneeded_entries',
-           'total_bytes', 'remove_entries']
+__all__ = ['StepKey', 'named_cause', 'data_summary', 'data_in_words', 'labels_in_words', 'training_in_words', 'run_outcome',
+           'run_summary', 'run_summaries', 'run_row', 'shadow_tallies', 'version_entries', 'entry_origin',
+           'run_options', 'trace_version', 'trace_in_words', 'log_files', 'needed_by_runs', 'needed_by_versions',
+           'unneeded_entries', 'total_bytes', 'remove_entries']
 
 # %% ../../nbs/chain/07_history.ipynb #350224e3
 def named_cause(environ: Mapping[str, str] = os.environ) -> str:
@@ -63,6 +63,17 @@ def labels_in_words(run: Run) -> str:
         return ""
     where = f" ({step.out_dir}/quarantine.csv)" if data["annotations"].get("quarantined") else ""
     return ", ".join(f"{n:,} {kind}" for kind, n in data["annotations"].items()) + where
+
+# %% ../../nbs/chain/07_history.ipynb #586cce63
+def training_in_words(run: Run) -> str:
+    "Return what of the network `run` trained. Empty if its train step has no result, or one of an earlier version."
+    step = run.step("train")
+    result = step.result if step and step.result else {}
+    if "trained" not in result:
+        return ""
+    kept = result["trained"] == "head" and result["profile"] != "quick"
+    why = " alone, since training more layers made it no better" if kept else ""
+    return f"{result['trained']} of {result['model_name']}{why}"
 
 # %% ../../nbs/chain/07_history.ipynb #9d7390cb
 def run_outcome(run: Run, versions: Mapping[str, ModelVersion]) -> str:

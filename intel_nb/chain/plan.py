@@ -28,7 +28,7 @@ from intel_nb.registry import (
     note_test,
     open_registry,
 )
-from ..storage import InputError, absolute_keys, each_source, sha256_file
+from ..storage import InputError, absolute_keys, each_source, is_remote, sha256_file
 
 if TYPE_CHECKING:
     from intel_nb.serving.endpoints import LocalEndpoints
@@ -253,6 +253,7 @@ class Step:
     name: str
     notebook: str
     sources: tuple[str, ...] = ()  # parameters that name files from outside: the key has their content
+    words: tuple[str, ...] = ()  # what such a parameter may say instead of naming a file
     labels: tuple[str, ...] = ()  # those of them with label files: captured images that these name are put beside them
     files: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # parameter: (step, an output in its result)
     values: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # parameter: (step, a value in its result)
@@ -270,11 +271,16 @@ class Step:
         "Return the names of the parameters that the chain supplies."
         return {*self.files, *self.values, *self.places, *FOLDERS}
 
+    def each_file(self, value: Any, change: Callable[[str], str]) -> Any:
+        "Return `change` of each file from outside that `value` names. Words stay as they are."
+        return each_source(value, lambda one: one if one in self.words else change(one))
+
 # %% ../../nbs/chain/05_plan.ipynb #2b89cecb
 def look_up_network(model_name: str, pretrained: str, optimizer_name: str | None) -> None:
     "Raise `InputError` for a network, weights or an optimizer that are not to be had."
     backbone = import_module("intel_nb.training.backbone")  # by name: a deployment does not depend on it
-    backbone.check_network(model_name, pretrained, optimizer_name)
+    # What lies elsewhere is looked at when it has been fetched.
+    backbone.check_network(model_name, "none" if is_remote(pretrained) else pretrained, optimizer_name)
 
 def look_up_archive(parts: Mapping[str, str], encoding: str) -> None:
     "Raise `InputError` for a part or an encoding that the data step does not know."
@@ -296,8 +302,9 @@ REGISTRY = ("intel_nb.registry:import_client",)
 PLAN = (
     Step("data", "00_data.ipynb", sources=("archive", "annotations"), labels=("annotations",),
          digests={"dataset": "fingerprint"}, looked_up=("parts", "encoding"), look_up=look_up_archive),
-    Step("train", "01_train.ipynb", files=DATASET, looked_up=("model_name", "pretrained", "optimizer_name"),
-         look_up=look_up_network, imports=("intel_nb.train", "intel_nb.training.backbone", *PLOTS)),
+    Step("train", "01_train.ipynb", sources=("pretrained",), words=("packaged", "hub", "none"), files=DATASET,
+         looked_up=("model_name", "pretrained", "optimizer_name"), look_up=look_up_network,
+         imports=("intel_nb.train", "intel_nb.training.backbone", *PLOTS)),
     Step("evaluate", "02_evaluate.ipynb", files=DATASET | MODEL, places=("registry",), effect=Registration(),
          imports=("intel_nb.evaluate", *REGISTRY, *PLOTS)),
     Step("deploy", "03_deploy.ipynb", values={"version": ("evaluate", "version")}, places=("registry", "endpoints"),
@@ -379,7 +386,7 @@ def check_step_values(step: Step, values: Mapping[str, Any], known: Mapping[str,
     checked = check_values(step.name, values, known)
     if "engine" in checked:
         check_engine(checked["engine"])
-    return checked | {name: each_source(values[name], make_absolute) for name in set(values) & set(step.sources)}
+    return checked | {name: step.each_file(values[name], make_absolute) for name in set(values) & set(step.sources)}
 
 def check_range(first: str, last: str, steps: Iterable[str]) -> None:
     "Raise `InputError` unless `first` and `last` are `steps` in their order; either may be empty."

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import intel_nb
-from .history import data_summary, run_options, shadow_tallies
+from .history import data_summary, run_options, shadow_tallies, training_in_words
 from .outcomes import production_accuracy, production_in_words
 from .plan import Workspace
 from .runs import Run, list_runs, original_names, output_of, read_suspects
@@ -568,7 +568,8 @@ def cost_section(evidence: Evidence) -> dict[str, Any] | None:
         rows.append(("model", f"{card.get('model_name')}, {card.get('precision')}{size}, images of "
                               f"{card.get('image_size')} × {card.get('image_size')} pixels"))
     if trained and trained.result:
-        rows.append(("training", f"{seconds_in_words(trained.seconds)} (profile {trained.result.get('profile')})"))
+        what = training_in_words(evidence.all_steps) or f"profile {trained.result.get('profile')}"
+        rows.append(("training", f"{seconds_in_words(trained.seconds)} ({what})"))
     lines = []
     if found:
         outcome = "passed" if found["passed"] else f"failed: {'; '.join(found['wrong'][:5])}"

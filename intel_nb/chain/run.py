@@ -52,7 +52,6 @@ from intel_nb.storage import (
     InputError,
     as_dataclass,
     check_extra,
-    each_source,
     fetch,
     is_remote,
     locked,
@@ -143,7 +142,7 @@ def resolved_parameters(context: RunContext, step: Step) -> dict[str, Any]:
         parameters = defaults | context.request.parameters.get(step.name, {})
         for name in (name for name in step.sources if name in parameters):
             local = partial(local_source, context, has_labels=name in step.labels)
-            parameters[name] = each_source(parameters[name], local)
+            parameters[name] = step.each_file(parameters[name], local)
         if "buckets" in parameters:  # whoever gives labels as an s3:// URI allows its bucket
             requested = context.request.parameters.get(step.name, {})
             own = own_buckets(source for name in step.labels for source in requested.get(name, []))
@@ -172,7 +171,7 @@ def notebook_parameters(context: RunContext, step: Step, work: Path) -> dict[str
 def input_contents(context: RunContext, step: Step) -> dict[str, Any]:
     "Return the digest of each input file of `step`, and each value from an earlier step, by parameter."
     parameters = resolved_parameters(context, step)
-    contents = {name: each_source(parameters.get(name), source_digest) for name in step.sources}
+    contents = {name: step.each_file(parameters.get(name), source_digest) for name in step.sources}
     contents |= {name: context.entries[earlier].digests[output] for name, (earlier, output) in step.files.items()}
     contents |= {name: context.entries[earlier].result[output] for name, (earlier, output) in step.values.items()}
     return contents | step.effect.key_inputs(context.workspace, parameters | contents)

