@@ -69,6 +69,7 @@ def test_the_pages_in_a_browser(browser, waiting, tmp_path, width, height, colou
     assert waiting("report", "first").status == 0
     assert waiting("compare", "first", "1", "--html", str(tmp_path / "page.html")).status == 0
     report = waiting.executed / "first" / "report.html"
+    assert '<a href="02_evaluate.html">' in report.read_text()
     for path in (report, report.with_name("02_evaluate.html"), tmp_path / "page.html"):
         with new_tab(browser) as tab:
             tab.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=True)
