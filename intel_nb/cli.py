@@ -33,18 +33,18 @@ __all__ = ['app', 'aws_app', 'INTERRUPTED', 'JsonOption', 'VersionArgument', 'St
            'looked_at', 'mended', 'with_remedy', 'complete_with', 'complete_versions', 'complete_runs',
            'complete_steps', 'complete_profiles', 'complete_settings', 'PlainProgress', 'BarProgress', 'show_progress',
            'data_lines', 'annotation_lines', 'describe_run', 'exit_with_outcome', 'request_from', 'run_command',
-           'probe_command', 'runs_command', 'report_command', 'version_row', 'print_versions', 'production_column',
-           'models_command', 'trace_command', 'describe_shadow', 'describe_drift', 'drift_and_shadow',
-           'endpoints_command', 'drift_in_words', 'drift_command', 'captures_command', 'suspects_command',
-           'measure_command', 'carry_out_decision', 'approve_command', 'reject_command', 'withdraw_command',
-           'promote_command', 'rollback_command', 'shadow_command', 'start_command', 'stop_command', 'with_bar',
-           'print_predictions', 'print_prediction_table', 'print_data', 'check_at_most_one', 'predict_command',
-           'check_not_rejected', 'serve_command', 'sign_command', 'export_command', 'import_command', 'watch_command',
-           'audit_command', 'check_command', 'cancel_command', 'logs_command', 'prune_command', 'confirm_unless',
-           'aws_template_command', 'aws_definition_command', 'aws_rehearse_command', 'aws_cost_command',
-           'aws_deploy_command', 'aws_start_command', 'aws_status_command', 'aws_models_command', 'aws_approve_command',
-           'aws_promote_command', 'aws_reject_command', 'aws_rollback_command', 'aws_invoke_command',
-           'aws_logs_command', 'aws_destroy_command']
+           'probe_command', 'runs_command', 'report_command', 'compare_command', 'version_row', 'print_versions',
+           'production_column', 'models_command', 'trace_command', 'describe_shadow', 'describe_drift',
+           'drift_and_shadow', 'endpoints_command', 'drift_in_words', 'drift_command', 'captures_command',
+           'suspects_command', 'measure_command', 'carry_out_decision', 'approve_command', 'reject_command',
+           'withdraw_command', 'promote_command', 'rollback_command', 'shadow_command', 'start_command', 'stop_command',
+           'with_bar', 'print_predictions', 'print_prediction_table', 'print_data', 'check_at_most_one',
+           'predict_command', 'check_not_rejected', 'serve_command', 'sign_command', 'export_command', 'import_command',
+           'watch_command', 'audit_command', 'check_command', 'cancel_command', 'logs_command', 'prune_command',
+           'confirm_unless', 'aws_template_command', 'aws_definition_command', 'aws_rehearse_command',
+           'aws_cost_command', 'aws_deploy_command', 'aws_start_command', 'aws_status_command', 'aws_models_command',
+           'aws_approve_command', 'aws_promote_command', 'aws_reject_command', 'aws_rollback_command',
+           'aws_invoke_command', 'aws_logs_command', 'aws_destroy_command']
 
 # %% ../nbs/20_cli.ipynb #d6fdda1b
 app = typer.Typer(name="intel-nb", no_args_is_help=True, rich_markup_mode=None,
@@ -433,7 +433,7 @@ def probe_command(
 ) -> None:
     "Rank networks on your images by a linear head on their features: one pass over the training images for each."
     from intel_nb.chain.run import run_chain
-    from intel_nb.chain.suspects import output_of
+    from intel_nb.chain.runs import output_of
     from intel_nb.dataset import read_split
     from intel_nb.training import probe
     chosen, workspace = [probe.parse_network(text) for text in networks], _workspace()
@@ -463,20 +463,40 @@ def runs_command(as_json: JsonOption = False) -> None:
 def report_command(run: Annotated[str, typer.Argument(metavar="RUN", help="A run id.", autocompletion=complete_with(
         complete_runs))],
                    as_json: JsonOption = False) -> None:
-    "Show what a run did, and write its page."
-    from intel_nb.chain.history import run_summary, run_summary_html
-    from intel_nb.chain.runs import read_run, write_report
+    "Show what a run did, and write its page, and its notebooks as pages beside it."
+    from intel_nb.chain.history import run_summary
+    from intel_nb.chain.report import render_notebooks, write_report
+    from intel_nb.chain.runs import read_run
     from intel_nb.serving.captures import captures_section
     workspace = _workspace()
     found = read_run(workspace.executed, run)
-    sections = run_summary_html(workspace, found) + captures_section(workspace.home / "captures")
-    write_report(workspace.executed, found, sections)
+    if not as_json:  # a program reads the notebooks themselves
+        render_notebooks(workspace.executed / run)
+    write_report(workspace, found, captures_section(workspace.home / "captures"))
     if as_json:
         print_json(run_summary(workspace, found))
     else:
         rows = [{"step": s.name, "status": s.status, "seconds": f"{s.seconds:.1f}", "notebook": s.notebook}
                 for s in found.steps]
         print_line(f"{format_table(rows, '')}\n{describe_run(workspace, found)}")
+
+# %% ../nbs/20_cli.ipynb #f22e8ac1
+@app.command("compare")
+def compare_command(
+    first: Annotated[str, typer.Argument(metavar="RUN", help="A run id, or a version.",
+                                         autocompletion=complete_with(complete_runs))],
+    second: Annotated[str, typer.Argument(metavar="RUN", help="Another one.",
+                                          autocompletion=complete_with(complete_runs))],
+    page: Annotated[Path | None, typer.Option("--html", metavar="PATH", help="Write it as a page too.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    "Show what differs between two runs or versions: parameters, figures, and images that changed sides."
+    from intel_nb.chain.comparison import compare, in_words, render_comparison
+    from intel_nb.storage import write_text
+    found = compare(_workspace(), first, second)
+    if page:
+        write_text(page, render_comparison(found))
+    print_json(found.document()) if as_json else print_line(in_words(found) + (f"\npage      {page}" if page else ""))
 
 # %% ../nbs/20_cli.ipynb #1f2906fa
 def version_row(version: ModelVersion, as_json: bool) -> dict[str, Any]:
@@ -623,8 +643,8 @@ def suspects_command(run: Annotated[str, typer.Argument(metavar="RUN", help="A r
                      task: Annotated[bool, typer.Option("--task", help="Write them as a labelling task.")] = False,
                      as_json: JsonOption = False) -> None:
     "List the training labels of a run that are probably wrong, or make a labelling task of them."
-    from intel_nb.chain.runs import read_run
-    from intel_nb.chain.suspects import export_suspects, read_contradictory, read_suspects
+    from intel_nb.chain.runs import read_contradictory, read_run, read_suspects
+    from intel_nb.chain.suspects import export_suspects
     workspace = _workspace()
     found = read_run(workspace.executed, run)
     where = export_suspects(workspace, found, first) if task else None

@@ -16,16 +16,16 @@ from .dataset import Split, newest_capture, read_predictions
 from .images import open_image
 from .model import Package, load_package
 from .registry import Registry, describe_accuracy, wilson_interval
+from .training.pairs import compare_models, describe_difference
 from .training.probabilities import calibration_error, error_if_calibrated, log_loss, reliability_bins
 from .training.suspects import plot_images
 
 # %% auto #0
 __all__ = ['MOST_SLICES', 'LEAST_IMAGES', 'predict_split', 'read_statistics', 'confusion_matrix', 'metrics_by_class',
-           'overall_metrics', 'bootstrap_deviations', 'make_evaluation', 'slice_images', 'score_slices', 'mcnemar_test',
-           'paired_interval', 'compare_models', 'compare_by_class', 'describe_difference', 'Gate', 'decide_gate',
-           'judge_classes', 'score_champion', 'select_annotated', 'evaluate_annotated', 'describe_annotated',
-           'is_same_verdict', 'register_package', 'plot_confusion', 'plot_champion', 'find_worst_mistakes',
-           'plot_mistakes', 'plot_slices']
+           'overall_metrics', 'bootstrap_deviations', 'make_evaluation', 'slice_images', 'score_slices', 'Gate',
+           'decide_gate', 'judge_classes', 'score_champion', 'select_annotated', 'evaluate_annotated',
+           'describe_annotated', 'is_same_verdict', 'register_package', 'plot_confusion', 'plot_champion',
+           'find_worst_mistakes', 'plot_mistakes', 'plot_slices']
 
 # %% ../nbs/02_evaluate.ipynb #de0bfc77
 dataset = ""         # str: folder of Parquet shards that the data step wrote; empty: drawn sample scenes
@@ -126,45 +126,6 @@ def score_slices(slices: dict[str, dict[str, np.ndarray]], right: np.ndarray) ->
         return {"images": len(rows), "accuracy": float(right[rows].mean()), "low": low, "high": high}
 
     return {kind: {name: score(rows) for name, rows in named.items()} for kind, named in slices.items()}
-
-# %% ../nbs/02_evaluate.ipynb #84b9dab7
-def mcnemar_test(a_right: np.ndarray, b_right: np.ndarray) -> float:
-    "Return the exact two-sided p-value that two models are equally good on the same images (N,) (McNemar 1947)."
-    from scipy.stats import binomtest
-    only_a, only_b = int((a_right & ~b_right).sum()), int((~a_right & b_right).sum())
-    return float(binomtest(only_a, only_a + only_b, .5).pvalue) if only_a + only_b else 1.
-
-# %% ../nbs/02_evaluate.ipynb #f2ecaac5
-def paired_interval(a_right: np.ndarray, b_right: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % confidence interval of how much more often `a` is right than `b` on the same images (N,).
-
-    It is Wald's, with one added to each kind of disagreement (Bonett and Price 2012, *J. Educ. Behav. Stat.* 37(4),
-    479-488)."""
-    n = len(a_right) + 2
-    only_a, only_b = ((a_right & ~b_right).sum() + 1) / n, ((~a_right & b_right).sum() + 1) / n
-    difference = only_a - only_b
-    reach = 1.959964 * ((only_a + only_b - difference ** 2) / n) ** .5
-    return max(-1., float(difference - reach)), min(1., float(difference + reach))
-
-# %% ../nbs/02_evaluate.ipynb #43ef42b3
-def compare_models(right: np.ndarray, champion: np.ndarray) -> dict[str, float]:
-    "Return accuracies, difference, interval and p-value of two models, right or wrong on the same images (N > 0,)."
-    low, high = paired_interval(right, champion)
-    return {"images": len(right), "accuracy": float(right.mean()), "champion": float(champion.mean()),
-            "difference": float(right.mean() - champion.mean()), "low": low, "high": high,
-            "p_value": mcnemar_test(right, champion)}
-
-# %% ../nbs/02_evaluate.ipynb #595c6a86
-def compare_by_class(labels: np.ndarray, classes: list[str], right: np.ndarray,
-                     champion: np.ndarray) -> dict[str, dict[str, float]]:
-    "Compare the models on the images of each class that occurs in `labels` (N,); the accuracies are then recalls."
-    return {name: compare_models(right[labels == k], champion[labels == k])
-            for k, name in enumerate(classes) if (labels == k).any()}
-
-# %% ../nbs/02_evaluate.ipynb #37cfa4c9
-def describe_difference(comparison: dict[str, float]) -> str:
-    "Return the difference that `compare_models` found, with its interval and p-value, in words."
-    return "{difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}, p = {p_value:.3g}".format(**comparison)
 
 # %% ../nbs/02_evaluate.ipynb #8575147b
 @dataclass(frozen=True)

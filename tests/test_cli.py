@@ -15,9 +15,9 @@ from conftest import COMMAND, House
 
 from intel_nb.cli import call
 
-COMMANDS = ("run", "probe", "runs", "report", "models", "trace", "endpoints", "drift", "captures", "suspects",
-            "measure", "approve", "reject", "withdraw", "promote", "rollback", "shadow", "start", "stop", "predict",
-            "serve", "sign", "export", "import", "watch", "audit", "check", "cancel", "logs", "prune", "aws")
+COMMANDS = ("run", "probe", "runs", "report", "compare", "models", "trace", "endpoints", "drift", "captures",
+            "suspects", "measure", "approve", "reject", "withdraw", "promote", "rollback", "shadow", "start", "stop",
+            "predict", "serve", "sign", "export", "import", "watch", "audit", "check", "cancel", "logs", "prune", "aws")
 AWS_COMMANDS = ("template", "definition", "rehearse", "cost", "deploy", "start", "status", "models", "approve",
                 "promote", "reject", "rollback", "invoke", "logs", "destroy")
 
@@ -210,7 +210,9 @@ def test_the_documents(staged_once):
     for listing in ("models", "endpoints", "runs"):
         assert "1" in staged_once(listing).out
     page = (staged_once.executed / "first" / "report.html").read_text()
-    assert "data:image/png;base64," in page and endpoint["url"] in page and '<a href="05_test_staging.ipynb">' in page
+    assert "data:image/jpeg;base64," in page and endpoint["url"] in page and len(page) < 2**20
+    assert '<a href="05_test_staging.ipynb">' in page
+    assert "Version 1 serves in staging" in page and "intel-nb promote 1" in page
 
 
 def test_the_endpoint_answers(staged_once, tmp_path):

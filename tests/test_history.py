@@ -58,7 +58,7 @@ def test_a_run_records_the_event_that_started_it(waiting):
     assert run["became"] == "succeeded, no version"
     assert "annotations/<fog>.zip" in waiting("runs").out
     page = (waiting.executed / "second" / "report.html").read_text()
-    assert "annotations/&lt;fog&gt;.zip" in page and "as in first" in page
+    assert "annotations/&lt;fog&gt;.zip" in page and "It is the data of run first" in page
 
 
 @pytest.mark.slow

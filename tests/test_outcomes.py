@@ -50,7 +50,7 @@ def test_labels_of_requests(staged):
     assert staged("models", "--json").json[0]["production"]["requests"]["images"] == 25
     run = staged.newest()["run_id"]
     assert staged("report", run).status == 0
-    assert "accuracy in production" in (staged.executed / run / "report.html").read_text()
+    assert "Accuracy in production" in (staged.executed / run / "report.html").read_text()
 
 
 def test_labelled_captures_that_train_are_measured_too(waiting):

@@ -5,7 +5,6 @@
 # %% ../../nbs/chain/07_history.ipynb #a980eca6
 from __future__ import annotations
 
-import html
 import json
 import math
 import os
@@ -16,20 +15,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .outcomes import production_accuracy, production_in_words
 from .plan import PLAN, Workspace
 from .runs import Run, list_runs, read_run
 from .store import Entry, key_of
-from ..labels.summary import summary_lines
 from ..registry import ModelVersion
-from ..serving.shadow import shadow_in_words
 from ..storage import InputError, files_of, read_json, remove
 
 # %% auto #0
 __all__ = ['StepKey', 'named_cause', 'data_summary', 'data_in_words', 'labels_in_words', 'training_in_words', 'run_outcome',
-           'run_summary', 'run_summaries', 'run_row', 'shadow_tallies', 'run_summary_html', 'version_entries',
-           'entry_origin', 'run_options', 'trace_version', 'trace_in_words', 'log_files', 'needed_by_runs',
-           'needed_by_versions', 'unneeded_entries', 'total_bytes', 'remove_entries']
+           'run_summary', 'run_summaries', 'run_row', 'shadow_tallies', 'version_entries', 'entry_origin',
+           'run_options', 'trace_version', 'trace_in_words', 'log_files', 'needed_by_runs', 'needed_by_versions',
+           'unneeded_entries', 'total_bytes', 'remove_entries']
 
 # %% ../../nbs/chain/07_history.ipynb #350224e3
 def named_cause(environ: Mapping[str, str] = os.environ) -> str:
@@ -124,24 +120,6 @@ def shadow_tallies(workspace: Workspace, version: str | None) -> dict[str, dict[
     endpoints = workspace.endpoints()
     found = {e.stage: endpoints.shadowed(e.stage) for e in endpoints.list()} if version else {}
     return {stage: tally for stage, tally in found.items() if tally and tally["version"] == version}
-
-# %% ../../nbs/chain/07_history.ipynb #9d04d97c
-def run_summary_html(workspace: Workspace, run: Run) -> str:
-    "Return the section of a run's page that its record alone cannot fill, as HTML."
-    row = run_row(run_summary(workspace, run))
-    facts = {"data": row["data"], "what became of it": row["became"]}
-    facts |= {"trained": words} if (words := training_in_words(run)) else {}
-    production = production_accuracy(workspace.home, run.model_version) if run.model_version else {}
-    facts |= {"accuracy in production": production_in_words(production)} if production else {}
-    facts |= {f"as a shadow of {stage}": shadow_in_words(tally)
-              for stage, tally in shadow_tallies(workspace, run.model_version).items()}
-    step = run.step("data")
-    understood = summary_lines(step.result) if step and step.result and "understood" in step.result else []
-    if understood and step and step.out_dir:
-        understood.append(f"files that were left out are listed in {step.out_dir}/quarantine.csv")
-    lines = "".join(f"<li>{html.escape(line)}</li>" for line in understood)
-    rows = "".join(f"<tr><th>{name}</th><td>{html.escape(value)}</td></tr>" for name, value in facts.items())
-    return f"<h2>History</h2><table>{rows}</table>" + (f"<h2>Data</h2><ul>{lines}</ul>" if lines else "")
 
 # %% ../../nbs/chain/07_history.ipynb #4b7963c4
 def version_entries(workspace: Workspace, version: ModelVersion) -> dict[str, Entry]:

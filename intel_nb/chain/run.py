@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .execution import NotebookFailed, SpareKernel, end_kernel, execute, import_papermill
-from .history import named_cause, run_summary_html
+from .history import named_cause
 from .outcomes import classes_of, measure_captured
 from intel_nb.chain.plan import (
     FOLDERS,
@@ -31,7 +31,8 @@ from intel_nb.chain.plan import (
     look_up_values,
     version_in_words,
 )
-from .runs import Run, StepRecord, lock_run, new_run_id, read_run, with_step, write_report, write_run
+from .report import write_report
+from .runs import Run, StepRecord, lock_run, new_run_id, read_run, with_step, write_run
 from intel_nb.chain.store import (
     CHECKPOINTS,
     OUTPUTS,
@@ -432,7 +433,7 @@ def open_run(workspace: Workspace, request: RunRequest, run_id: str, plan: tuple
 def close_run(context: RunContext, status: str) -> Run:
     "Write how the run ended, and its page. A run that waits has not finished."
     context.save(status=status, finished=None if status == "waiting" else utc_now())
-    write_report(context.workspace.executed, context.run, run_summary_html(context.workspace, context.run))
+    write_report(context.workspace, context.run)
     return context.run
 
 # %% ../../nbs/chain/08_run.ipynb #47872af6

@@ -5,48 +5,18 @@
 # %% ../../nbs/chain/14_suspects.ipynb #697a9f8a
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .plan import Workspace
-from .runs import Run
+from .runs import Run, output_of, read_suspects
 from ..dataset import class_names, read_split
 from ..serving.captures import image_file_name, label_config
-from ..storage import InputError, from_cell, locked, write_bytes, write_json, write_text, written_aside
+from ..storage import InputError, locked, write_bytes, write_json, write_text, written_aside
 
 # %% auto #0
-__all__ = ['output_of', 'read_suspects', 'original_names', 'read_contradictory', 'suspect_task', 'export_suspects', 'write_task']
-
-# %% ../../nbs/chain/14_suspects.ipynb #09423688
-def output_of(run: Run, step: str) -> Path:
-    "Return the folder of what `step` of `run` wrote. Raise `InputError` if it wrote nothing."
-    found = run.step(step)
-    if found is None or not found.result or not found.out_dir:
-        raise InputError(f"run {run.run_id} has no output of its step {step}; give a run that got further")
-    return Path(found.out_dir)
-
-def read_suspects(run: Run) -> list[dict[str, str]]:
-    "Return the doubtful labels of `run`, the worst first. Raise `InputError` if it has no such list."
-    path = output_of(run, "train") / "suspects.csv"
-    if not path.is_file():
-        raise InputError(f"{path} does not exist, because the run is older than such lists; run it again")
-    with open(path, newline="") as lines:
-        rows = [{name: from_cell(value) for name, value in row.items()} for row in csv.DictReader(lines)]
-    files = original_names(output_of(run, "data"))
-    return [row | {"file": files.get(row["sha256"], row["name"])} for row in rows]
-
-def original_names(data: Path) -> dict[str, str]:
-    "Return the name in the archive of each image by SHA-256, as the data step listed them in its folder `data`."
-    with open(data / "index.csv", newline="", encoding="utf-8") as lines:
-        return {row["sha256"]: from_cell(row["path"]) for row in csv.DictReader(lines)}
-
-def read_contradictory(run: Run) -> list[tuple[str, str]]:
-    "Return the files of the archive that show an image of another class, and which one, as the data step found them."
-    with open(output_of(run, "data") / "quarantine.csv", newline="", encoding="utf-8") as lines:
-        rows = list(csv.DictReader(lines))
-    return [(from_cell(row["path"]), from_cell(row["detail"])) for row in rows if row["reason"] == "contradictory"]
+__all__ = ['suspect_task', 'export_suspects', 'write_task']
 
 # %% ../../nbs/chain/14_suspects.ipynb #c2b6b4a6
 def suspect_task(name: str, row: dict[str, str], run: str) -> dict[str, Any]:
