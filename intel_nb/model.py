@@ -26,7 +26,16 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import numpy as np
 
 from .images import decode
-from .storage import InputError, read_json, sha256_file, write_bytes, write_json, write_text, written_aside
+from intel_nb.storage import (
+    InputError,
+    read_json,
+    report_progress,
+    sha256_file,
+    write_bytes,
+    write_json,
+    write_text,
+    written_aside,
+)
 
 if TYPE_CHECKING:  # imported when used: reading a package needs neither
     import onnxruntime
@@ -34,10 +43,10 @@ if TYPE_CHECKING:  # imported when used: reading a package needs neither
     from intel_nb.detector import OnlineMMD
 
 # %% auto #0
-__all__ = ['FILES', 'IGNORED', 'SIGNATURE', 'MAX_PACKAGE_BYTES', 'MAX_TEXT_BYTES', 'write_manifest', 'read_manifest',
-           'check_files', 'check_content', 'check_manifest', 'sign_manifest', 'check_signature', 'check_keys', 'cores',
-           'open_session', 'stream_batches', 'run_batches', 'Package', 'pack', 'unpack', 'find_package', 'load_package',
-           'sign_package', 'to_yaml', 'card_text', 'write_package', 'sample_package']
+__all__ = ['FILES', 'IGNORED', 'SIGNATURE', 'MANY_ITEMS', 'MAX_PACKAGE_BYTES', 'MAX_TEXT_BYTES', 'write_manifest',
+           'read_manifest', 'check_files', 'check_content', 'check_manifest', 'sign_manifest', 'check_signature',
+           'check_keys', 'cores', 'open_session', 'stream_batches', 'run_batches', 'Package', 'pack', 'unpack',
+           'find_package', 'load_package', 'sign_package', 'to_yaml', 'card_text', 'write_package', 'sample_package']
 
 # %% ../nbs/18_model.ipynb #4eca6a82
 FILES = ("model.onnx", "model.safetensors", "labels.json", "hparams.yaml", "drift.npz", "card.md")
@@ -217,10 +226,16 @@ def stream_batches(model: str | Path | bytes, items: Sequence | np.ndarray, load
             yield waiting.popleft().result()
 
 # %% ../nbs/18_model.ipynb #8d6c94a9
+MANY_ITEMS = 100  # fewer take no time that anybody would notice
+
 def run_batches(model: str | Path | bytes, items: Sequence | np.ndarray, load: Callable[[Any], np.ndarray],
                 batch_size: int = 8, outputs: Sequence[str] = ()) -> dict[str, np.ndarray]:
-    "Return what `stream_batches` yields for all `items` together."
-    batches = list(stream_batches(model, items, load, batch_size, outputs))
+    "Return what `stream_batches` yields for all `items` together. Report how far it is, if there are many."
+    batches: list[dict[str, np.ndarray]] = []
+    for batch in stream_batches(model, items, load, batch_size, outputs):
+        batches.append(batch)
+        if len(items) > MANY_ITEMS:
+            report_progress("answered", min(len(batches) * batch_size, len(items)), len(items))
     return {name: np.concatenate([batch[name] for batch in batches]) for name in (batches[0] if batches else ())}
 
 # %% ../nbs/18_model.ipynb #3554998c

@@ -72,12 +72,13 @@ __all__ = ['Tell', 'Ask', 'DONE', 'REFUSALS', 'RunEvent', 'RunContext', 'look_up
 @dataclass(frozen=True)
 class RunEvent:
     "One event of a run, such as the end of a step."
-    kind: str  # started, cell, ended, note
+    kind: str  # started, progress, ended, note
     step: str = ""
-    text: str = ""  # the note; for an ended step its status
-    done: int = 0  # cells
+    text: str = ""  # the note; for an ended step its status; for progress what it is of, empty for the step itself
+    done: int = 0
     total: int = 0
     seconds: float = 0.0
+    unit: str = ""  # of `done` and `total`
 
 # %% ../../nbs/chain/08_run.ipynb #e3c7201e
 Tell = Callable[[RunEvent], None]
@@ -243,7 +244,8 @@ def record_failure(context: RunContext, step: Step, key: str, seconds: float, er
         remove(work)
     remove(work / OUTPUTS)
     context.record(step, "failed", key, round(seconds, 2))
-    context.tell(RunEvent("ended", step.name, "failed", seconds=seconds))
+    ended = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    context.tell(RunEvent("ended", step.name, ended, seconds=seconds))
     if isinstance(error, NotebookFailed):
         step.effect.note_failure(context.workspace, context.run)
 
@@ -288,6 +290,10 @@ def check_inputs(context: RunContext, step: Step) -> None:
                 raise Damaged(f"{entry.folder} was damaged, and {source} gives something else by now; "
                               "run the chain again")
 
+def _tell_progress(context: RunContext, step: Step, said: dict[str, Any]) -> None:
+    "Pass on what the notebook of `step` said of its progress."
+    context.tell(RunEvent("progress", step.name, said["what"], said["done"], said["total"], unit=said["unit"]))
+
 def execute_step(context: RunContext, step: Step, recipe: dict[str, Any]) -> Entry:
     "Execute the notebook of `step`, and move its outputs into the store. Raise `InputError` or `NotebookFailed`."
     prepare_later(context, step)
@@ -300,7 +306,7 @@ def execute_step(context: RunContext, step: Step, recipe: dict[str, Any]) -> Ent
         empty_outputs(work)
         execute(context.workspace.notebooks / step.notebook, context.folder / step.notebook,
                 notebook_parameters(context, step, work), work,
-                lambda done, total: context.tell(RunEvent("cell", step.name, done=done, total=total)),
+                partial(_tell_progress, context, step),
                 take_spare(context, step))
         entry = publish_outputs(context, step, recipe, time.monotonic() - started)
     except BaseException as error:
