@@ -43,11 +43,11 @@ __all__ = ['app', 'aws_app', 'INTERRUPTED', 'JsonOption', 'VersionArgument', 'St
            'promote_command', 'rollback_command', 'shadow_command', 'start_command', 'stop_command', 'with_bar',
            'print_predictions', 'print_prediction_table', 'print_data', 'check_at_most_one', 'predict_command',
            'check_not_rejected', 'serve_command', 'sign_command', 'export_command', 'import_command', 'watch_command',
-           'audit_command', 'check_command', 'cancel_command', 'logs_command', 'prune_command', 'confirm_unless',
-           'aws_template_command', 'aws_definition_command', 'aws_rehearse_command', 'aws_cost_command',
-           'aws_deploy_command', 'aws_start_command', 'aws_status_command', 'aws_models_command', 'aws_approve_command',
-           'aws_promote_command', 'aws_reject_command', 'aws_rollback_command', 'aws_invoke_command',
-           'aws_logs_command', 'aws_destroy_command']
+           'audit_command', 'check_command', 'cancel_command', 'logs_command', 'prune_command', 'ui_command',
+           'confirm_unless', 'aws_template_command', 'aws_definition_command', 'aws_rehearse_command',
+           'aws_cost_command', 'aws_deploy_command', 'aws_start_command', 'aws_status_command', 'aws_models_command',
+           'aws_approve_command', 'aws_promote_command', 'aws_reject_command', 'aws_rollback_command',
+           'aws_invoke_command', 'aws_logs_command', 'aws_destroy_command']
 
 # %% ../nbs/20_cli.ipynb #d6fdda1b
 app = typer.Typer(name="intel-nb", invoke_without_command=True, rich_markup_mode=None,
@@ -1112,6 +1112,24 @@ def prune_command(
         remove_entries(workspace, found)
     if found and not as_json:
         print_line(f"{size:,.1f} MB " + ("removed" if yes else "can go; intel-nb prune --yes removes it"))
+
+# %% ../nbs/20_cli.ipynb #b6342c96
+@app.command("ui")
+def ui_command(
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Show TensorBoard instead of MLflow.")] = False,
+    port: Annotated[int | None, typer.Option(help="The port; by default 5000, for TensorBoard 6006.", min=0,
+                                             max=65535)] = None,
+) -> None:
+    "Show the runs in MLflow's pages, or in TensorBoard, on this machine alone, until Ctrl-C."
+    import tempfile
+
+    from intel_nb.chain.ui import RUNS_PAGE, mlflow_command, serve, tensorboard_command
+    workspace = _workspace()
+    if not tensorboard:
+        raise typer.Exit(serve(mlflow_command(workspace, 5000 if port is None else port), RUNS_PAGE, print_line))
+    with tempfile.TemporaryDirectory(prefix="intel-nb-") as folder:
+        command = tensorboard_command(workspace, Path(folder), 6006 if port is None else port)
+        raise typer.Exit(serve(command, "", print_line))
 
 # %% ../nbs/20_cli.ipynb #e739dd59
 NameOption = Annotated[str, typer.Option("--name", help="The name of the deployment.")]

@@ -46,7 +46,8 @@ if TYPE_CHECKING:  # imported when used: reading a package needs neither
 __all__ = ['FILES', 'IGNORED', 'SIGNATURE', 'MANY_ITEMS', 'MAX_PACKAGE_BYTES', 'MAX_TEXT_BYTES', 'write_manifest',
            'read_manifest', 'check_files', 'check_content', 'check_manifest', 'sign_manifest', 'check_signature',
            'check_keys', 'cores', 'open_session', 'stream_batches', 'run_batches', 'Package', 'pack', 'unpack',
-           'find_package', 'load_package', 'sign_package', 'to_yaml', 'card_text', 'write_package', 'sample_package']
+           'find_package', 'load_package', 'sign_package', 'to_yaml', 'from_yaml', 'card_text', 'write_package',
+           'sample_package']
 
 # %% ../nbs/18_model.ipynb #4eca6a82
 FILES = ("model.onnx", "model.safetensors", "labels.json", "hparams.yaml", "drift.npz", "card.md")
@@ -252,6 +253,11 @@ class Package:
         return self.manifest["card"]
 
     @property
+    def hparams(self) -> dict[str, Any]:
+        "Return the parameters of the training."
+        return from_yaml((self.path / "hparams.yaml").read_text())
+
+    @property
     def name(self) -> str:
         "Return the name of the backbone."
         return str(self.card["model_name"])
@@ -383,6 +389,11 @@ def sign_package(path: str | Path, key: str | Path) -> None:
 def to_yaml(values: dict[str, Any]) -> str:
     "Return a flat mapping as YAML with sorted keys. The values are in JSON's syntax, which is YAML too."
     return "".join(f"{key}: {json.dumps(values[key])}\n" for key in sorted(values))
+
+def from_yaml(text: str) -> dict[str, Any]:
+    "Return what `to_yaml` wrote."
+    pairs = (line.partition(": ") for line in text.splitlines())
+    return {key: json.loads(value) for key, _, value in pairs}
 
 # %% ../nbs/18_model.ipynb #4c0c6d81
 def card_text(labels: Sequence[str], card: dict[str, Any], data: str, notes: str) -> str:

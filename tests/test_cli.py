@@ -17,7 +17,8 @@ from intel_nb.cli import call
 
 COMMANDS = ("run", "probe", "runs", "report", "models", "trace", "endpoints", "status", "captures", "suspects",
             "measure", "approve", "reject", "withdraw", "promote", "rollback", "shadow", "start", "stop", "predict",
-            "serve", "sign", "export", "import", "watch", "audit", "check", "cancel", "logs", "prune", "aws")
+            "serve", "sign", "export", "import", "watch", "audit", "check", "cancel", "logs", "prune", "ui",
+            "aws")
 AWS_COMMANDS = ("template", "definition", "rehearse", "cost", "deploy", "start", "status", "models", "approve",
                 "promote", "reject", "rollback", "invoke", "logs", "destroy")
 
@@ -167,6 +168,43 @@ def test_the_end_of_a_run_names_the_next_command(staged_once):
         assert line in answer.out.replace("accuracy 1.", "accuracy 0."), answer.out
 
 
+def test_mlflow_has_the_run_under_our_id(staged_once):
+    from intel_nb.registry import MODEL, import_client
+    client = import_client()(f"sqlite:///{staged_once.home}/mlflow.db")
+    experiment = client.get_experiment_by_name(MODEL).experiment_id
+    (run,) = client.search_runs([experiment], "attributes.run_name = 'first'")
+    used = {"data.seed": "0", "train.seed": "0", "train.profile": "quick", "train.bootstraps": "2000",
+            "evaluate.min_accuracy": "0.8", "drift.runs": "50", "staging.sample": "32"}
+    assert run.data.params == run.data.params | used
+    assert not any("[[" in value for value in run.data.params.values()), "no matrices"
+    for name in ("accuracy", "recall/sea", "expected_calibration_error", "drift/run_time", "staging/passed"):
+        assert name in run.data.metrics
+    assert len(client.get_metric_history(run.info.run_id, "training/log_loss")) > 1
+    data = staged_once.record("first")["steps"][0]["result"]["fingerprint"]
+    assert (run.data.tags["version"], run.data.tags["data"]) == ("1", data)
+    assert [one.dataset.name for one in run.inputs.dataset_inputs] == ["scenes.zip"]
+    kept = {path.name for path in (staged_once.home / "artifacts" / run.info.run_id / "artifacts").iterdir()}
+    assert {"package", "evaluation.json", "report.html", "train", "drift", "staging"} <= kept
+    assert staged_once("check").status == 0
+
+
+def test_the_ui_serves_and_ends_with_ctrl_c(staged_once):
+    command = subprocess.Popen([COMMAND, "ui", "--tensorboard", "--port", "0"], env=staged_once.environ, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    url = command.stdout.readline().split()[0]
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            assert urlopen(f"{url}data/runs", timeout=10).read() == b'["first/tensorboard"]'
+            break
+        except (OSError, AssertionError):
+            time.sleep(.2)
+    else:
+        raise AssertionError(command.communicate())
+    command.send_signal(signal.SIGINT)
+    assert "Traceback" not in command.communicate(timeout=60)[1] and command.returncode == 0
+
+
 # A workspace in which nothing was done
 
 
@@ -190,6 +228,7 @@ UNKNOWN = {  # a person may be in the wrong folder, so the message names it
     "run --to x": "no step x; there are: data, train, evaluate, deploy, drift, staging",
     "run --param trian.seed=1": f"no step trian; did you mean train? {STEPS}",
     "import x.tar.gz": "x.tar.gz does not exist",
+    "ui": "no version in {home} yet", "ui --tensorboard": "no run in {executed} has trained yet",
     "watch inbox": "is no folder", "aws cost --option runs=x": "must be a number",
     "approve": "VERSION", "models --jsn": "--jsn", "nonsense": "nonsense",
 }

@@ -43,9 +43,11 @@ from intel_nb.chain.store import (
     publish,
     recipe_of,
 )
+from .tracking import CHECKS, describe_check, describe_origin
 from ..labels.captured import with_captured_images
 from ..labels.lookup import own_buckets
 from ..labels.members import source_digest
+from ..registry import Tracked
 from intel_nb.storage import (
     Damaged,
     InputError,
@@ -64,9 +66,10 @@ from intel_nb.storage import (
 __all__ = ['Tell', 'Ask', 'DONE', 'REFUSALS', 'RunEvent', 'RunContext', 'look_up_all', 'local_source', 'resolved_parameters',
            'supplied_parameters', 'notebook_parameters', 'input_contents', 'step_recipe', 'is_current', 'find_reusable',
            'take_entry', 'publish_outputs', 'record_failure', 'prepare_later', 'take_spare', 'end_spares',
-           'check_inputs', 'execute_step', 'run_step', 'note_effect', 'check_approval', 'may_approve',
-           'waits_for_approval', 'grant_approval', 'Declined', 'check_replacement', 'announce_replacement',
-           'follow_plan', 'request_of', 'open_run', 'close_run', 'has_lasting_effects', 'status_after', 'run_chain']
+           'check_inputs', 'execute_step', 'run_step', 'track', 'is_maker', 'track_step', 'note_effect',
+           'check_approval', 'may_approve', 'waits_for_approval', 'grant_approval', 'Declined', 'check_replacement',
+           'announce_replacement', 'follow_plan', 'request_of', 'open_run', 'close_run', 'has_lasting_effects',
+           'status_after', 'run_chain']
 
 # %% ../../nbs/chain/08_run.ipynb #175f2326
 @dataclass(frozen=True)
@@ -330,12 +333,37 @@ def run_step(context: RunContext, step: Step) -> Entry:
         return take_entry(context, step, entry) if entry else execute_step(context, step, recipe)
 
 # %% ../../nbs/chain/08_run.ipynb #41d509db
+def track(context: RunContext, found: Tracked, step: Step | None = None) -> None:
+    "Tell MLflow more of the run that made this run's version. If that fails, say so: nothing depends on it."
+    try:
+        context.workspace.registry().track(context.run.model_version or "", found)
+    except Exception as error:
+        context.tell(RunEvent("note", step.name if step else "", f"MLflow was not told: {error}"))
+
+def is_maker(context: RunContext) -> bool:
+    "Tell whether this run made its version."
+    version = context.run.model_version
+    return version is not None and any((v.version, v.run_id) == (version, context.run.run_id)
+                                       for v in context.workspace.registry().versions())
+
+def track_step(context: RunContext, step: Step) -> None:
+    "Tell MLflow what `step` found out about the version of the run, unless the step came from the store."
+    record = context.run.step(step.name)
+    if not context.run.model_version or record is None or record.status != "succeeded":
+        return
+    if step.name == "evaluate" and is_maker(context):
+        archive = str(context.request.parameters.get("data", {}).get("archive", ""))
+        track(context, describe_origin(context.run, context.entries, archive), step)
+    elif step.name in CHECKS:
+        track(context, describe_check(context.entries, step.name), step)
+
 def note_effect(context: RunContext, step: Step, entry: Entry) -> None:
     "Write what `step` means for its version to the run and to the registry."
     fields = {name: entry.result.get(value) for name, value in step.effect.run_fields.items()}
     if any(fields.values()):
         context.save(**fields)
     step.effect.note_success(context.workspace, context.run, entry.result)
+    track_step(context, step)
 
 # %% ../../nbs/chain/08_run.ipynb #ffdbadff
 def check_approval(context: RunContext) -> str:
@@ -438,7 +466,9 @@ def open_run(workspace: Workspace, request: RunRequest, run_id: str, plan: tuple
 def close_run(context: RunContext, status: str) -> Run:
     "Write how the run ended, and its page. A run that waits has not finished."
     context.save(status=status, finished=None if status == "waiting" else utc_now())
-    write_report(context.workspace.executed, context.run, run_summary_html(context.workspace, context.run))
+    page = write_report(context.workspace.executed, context.run, run_summary_html(context.workspace, context.run))
+    if is_maker(context):
+        track(context, Tracked(files={"": [page]}))
     return context.run
 
 # %% ../../nbs/chain/08_run.ipynb #47872af6
