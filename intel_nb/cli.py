@@ -382,9 +382,9 @@ def describe_run(workspace: Workspace, run: Run) -> str:
     from intel_nb.chain.history import training_in_words
     from intel_nb.chain.standing import next_for_run
     lines = [f"run {run.run_id} {run.status}", *data_lines(run), *annotation_lines(run)]
+    lines += [f"trained   {words}"] if (words := training_in_words(run)) else []
     if run.model_version:
         lines += version_lines(workspace, run)
-    lines += [f"trained   {words}"] if (words := training_in_words(run)) else []
     if run.endpoint:
         lines.append(f"endpoint  {run.endpoint}")
     lines.append(f"report    {workspace.executed / run.run_id / 'report.html'}")
@@ -620,7 +620,7 @@ def standing_lines(found: Standing) -> list[str]:
             lines.append(f"version   {version.version}, accuracy {describe_version(version)}, {version.status}{where}")
     for one in found.endpoints:
         drift, why = read_drift(one)
-        lines += [f"{one.stage:<10}{one.status}, version {one.version}, {one.url}",
+        lines += [f"{one.stage:<9} {one.status}, version {one.version}, {one.url}",
                   *(f"          {text}" for text in [describe_drift(drift) if drift else why] if text)]
     return lines + [f"alarm     {a.time}, {a.stage}: {a.images:,} images kept" for a in found.alarms[:3]]
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from .execution import end_process
 from .plan import Workspace
 from .runs import list_runs
 from ..storage import InputError, check_extra
@@ -69,10 +71,11 @@ def serve(command: Sequence[str], page: str, say: Callable[[str], None]) -> int:
     check_extra("steps", "intel-nb ui")
     say(f"http://{HOST}:{command[command.index('--port') + 1]}/{page}    (Ctrl-C ends it)")
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a terminal that is closed ends it too
+        signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
     with subprocess.Popen(command, env=os.environ | quiet, start_new_session=True) as server:
         try:
             return server.wait()
-        except KeyboardInterrupt:
-            server.terminate()  # in a session of its own it has not seen Ctrl-C, which would print its traceback
-            server.wait()
+        except KeyboardInterrupt:  # in a session of its own the server has not seen it, and prints no traceback
+            end_process(server)
             return 0
