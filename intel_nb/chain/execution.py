@@ -185,15 +185,16 @@ def time_in_words(seconds: float) -> str:
 class Pace:
     "Tells how fast something goes, from the first that is heard of it."
     def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self.clock, self.of, self.began = clock, ("", 0), (0.0, 0)
+        self.clock, self.of, self.began, self.last = clock, ("", 0), (0.0, 0), 0
 
     def __call__(self, what: str, done: int, total: int, unit: str) -> str:
         "Return in words what is done, later with the rate and the time that is left. Without a `what` a cell began."
         if not what:
             return f"{unit.removesuffix('s')} {done + 1} of {total}"
         now, of = self.clock(), (what.partition(" ")[0], total)  # each epoch has a name of its own
-        if self.of != of or done < self.began[1]:
+        if self.of != of or done < self.last:  # something else, or the same once more
             self.of, self.began = of, (now, done)
+        self.last = done
         text = f"{what}: {done:,} of {total:,} {unit}"
         seconds, more = now - self.began[0], done - self.began[1]
         if seconds < 1 or not more:
