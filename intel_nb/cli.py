@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
@@ -23,31 +24,34 @@ if TYPE_CHECKING:  # each command imports what it needs, so that --help does not
     from intel_nb.chain.plan import RunRequest, Workspace
     from intel_nb.chain.run import RunEvent
     from intel_nb.chain.runs import Run
+    from intel_nb.chain.standing import Next, Standing
     from intel_nb.registry import ModelVersion, Registry
 
 # %% auto #0
-__all__ = ['app', 'aws_app', 'INTERRUPTED', 'JsonOption', 'VersionArgument', 'StageArgument', 'EXIT_STATUS', 'Setting', 'Profile',
-           'Engine', 'Approve', 'Replace', 'BAR_FROM', 'ImagesArgument', 'CsvOption', 'ObserveOption', 'ModelArgument',
-           'RunArgument', 'NameOption', 'PipelineOption', 'StackOption', 'YesOption', 'Reason', 'print_line',
-           'print_error', 'check_none_empty', 'call', 'main', 'format_table', 'print_json', 'print_rows', 'print_note',
-           'looked_at', 'mended', 'with_remedy', 'complete_with', 'complete_versions', 'complete_runs',
+__all__ = ['app', 'aws_app', 'INTERRUPTED', 'JsonOption', 'VersionArgument', 'StageArgument', 'AnyRun', 'EXIT_STATUS', 'Setting',
+           'Profile', 'Engine', 'Approve', 'Replace', 'BAR_FROM', 'ImagesArgument', 'CsvOption', 'ObserveOption',
+           'ModelArgument', 'RunArgument', 'NameOption', 'PipelineOption', 'StackOption', 'YesOption', 'Reason',
+           'print_line', 'print_error', 'check_none_empty', 'call', 'main', 'format_table', 'print_json', 'print_rows',
+           'print_note', 'looked_at', 'mended', 'with_remedy', 'complete_with', 'complete_versions', 'complete_runs',
            'complete_steps', 'complete_profiles', 'complete_settings', 'PlainProgress', 'BarProgress', 'show_progress',
-           'data_lines', 'annotation_lines', 'describe_run', 'exit_with_outcome', 'request_from', 'run_command',
-           'probe_command', 'runs_command', 'report_command', 'compare_command', 'version_row', 'print_versions',
-           'production_column', 'models_command', 'trace_command', 'describe_shadow', 'describe_drift',
-           'drift_and_shadow', 'endpoints_command', 'drift_in_words', 'drift_command', 'captures_command',
-           'suspects_command', 'measure_command', 'carry_out_decision', 'approve_command', 'reject_command',
-           'withdraw_command', 'promote_command', 'rollback_command', 'shadow_command', 'start_command', 'stop_command',
-           'with_bar', 'print_predictions', 'print_prediction_table', 'print_data', 'check_at_most_one',
-           'predict_command', 'check_not_rejected', 'serve_command', 'sign_command', 'export_command', 'import_command',
-           'watch_command', 'audit_command', 'check_command', 'cancel_command', 'logs_command', 'prune_command',
-           'confirm_unless', 'aws_template_command', 'aws_definition_command', 'aws_rehearse_command',
-           'aws_cost_command', 'aws_deploy_command', 'aws_start_command', 'aws_status_command', 'aws_models_command',
-           'aws_approve_command', 'aws_promote_command', 'aws_reject_command', 'aws_rollback_command',
-           'aws_invoke_command', 'aws_logs_command', 'aws_destroy_command']
+           'data_lines', 'annotation_lines', 'version_lines', 'describe_run', 'next_lines', 'exit_with_outcome',
+           'request_from', 'run_command', 'probe_command', 'runs_command', 'report_command', 'compare_command',
+           'version_row', 'print_versions', 'production_column', 'models_command', 'trace_command', 'describe_shadow',
+           'describe_drift', 'read_drift', 'drift_and_shadow', 'drift_and_shadow_figures', 'endpoints_command',
+           'drift_in_words', 'drift_command', 'standing_lines', 'standing_figures', 'status_command',
+           'captures_command', 'suspects_command', 'measure_command', 'carry_out_decision', 'approve_command',
+           'reject_command', 'withdraw_command', 'promote_command', 'rollback_command', 'shadow_command',
+           'start_command', 'stop_command', 'with_bar', 'print_predictions', 'print_prediction_table', 'print_data',
+           'check_at_most_one', 'predict_command', 'check_not_rejected', 'serve_command', 'sign_command',
+           'export_command', 'import_command', 'watch_command', 'audit_command', 'check_command', 'cancel_command',
+           'logs_command', 'prune_command', 'ui_command', 'confirm_unless', 'aws_template_command',
+           'aws_definition_command', 'aws_rehearse_command', 'aws_cost_command', 'aws_deploy_command',
+           'aws_start_command', 'aws_status_command', 'aws_models_command', 'aws_approve_command',
+           'aws_promote_command', 'aws_reject_command', 'aws_rollback_command', 'aws_invoke_command',
+           'aws_logs_command', 'aws_destroy_command']
 
 # %% ../nbs/20_cli.ipynb #d6fdda1b
-app = typer.Typer(name="intel-nb", no_args_is_help=True, rich_markup_mode=None,
+app = typer.Typer(name="intel-nb", invoke_without_command=True, rich_markup_mode=None,
                   pretty_exceptions_enable=False, help="Keep an image classifier alive: data, training, approval, "
                   "a live endpoint, drift, and back. Exit status: 0 done, 1 the work failed or was declined, "
                   "2 the input was wrong, 3 waiting for a decision.")
@@ -62,11 +66,15 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Show the version of intel-nb.", is_eager=True,
                                           callback=_print_version)] = False,
 ) -> None:
     "Declare what every command takes. `call` looks for --debug itself, so it may stand anywhere."
+    if context.invoked_subcommand is None:
+        status_command()
+        print_line("intel-nb --help lists all commands")
 
 # %% ../nbs/20_cli.ipynb #b4ad7e54
 def print_line(text: str) -> None:
@@ -209,9 +217,10 @@ def complete_versions(incomplete: str) -> list[tuple[str, str]]:
     return [(version.version, version.status) for version in _workspace().registry().versions()]
 
 def complete_runs(incomplete: str) -> list[tuple[str, str]]:
-    "Return the runs with their statuses, newest first."
+    "Return the runs with their statuses, newest first, and `latest`."
     from intel_nb.chain.runs import list_runs
-    return [(run.run_id, run.status) for run in list_runs(_workspace().executed)]
+    runs = [(run.run_id, run.status) for run in list_runs(_workspace().executed)]
+    return runs + [("latest", "the run that was started last")] * bool(runs)
 
 def complete_steps(incomplete: str) -> list[str]:
     "Return the steps of the chain."
@@ -247,20 +256,32 @@ VersionArgument = Annotated[str, typer.Argument(metavar="VERSION", help="A versi
                                                 autocompletion=complete_with(complete_versions))]
 StageArgument = Annotated[str, typer.Argument(metavar="STAGE", help="staging or production.",
                                               autocompletion=complete_with(lambda word: ["staging", "production"]))]
+AnyRun = Annotated[str, typer.Argument(metavar="RUN", help="A run id, or latest.",
+                                       autocompletion=complete_with(complete_runs))]
 
 # %% ../nbs/20_cli.ipynb #45e5d068
 class PlainProgress:
     "Shows a run's events as plain lines."
     def __init__(self, write: Callable[[str], None] = print_line):
-        self.write = write
+        from intel_nb.chain.execution import EVERY, Pace
+        self.write, self.pace, self.said, self.every = write, Pace(), 0.0, EVERY
         # A bar wraps standard error in something that is no terminal, so this is looked at before one starts.
         at_terminal = all(stream and stream.isatty() for stream in (sys.stdin, sys.stderr))
         self.ask = self.confirm if at_terminal else None
 
     def __call__(self, event: RunEvent) -> None:
-        if event.kind != "cell":
+        if event.kind == "progress":
+            self.move(event, self.pace(event.text, event.done, event.total, event.unit))
+        else:
+            self.said = time.monotonic()
             seconds = f" in {event.seconds:.1f} s" if event.seconds else ""
             self.write(f"{event.step:<9} {event.text or event.kind}{seconds}".strip())
+
+    def move(self, event: RunEvent, text: str) -> None:
+        "Show the progress `event`, in words `text`."
+        if event.text and (now := time.monotonic()) >= self.said + self.every:
+            self.said = now
+            self.write(f"{event.step:<9} {text}")
 
     def confirm(self, question: str) -> bool:
         "Ask a person a question. Return whether they agree. Raise `KeyboardInterrupt` for Ctrl-C and Ctrl-D."
@@ -276,20 +297,24 @@ class BarProgress(PlainProgress):
     "Shows plain lines, and below them a bar for the step that runs."
     def __init__(self, console: Any = None) -> None:
         super().__init__(lambda text: self.progress.console.print(text, highlight=False, markup=False))
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-        self.progress = Progress(TextColumn("{task.description:<9}"), BarColumn(), MofNCompleteColumn(),
-                                 TextColumn("cells"), TimeElapsedColumn(), transient=True, console=console)
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+        columns = TextColumn("{task.description:<9}"), BarColumn(None), TextColumn("{task.fields[text]}")
+        self.progress = Progress(*columns, TimeElapsedColumn(), transient=True, expand=True, console=console)
         self.progress.start()
 
     def __call__(self, event: RunEvent) -> None:
         if event.kind == "started":
-            self.bar = self.progress.add_task(event.step, total=None)
-        elif event.kind == "cell":
-            self.progress.update(self.bar, completed=event.done, total=event.total)
+            self.bar = self.progress.add_task(event.step, total=None, text="")
         elif event.kind == "ended" and self.progress.task_ids:
             self.progress.remove_task(self.progress.task_ids[-1])
         if event.kind != "started":
             super().__call__(event)
+
+    def move(self, event: RunEvent, text: str) -> None:
+        if event.text:
+            self.progress.update(self.bar, completed=event.done, total=event.total, text=text)
+        else:  # cells take milliseconds or minutes, so a bar of them would lie
+            self.progress.reset(self.bar, total=None, text=text)
 
     def confirm(self, question: str) -> bool:
         self.progress.stop()
@@ -337,26 +362,41 @@ def annotation_lines(run: Run) -> list[str]:
     return [f"annotated {', '.join(f'{n:,} {kind}' for kind, n in counts.items())}: {details}", *why]
 
 # %% ../nbs/20_cli.ipynb #76abee36
+def version_lines(workspace: Workspace, run: Run) -> list[str]:
+    "Return lines about the version of `run`: how good it is, what it replaces, and why it waits or was rejected."
+    from intel_nb.chain.standing import replaced_by
+    from intel_nb.registry import describe_version, find_version
+    versions = workspace.registry().versions()
+    version = find_version(versions, run.model_version or "", str(workspace.home))
+    lines = [f"version   {version.version}, accuracy {describe_version(version)}, {version.status}"]
+    if replaced := replaced_by(run, {v.version: v for v in versions}):
+        lines.append(f"{'instead of' if run.status == 'waiting' else 'replaces':<9} {replaced}")
+    if run.status in ("rejected", "waiting"):
+        lines.append(f"reason    {version.reason}")
+        evaluate = run.step("evaluate")
+        labelled = (evaluate.result or {}).get("annotations", "none") if evaluate else "none"
+        lines += [f"labelled  {labelled}"] if labelled != "none" else []
+    return lines
+
 def describe_run(workspace: Workspace, run: Run) -> str:
     "Return the lines that end a command about `run`."
     from intel_nb.chain.history import training_in_words
-    from intel_nb.registry import describe_version
+    from intel_nb.chain.standing import next_for_run
     lines = [f"run {run.run_id} {run.status}", *data_lines(run), *annotation_lines(run)]
     lines += [f"trained   {words}"] if (words := training_in_words(run)) else []
     if run.model_version:
-        version = workspace.registry().get(run.model_version)
-        lines.append(f"version   {version.version}, accuracy {describe_version(version)}, {version.status}")
-        if run.status in ("rejected", "waiting"):
-            lines.append(f"reason    {version.reason}")
-            evaluate = run.step("evaluate")
-            labelled = (evaluate.result or {}).get("annotations", "none") if evaluate else "none"
-            lines += [f"labelled  {labelled}"] if labelled != "none" else []
+        lines += version_lines(workspace, run)
     if run.endpoint:
         lines.append(f"endpoint  {run.endpoint}")
     lines.append(f"report    {workspace.executed / run.run_id / 'report.html'}")
     if run.status == "waiting":
-        lines.append(f"waiting   for approval: intel-nb approve {run.model_version}")
-    return "\n".join(lines)
+        lines.append("waiting   for approval")
+    coming = next_for_run(workspace, run, {v.version: v for v in workspace.registry().versions()})
+    return "\n".join([*lines, *next_lines(coming)])
+
+def next_lines(coming: Iterable[Next]) -> list[str]:
+    "Return lines that name the commands that come next."
+    return [line for one in coming for line in (f"next      {one.why}:", f"          {one.command}")]
 
 # %% ../nbs/20_cli.ipynb #bd7c5479
 EXIT_STATUS = {"succeeded": 0, "failed": 1, "rejected": 1, "waiting": 3}
@@ -455,23 +495,23 @@ def runs_command(as_json: JsonOption = False) -> None:
     runs = list_runs(workspace.executed, damaged)
     for text in damaged:
         print_note(f"note: {text}; intel-nb check --repair")
-    rows = map(with_check, runs) if as_json else map(run_row, run_summaries(workspace))
+    found = run_summaries(workspace)
+    rows = [with_check(run) | {name: summary[name] for name in ("data", "became")}
+            for run, summary in zip(runs, found)] if as_json else map(run_row, found)
     print_rows(rows, as_json, f"no runs yet in {workspace.executed}: intel-nb run starts one")
 
 # %% ../nbs/20_cli.ipynb #cb3d2956
 @app.command("report")
-def report_command(run: Annotated[str, typer.Argument(metavar="RUN", help="A run id.", autocompletion=complete_with(
-        complete_runs))],
-                   as_json: JsonOption = False) -> None:
+def report_command(run: AnyRun, as_json: JsonOption = False) -> None:
     "Show what a run did, and write its page, and its notebooks as pages beside it."
     from intel_nb.chain.history import run_summary
     from intel_nb.chain.report import render_notebooks, write_report
-    from intel_nb.chain.runs import read_run
+    from intel_nb.chain.standing import find_run
     from intel_nb.serving.captures import captures_section
     workspace = _workspace()
-    found = read_run(workspace.executed, run)
+    found = find_run(workspace, run)
     if not as_json:  # a program reads the notebooks themselves
-        render_notebooks(workspace.executed / run)
+        render_notebooks(workspace.executed / found.run_id)
     write_report(workspace, found, captures_section(workspace.home / "captures"))
     if as_json:
         print_json(run_summary(workspace, found))
@@ -557,16 +597,26 @@ def describe_drift(found: dict[str, Any]) -> str:
     return f"{level}, {found['alarms']} alarms{last}{problems}"
 
 # %% ../nbs/20_cli.ipynb #e6677cf7
+def read_drift(endpoint: Any) -> tuple[dict[str, Any] | None, str]:
+    "Return the answer of `GET /drift` of an endpoint, None where it gives none, and then the reason."
+    from intel_nb.serving.endpoints import EndpointError, drift_status
+    if endpoint.status != "running":
+        return None, endpoint.error
+    try:
+        return drift_status(endpoint.url), ""
+    except (EndpointError, InputError) as e:  # it has ended meanwhile, or asks for another token
+        return None, f"not known: {e}"
+
 def drift_and_shadow(endpoint: Any, endpoints: Any) -> dict[str, str]:
     "Describe the drift detector and the shadow of an endpoint, as two columns of a table."
-    from intel_nb.serving.endpoints import EndpointError, drift_status
-    seen = endpoints.shadowed(endpoint.stage)
+    seen, (drift, why) = endpoints.shadowed(endpoint.stage), read_drift(endpoint)
     shadow = describe_shadow(seen) if seen and seen["status"] == "running" else ""
-    try:
-        drift = describe_drift(drift_status(endpoint.url)) if endpoint.status == "running" else endpoint.error
-    except (EndpointError, InputError) as e:  # it has ended meanwhile, or asks for another token
-        drift = f"not known: {e}"
-    return {"drift": drift, "shadow": shadow}
+    return {"drift": describe_drift(drift) if drift else why, "shadow": shadow}
+
+def drift_and_shadow_figures(endpoint: Any, endpoints: Any) -> dict[str, Any]:
+    "Return the figures of the drift detector and the shadow of an endpoint, and why there are none of the former."
+    drift, why = read_drift(endpoint)
+    return {"drift": drift, "error": why, "shadow": endpoints.shadowed(endpoint.stage)}
 
 # %% ../nbs/20_cli.ipynb #2f3481ee
 @app.command("endpoints")
@@ -574,9 +624,9 @@ def endpoints_command(as_json: JsonOption = False) -> None:
     "List the endpoints of the stages, with the state of their drift detectors and shadows."
     workspace = looked_at(_workspace())
     endpoints = workspace.endpoints()
-    fields = ("stage", "url", "version", "status", *([] if as_json else ["engine"]), "pid")
-    rows = [{name: getattr(e, name) for name in fields} | ({} if as_json else drift_and_shadow(e, endpoints))
-            for e in endpoints.list()]
+    fields = ("stage", "url", "version", "status", "engine", "pid")
+    more = drift_and_shadow_figures if as_json else drift_and_shadow
+    rows = [{name: getattr(e, name) for name in fields} | more(e, endpoints) for e in endpoints.list()]
     print_rows(rows, as_json, f"no endpoints yet in {workspace.home}: intel-nb run --approve makes one")
 
 # %% ../nbs/20_cli.ipynb #c0158d1f
@@ -622,6 +672,41 @@ def drift_command(stage: StageArgument, as_json: JsonOption = False,
     found = drift_status(workspace.endpoints().describe(stage).url)
     print_json(found) if as_json else print_line(drift_in_words(found))
 
+# %% ../nbs/20_cli.ipynb #ce2bebf4
+def standing_lines(found: Standing) -> list[str]:
+    "Return lines about the newest run, the versions, the endpoints and the alarms."
+    from intel_nb.registry import describe_version
+    lines = [f"run       {run.run_id} {run.status}, the newest of {len(found.runs):,}" for run in found.runs[:1]]
+    for version in found.versions:
+        where = f", in {' and '.join(version.aliases)}" if version.aliases else ""
+        if where or version.status == "PendingManualApproval":
+            lines.append(f"version   {version.version}, accuracy {describe_version(version)}, {version.status}{where}")
+    for one in found.endpoints:
+        drift, why = read_drift(one)
+        lines += [f"{one.stage:<9} {one.status}, version {one.version}, {one.url}",
+                  *(f"          {text}" for text in [describe_drift(drift) if drift else why] if text)]
+    return lines + [f"alarm     {a.time}, {a.stage}: {a.images:,} images kept" for a in found.alarms[:3]]
+
+def standing_figures(found: Standing) -> dict[str, Any]:
+    "Return what `standing_lines` says as a document."
+    endpoints = [{name: getattr(e, name) for name in ("stage", "url", "version", "status")}
+                 | dict(zip(("drift", "error"), read_drift(e))) for e in found.endpoints]
+    alarms = [{name: getattr(a, name) for name in ("stage", "time", "version", "images")} for a in found.alarms]
+    runs = [{"run_id": run.run_id, "status": run.status} for run in found.runs[:1]]
+    return {"run": next(iter(runs), None), "runs": len(found.runs),
+            "versions": [version_row(version, True) for version in found.versions], "endpoints": endpoints,
+            "alarms": alarms, "next": [one._asdict() for one in found.next]}
+
+@app.command("status")
+def status_command(as_json: JsonOption = False) -> None:
+    "Say where things stand, and which command comes next. The same as intel-nb without a command."
+    from intel_nb.chain.standing import look_around
+    found = look_around(looked_at(_workspace()))
+    if as_json:
+        print_json(standing_figures(found))
+    else:
+        print_line("\n".join([*standing_lines(found), *next_lines(found.next)] or ["all is well; nothing waits"]))
+
 # %% ../nbs/20_cli.ipynb #3d4c7085
 @app.command("captures")
 def captures_command(as_json: JsonOption = False) -> None:
@@ -637,16 +722,16 @@ def captures_command(as_json: JsonOption = False) -> None:
 
 # %% ../nbs/20_cli.ipynb #fc55c27c
 @app.command("suspects")
-def suspects_command(run: Annotated[str, typer.Argument(metavar="RUN", help="A run id.", autocompletion=complete_with(
-        complete_runs))],
+def suspects_command(run: AnyRun,
                      first: Annotated[int, typer.Option(min=1, help="How many, the most doubtful ones.")] = 20,
                      task: Annotated[bool, typer.Option("--task", help="Write them as a labelling task.")] = False,
                      as_json: JsonOption = False) -> None:
     "List the training labels of a run that are probably wrong, or make a labelling task of them."
-    from intel_nb.chain.runs import read_contradictory, read_run, read_suspects
+    from intel_nb.chain.runs import read_contradictory, read_suspects
+    from intel_nb.chain.standing import find_run
     from intel_nb.chain.suspects import export_suspects
     workspace = _workspace()
-    found = read_run(workspace.executed, run)
+    found = find_run(workspace, run)
     where = export_suspects(workspace, found, first) if task else None
     names = ("rank", "label", "answer", "confidence", "file")
     rows = [{name: row[name] for name in names} for row in read_suspects(found)[:first]]
@@ -657,7 +742,8 @@ def suspects_command(run: Annotated[str, typer.Argument(metavar="RUN", help="A r
         print_line(f"{path}: {detail}")
     if rows:
         print_line(f"to do: label {where / 'tasks.json'} in Label Studio (its interface: labels.xml), and give the "
-                   "export to intel-nb run --annotations" if where else f"to do: intel-nb suspects {run} --task")
+                   "export to intel-nb run --annotations" if where else
+                   f"to do: intel-nb suspects {found.run_id} --task")
 
 # %% ../nbs/20_cli.ipynb #9dccb3fc
 @app.command("measure")
@@ -1060,12 +1146,14 @@ def cancel_command(run: RunArgument) -> None:
 
 @app.command("logs")
 def logs_command(
-    name: Annotated[str, typer.Argument(metavar="RUN|STAGE", help="A run id, or staging or production.")],
+    name: Annotated[str, typer.Argument(metavar="RUN|STAGE", help="A run id, latest, staging or production.")],
     lines: Annotated[int, typer.Option(help="How many lines, from the end.", min=1)] = 100,
 ) -> None:
     "Show the last lines that a run or a stage has written."
     from intel_nb.chain.history import log_files
-    for path in log_files(_workspace(), name):
+    from intel_nb.chain.standing import LATEST, find_run
+    workspace = _workspace()
+    for path in log_files(workspace, find_run(workspace, name).run_id if name == LATEST else name):
         print_note(f"{path}:")
         for text in path.read_text(errors="replace").splitlines()[-lines:]:
             print_line(printable(text))
@@ -1075,18 +1163,37 @@ def logs_command(
 def prune_command(
     keep: Annotated[int, typer.Option(help="Number of newest runs whose outputs stay.", min=0)] = 10,
     yes: Annotated[bool, typer.Option("--yes", help="Remove the outputs. Without it they are only listed.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     "Remove outputs from the store that no recent run needs, and no version that serves or waits for a decision."
     from intel_nb.chain.history import remove_entries, total_bytes, unneeded_entries
     workspace = _workspace()
     found = unneeded_entries(workspace, keep)
     size = total_bytes(found) / 1e6
-    print_rows([{"step": e.step, "key": e.key, "made": e.created[:19]} for e in found], False,
+    print_rows([{"step": e.step, "key": e.key, "made": e.created[:19]} for e in found], as_json,
                f"nothing can go from {workspace.home / 'store'}")
     if found and yes:
         remove_entries(workspace, found)
-    if found:
+    if found and not as_json:
         print_line(f"{size:,.1f} MB " + ("removed" if yes else "can go; intel-nb prune --yes removes it"))
+
+# %% ../nbs/20_cli.ipynb #b6342c96
+@app.command("ui")
+def ui_command(
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Show TensorBoard instead of MLflow.")] = False,
+    port: Annotated[int | None, typer.Option(help="The port; by default 5000, for TensorBoard 6006.", min=0,
+                                             max=65535)] = None,
+) -> None:
+    "Show the runs in MLflow's pages, or in TensorBoard, on this machine alone, until Ctrl-C."
+    import tempfile
+
+    from intel_nb.chain.ui import RUNS_PAGE, mlflow_command, serve, tensorboard_command
+    workspace = _workspace()
+    if not tensorboard:
+        raise typer.Exit(serve(mlflow_command(workspace, 5000 if port is None else port), RUNS_PAGE, print_line))
+    with tempfile.TemporaryDirectory(prefix="intel-nb-") as folder:
+        command = tensorboard_command(workspace, Path(folder), 6006 if port is None else port)
+        raise typer.Exit(serve(command, "", print_line))
 
 # %% ../nbs/20_cli.ipynb #e739dd59
 NameOption = Annotated[str, typer.Option("--name", help="The name of the deployment.")]

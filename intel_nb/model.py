@@ -26,7 +26,16 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import numpy as np
 
 from .images import decode
-from .storage import InputError, read_json, sha256_file, write_bytes, write_json, write_text, written_aside
+from intel_nb.storage import (
+    InputError,
+    read_json,
+    report_progress,
+    sha256_file,
+    write_bytes,
+    write_json,
+    write_text,
+    written_aside,
+)
 
 if TYPE_CHECKING:  # imported when used: reading a package needs neither
     import onnxruntime
@@ -34,10 +43,11 @@ if TYPE_CHECKING:  # imported when used: reading a package needs neither
     from intel_nb.detector import OnlineMMD
 
 # %% auto #0
-__all__ = ['FILES', 'IGNORED', 'SIGNATURE', 'MAX_PACKAGE_BYTES', 'MAX_TEXT_BYTES', 'write_manifest', 'read_manifest',
-           'check_files', 'check_content', 'check_manifest', 'sign_manifest', 'check_signature', 'check_keys', 'cores',
-           'open_session', 'stream_batches', 'run_batches', 'Package', 'pack', 'unpack', 'find_package', 'load_package',
-           'sign_package', 'to_yaml', 'card_text', 'write_package', 'sample_package']
+__all__ = ['FILES', 'IGNORED', 'SIGNATURE', 'MANY_ITEMS', 'MAX_PACKAGE_BYTES', 'MAX_TEXT_BYTES', 'write_manifest',
+           'read_manifest', 'check_files', 'check_content', 'check_manifest', 'sign_manifest', 'check_signature',
+           'check_keys', 'cores', 'open_session', 'stream_batches', 'run_batches', 'Package', 'pack', 'unpack',
+           'find_package', 'load_package', 'sign_package', 'to_yaml', 'from_yaml', 'card_text', 'write_package',
+           'sample_package']
 
 # %% ../nbs/18_model.ipynb #4eca6a82
 FILES = ("model.onnx", "model.safetensors", "labels.json", "hparams.yaml", "drift.npz", "card.md")
@@ -217,10 +227,16 @@ def stream_batches(model: str | Path | bytes, items: Sequence | np.ndarray, load
             yield waiting.popleft().result()
 
 # %% ../nbs/18_model.ipynb #8d6c94a9
+MANY_ITEMS = 100  # fewer take no time that anybody would notice
+
 def run_batches(model: str | Path | bytes, items: Sequence | np.ndarray, load: Callable[[Any], np.ndarray],
                 batch_size: int = 8, outputs: Sequence[str] = ()) -> dict[str, np.ndarray]:
-    "Return what `stream_batches` yields for all `items` together."
-    batches = list(stream_batches(model, items, load, batch_size, outputs))
+    "Return what `stream_batches` yields for all `items` together. Report how far it is, if there are many."
+    batches: list[dict[str, np.ndarray]] = []
+    for batch in stream_batches(model, items, load, batch_size, outputs):
+        batches.append(batch)
+        if len(items) > MANY_ITEMS:
+            report_progress("answered", min(len(batches) * batch_size, len(items)), len(items))
     return {name: np.concatenate([batch[name] for batch in batches]) for name in (batches[0] if batches else ())}
 
 # %% ../nbs/18_model.ipynb #3554998c
@@ -235,6 +251,11 @@ class Package:
     def card(self) -> dict[str, Any]:
         "Return the figures of the model card: `image_size`, `precision`, `batch_tolerance`, `model_name`, `ert`, …"
         return self.manifest["card"]
+
+    @property
+    def hparams(self) -> dict[str, Any]:
+        "Return the parameters of the training."
+        return from_yaml((self.path / "hparams.yaml").read_text())
 
     @property
     def name(self) -> str:
@@ -368,6 +389,11 @@ def sign_package(path: str | Path, key: str | Path) -> None:
 def to_yaml(values: dict[str, Any]) -> str:
     "Return a flat mapping as YAML with sorted keys. The values are in JSON's syntax, which is YAML too."
     return "".join(f"{key}: {json.dumps(values[key])}\n" for key in sorted(values))
+
+def from_yaml(text: str) -> dict[str, Any]:
+    "Return what `to_yaml` wrote."
+    pairs = (line.partition(": ") for line in text.splitlines())
+    return {key: json.loads(value) for key, _, value in pairs}
 
 # %% ../nbs/18_model.ipynb #4c0c6d81
 def card_text(labels: Sequence[str], card: dict[str, Any], data: str, notes: str) -> str:

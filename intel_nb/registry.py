@@ -9,12 +9,13 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import sqlite3
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -44,8 +45,9 @@ __all__ = ['STATUSES', 'ACTS', 'STAGE_ACTS', 'STRICTEST', 'MODEL', 'ModelVersion
            'images_of', 'data_fingerprint', 'wilson_interval', 'describe_accuracy', 'describe_version', 'Registry',
            'Decision', 'DecisionRecord', 'read_decisions', 'append_decision', 'as_decided', 'import_client',
            'artifact_folder', 'record_of', 'create_database', 'create_database_in_background', 'read_versions',
-           'noted_head', 'read_record_of', 'lost_versions', 'copy_files', 'log_run', 'decision_tags',
-           'registration_facts', 'TablesProblem', 'LocalRegistry', 'open_registry', 'note_stage', 'note_test']
+           'noted_head', 'read_record_of', 'lost_versions', 'copy_files', 'figures_of', 'shown_params', 'Tracked',
+           'log_tracked', 'copy_tracked', 'decision_tags', 'registration_facts', 'TablesProblem', 'LocalRegistry',
+           'open_registry', 'note_stage', 'note_test']
 
 # %% ../nbs/19_registry.ipynb #b4d6de69
 STATUSES = ("PendingManualApproval", "Approved", "Rejected")
@@ -369,6 +371,11 @@ def record_of(database: Path) -> Path:
     "Return the file of the record of decisions that belongs to `database`."
     return database.with_name("decisions.jsonl")
 
+def _create_experiment(client: Any, database: Path) -> str:
+    "Create our experiment, which MLflow shows as one of training, and return its id."
+    tags = {"mlflow.experimentKind": "custom_model_development"}
+    return client.create_experiment(MODEL, artifact_location=artifact_folder(database).as_uri(), tags=tags)
+
 def create_database(database: Path) -> Path:
     "Create MLflow's `database` with our experiment and model in it, if it does not exist, and return it."
     with locked(database.with_name(f".{database.name}.lock")):
@@ -377,7 +384,7 @@ def create_database(database: Path) -> Path:
                 raise Damaged(f"{database} is missing; intel-nb check --repair makes it again from the record")
             with written_aside(database) as aside:
                 client = _open_client(aside)
-                client.create_experiment(MODEL, artifact_location=artifact_folder(database).as_uri())
+                _create_experiment(client, database)
                 client.create_registered_model(MODEL)
     return database
 
@@ -484,14 +491,70 @@ def copy_files(target: Path, package: Path, evaluation: dict, artifacts: Sequenc
     return target / "package"
 
 # %% ../nbs/19_registry.ipynb #804c7070
-def log_run(client: Any, tracking_run: str, evaluation: dict, params: dict) -> None:
-    "Write an evaluation's figures and the parameters to an MLflow run, and end the run."
-    from mlflow.entities import Metric, Param
-    figures = metrics_of(evaluation) | {"images": images_of(evaluation)}
-    now = int(time.time() * 1000)
-    metrics = [Metric(name, value, now, 0) for name, value in figures.items()]
-    client.log_batch(tracking_run, metrics=metrics, params=[Param(k, str(v)[:6000]) for k, v in params.items()])
-    client.set_terminated(tracking_run)
+def figures_of(evaluation: dict) -> dict[str, float]:
+    "Return the figures of an `evaluation.json` under their names in MLflow; those of a class or a slice have a slash."
+    names = ("expected_calibration_error", "log_loss")
+    found = metrics_of(evaluation) | {"images": images_of(evaluation)}
+    found |= {name: evaluation[name] for name in names if name in evaluation}
+    found |= {f"{metric}/{name}": value for name, figures in evaluation.get("per_class", {}).items()
+              for metric, value in figures.items()}
+    found |= {f"accuracy/{kind} {name}": figures["accuracy"] for kind, slices in evaluation.get("slices", {}).items()
+              for name, figures in slices.items()}
+    return {_metric_name(name): float(value) for name, value in found.items()}
+
+def _metric_name(name: str) -> str:
+    "Return `name` with the characters alone that MLflow allows."
+    return re.sub(r"[^\w\-./: ]", "_", name)
+
+def shown_params(params: Mapping[str, Any]) -> dict[str, str]:
+    "Return those of `params` that a person can read in a row: no tables, and none without a value."
+    is_plain = lambda value: isinstance(value, str | int | float)
+    return {name: str(value)[:6000] for name, value in params.items()
+            if is_plain(value) or (isinstance(value, list) and all(map(is_plain, value)))}
+
+
+# %% ../nbs/19_registry.ipynb #3c751074
+@dataclass(frozen=True)
+class Tracked:
+    "What MLflow is told of the run that made a version."
+    name: str = ""  # of the run; empty: it keeps the one that it has
+    params: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)  # metric: steps and values
+    tags: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, Sequence[Path]] = field(default_factory=dict)  # folder of artifacts: what is copied there
+    dataset: Mapping[str, str] = field(default_factory=dict)  # name, digest, source; empty: none
+
+def _new_metrics(run: Any, found: Tracked) -> list[Any]:
+    "Return the metrics of `found` that MLflow's `run` does not have yet."
+    from mlflow.entities import Metric
+    now, known = int(time.time() * 1000), run.data.metrics
+    single = [(name, [(0, value)]) for name, value in found.metrics.items() if known.get(name) != value]
+    curves = [(name, values) for name, values in found.curves.items() if name not in known]
+    return [Metric(_metric_name(name), float(value), now, step) for name, values in (*single, *curves)
+            for step, value in values]
+
+def log_tracked(client: Any, tracking_run: str, found: Tracked) -> None:
+    "Write `found` to an MLflow run, but for its files. Parameters that it has stay as they are."
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
+    run = client.get_run(tracking_run)
+    params = [Param(*one) for one in shown_params(found.params).items() if one[0] not in run.data.params]
+    metrics = _new_metrics(run, found)
+    tags = [RunTag(name, value[:5000]) for name, value in found.tags.items()]
+    for start in range(0, max(len(metrics), len(params), 1), 90):  # MLflow takes 100 parameters at once
+        client.log_batch(tracking_run, metrics[start:start + 90], params[start:start + 90], tags if not start else [])
+    if found.name and run.info.run_name != found.name:
+        client.update_run(tracking_run, name=found.name)
+    if found.dataset and not run.inputs.dataset_inputs:
+        data = Dataset(found.dataset["name"], found.dataset["digest"][:36], "local", found.dataset["source"])
+        client.log_inputs(tracking_run, datasets=[DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
+
+def copy_tracked(folder: Path, found: Tracked) -> None:
+    "Copy the files of `found` to the artifacts in `folder`."
+    for place, paths in found.files.items():
+        for path in paths:
+            (folder / place).mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, folder / place / path.name)
 
 # %% ../nbs/19_registry.ipynb #738f6b51
 def decision_tags(status: str, reason: str, time: str = "") -> dict[str, str]:
@@ -547,9 +610,12 @@ class LocalRegistry(Registry):
             tags["imported"] = evaluation["imported"]["from"]
         self.check_complete()
         client = _open_client(create_database(self.database))
-        run = client.create_run(client.get_experiment_by_name(MODEL).experiment_id).info.run_id
+        experiment = client.get_experiment_by_name(MODEL).experiment_id
+        shown = {"mlflow.user": user_name(), "mlflow.note.content": reason[:5000]}
+        run = client.create_run(experiment, tags=shown, run_name=f"package {loaded.fingerprint[:8]}").info.run_id
         copied = copy_files(files := artifact_folder(self.database, run), loaded.path, evaluation, artifacts)
-        log_run(client, run, evaluation, params)
+        log_tracked(client, run, Tracked(params=params, metrics=figures_of(evaluation)))
+        client.set_terminated(run)
         version = str(client.create_model_version(MODEL, copied.as_uri(), run, tags=tags).version)
         self.note("register", version=version, fingerprint=loaded.fingerprint, status=status, reason=reason[:5000],
                   facts=registration_facts(files, evaluation))
@@ -628,6 +694,14 @@ class LocalRegistry(Registry):
                   facts={key: value})
         self._write_tags(found.version, {key: value})
 
+    def track(self, version: str, found: Tracked) -> None:
+        "Tell MLflow more of the run that made `version`. Do nothing where its tables lack the version."
+        run = next((v.tracking_run for v in read_versions(self.database) if v.version == version), "")
+        if run and found != Tracked(files=found.files):
+            log_tracked(_open_client(self.database), run, found)
+        if run:
+            copy_tracked(artifact_folder(self.database, run), found)
+
     def rebuild(self) -> int:
         """Make MLflow's database anew from the record, where there is none. Return the number of versions.
 
@@ -638,10 +712,10 @@ class LocalRegistry(Registry):
                              "backup")
         with locked(self.database.with_name(f".{self.database.name}.lock")), written_aside(self.database) as aside:
             client = _open_client(aside)
-            experiment = client.create_experiment(MODEL, artifact_location=artifact_folder(self.database).as_uri())
+            experiment = _create_experiment(client, self.database)
             client.create_registered_model(MODEL)
             for line in made:
-                run = client.create_run(experiment).info.run_id
+                run = client.create_run(experiment, run_name=f"version {line.version}, rebuilt").info.run_id
                 client.set_terminated(run)
                 source = artifact_folder(self.database, line.facts["tracking_run"]) / "package"
                 tags = {"fingerprint": line.fingerprint} | decision_tags(line.status, line.reason, line.time)

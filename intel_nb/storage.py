@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,13 +31,13 @@ import intel_nb
 T = TypeVar("T")
 
 # %% auto #0
-__all__ = ['T', 'InputError', 'Damaged', 'remove', 'sync', 'sync_tree', 'make_folder', 'move', 'written_aside', 'write_bytes',
-           'write_text', 'write_json', 'read_json', 'with_check', 'write_checked', 'read_checked', 'as_dataclass',
-           'printable', 'as_cell', 'from_cell', 'last_line', 'user_name', 'sha256_file', 'is_hidden_name', 'files_of',
-           'tree_digest', 'is_remote', 'cloud_module', 'fetch', 'each_source', 'put', 'link', 'utc_text', 'utc_now',
-           'output_folder', 'check_all_or_none', 'absolute_keys', 'python_path', 'missing_packages', 'check_extra',
-           'explain_missing', 'whole_number', 'Process', 'started_at', 'this_process', 'is_running', 'locked',
-           'is_locked', 'holder_of', 'lock_owner']
+__all__ = ['T', 'PROGRESS', 'InputError', 'Damaged', 'remove', 'sync', 'sync_tree', 'make_folder', 'move', 'written_aside',
+           'write_bytes', 'write_text', 'write_json', 'read_json', 'with_check', 'write_checked', 'read_checked',
+           'as_dataclass', 'printable', 'as_cell', 'from_cell', 'last_line', 'user_name', 'sha256_file',
+           'is_hidden_name', 'files_of', 'tree_digest', 'is_remote', 'cloud_module', 'fetch', 'each_source', 'put',
+           'link', 'utc_text', 'utc_now', 'output_folder', 'report_progress', 'check_all_or_none', 'absolute_keys',
+           'python_path', 'missing_packages', 'check_extra', 'explain_missing', 'whole_number', 'Process', 'started_at',
+           'this_process', 'is_running', 'locked', 'is_locked', 'holder_of', 'lock_owner']
 
 # %% ../nbs/10_storage.ipynb #57c23216
 class InputError(ValueError):
@@ -314,6 +315,27 @@ def output_folder(out_dir: str | Path = "") -> Path:
         return Path(tempfile.mkdtemp(prefix="intel-nb-"))
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     return Path(out_dir)
+
+# %% ../nbs/10_storage.ipynb #e6c02c17
+PROGRESS = "application/vnd.intel-nb.progress+json"  # the type of the message
+
+class _Reporter:
+    "Sends how far something is to whoever executes the notebook, at most every `rest` seconds and at the end."
+    def __init__(self, rest: float = 0.2):
+        self.rest, self.last = rest, -math.inf
+
+    def __call__(self, what: str, done: int, total: int, unit: str) -> None:
+        shell: Any = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+        now = time.monotonic()
+        if getattr(shell, "kernel", None) and (done >= total or now >= self.last + self.rest):
+            self.last, said = now, {"what": what, "done": done, "total": total, "unit": unit}
+            shell.display_pub.publish({PROGRESS: said}, transient={"display_id": "intel-nb-progress"}, update=True)
+
+_report = _Reporter()
+
+def report_progress(what: str, done: int, total: int, unit: str = "images") -> None:
+    "Tell whoever executes the notebook that `done` of the `total` units of `what` are done. Elsewhere do nothing."
+    _report(what, done, total, unit)
 
 # %% ../nbs/10_storage.ipynb #1ebf5757
 def check_all_or_none(**inputs: str) -> None:

@@ -15,9 +15,10 @@ from conftest import COMMAND, House
 
 from intel_nb.cli import call
 
-COMMANDS = ("run", "probe", "runs", "report", "compare", "models", "trace", "endpoints", "drift", "captures",
+COMMANDS = ("run", "probe", "runs", "report", "compare", "models", "trace", "endpoints", "status", "drift", "captures",
             "suspects", "measure", "approve", "reject", "withdraw", "promote", "rollback", "shadow", "start", "stop",
-            "predict", "serve", "sign", "export", "import", "watch", "audit", "check", "cancel", "logs", "prune", "aws")
+            "predict", "serve", "sign", "export", "import", "watch", "audit", "check", "cancel", "logs", "prune", "ui",
+            "aws")
 AWS_COMMANDS = ("template", "definition", "rehearse", "cost", "deploy", "start", "status", "models", "approve",
                 "promote", "reject", "rollback", "invoke", "logs", "destroy")
 
@@ -85,7 +86,7 @@ COMPLETED = {
     "intel-nb run --param train.e": ["train.epochs=", "train.ert="],
     "intel-nb run --param train.se": ["train.seed=", "train.seed=0"], "intel-nb run --param nothing.x": [],
     "intel-nb run --param evaluate.reg": ["evaluate.register=", "evaluate.register=true"],  # the chain sets .registry
-    "intel-nb approve ": ["1"], "intel-nb report ": ["first"], "intel-nb export 7": [],
+    "intel-nb approve ": ["1"], "intel-nb report ": ["first", "latest"], "intel-nb export 7": [],
 }
 
 
@@ -142,6 +143,68 @@ def test_every_command_and_every_option_has_help(path):
     assert [name for name, text in texts.items() if not re.fullmatch(r"[A-Za-z].*[.…]", text or "", re.S)] == []
 
 
+# Where things stand
+
+
+def test_the_command_alone_says_what_comes_next(waiting_once, staged_once, empty):
+    for house, following in ((waiting_once, ["approve 1", "reject 1"]), (staged_once, ["promote 1"]),
+                             (empty, ["run", "run --data intel.zip"])):
+        answer, found = house(), house("status", "--json").json
+        assert answer.status == 0 and answer.out.startswith(house("status").out)
+        assert [one["command"] for one in found["next"]] == [f"intel-nb {line}" for line in following]
+        assert all(f"{one['why']}:\n          {one['command']}\n" in answer.out for one in found["next"])
+        assert max(map(len, answer.out.splitlines())) <= 80 or house is not empty
+    assert list(empty.root.iterdir()) == []
+
+
+def test_the_command_alone_imports_nothing_heavy(waiting_once):
+    done = subprocess.run([sys.executable, "-c", LIGHT], env=waiting_once.environ, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "approve 1" in done.stdout
+
+
+def test_the_end_of_a_run_names_the_next_command(staged_once):
+    answer = staged_once("report", "latest")
+    for line in ("version   1, accuracy 0.", "replaces  none in staging", "intel-nb promote 1"):
+        assert line in answer.out.replace("accuracy 1.", "accuracy 0."), answer.out
+
+
+def test_mlflow_has_the_run_under_our_id(staged_once):
+    from intel_nb.registry import MODEL, import_client
+    client = import_client()(f"sqlite:///{staged_once.home}/mlflow.db")
+    experiment = client.get_experiment_by_name(MODEL).experiment_id
+    (run,) = client.search_runs([experiment], "attributes.run_name = 'first'")
+    used = {"data.seed": "0", "train.seed": "0", "train.profile": "quick", "train.bootstraps": "2000",
+            "evaluate.min_accuracy": "0.8", "drift.runs": "50", "staging.sample": "32"}
+    assert run.data.params == run.data.params | used
+    assert not any("[[" in value for value in run.data.params.values()), "no matrices"
+    for name in ("accuracy", "recall/sea", "expected_calibration_error", "drift/run_time", "staging/passed"):
+        assert name in run.data.metrics
+    assert len(client.get_metric_history(run.info.run_id, "training/log_loss")) > 1
+    data = staged_once.record("first")["steps"][0]["result"]["fingerprint"]
+    assert (run.data.tags["version"], run.data.tags["data"]) == ("1", data)
+    assert [one.dataset.name for one in run.inputs.dataset_inputs] == ["scenes.zip"]
+    kept = {path.name for path in (staged_once.home / "artifacts" / run.info.run_id / "artifacts").iterdir()}
+    assert {"package", "evaluation.json", "report.html", "train", "drift", "staging"} <= kept
+    assert staged_once("check").status == 0
+
+
+def test_the_ui_serves_and_ends_with_ctrl_c(staged_once):
+    command = subprocess.Popen([COMMAND, "ui", "--tensorboard", "--port", "0"], env=staged_once.environ, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    url = command.stdout.readline().split()[0]
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            assert urlopen(f"{url}data/runs", timeout=10).read() == b'["first/tensorboard"]'
+            break
+        except (OSError, AssertionError):
+            time.sleep(.2)
+    else:
+        raise AssertionError(command.communicate())
+    command.send_signal(signal.SIGINT)
+    assert "Traceback" not in command.communicate(timeout=60)[1] and command.returncode == 0
+
+
 # A workspace in which nothing was done
 
 
@@ -165,6 +228,7 @@ UNKNOWN = {  # a person may be in the wrong folder, so the message names it
     "run --to x": "no step x; there are: data, train, evaluate, deploy, drift, staging",
     "run --param trian.seed=1": f"no step trian; did you mean train? {STEPS}",
     "import x.tar.gz": "x.tar.gz does not exist",
+    "ui": "no version in {home} yet", "ui --tensorboard": "no run in {executed} has trained yet",
     "watch inbox": "is no folder", "aws cost --option runs=x": "must be a number",
     "approve": "VERSION", "models --jsn": "--jsn", "nonsense": "nonsense",
 }
@@ -196,13 +260,15 @@ def test_the_documents(staged_once):
                        "reason": "approved with intel-nb approve", "imported": None, "production": {}}
     assert 0 <= low <= version["accuracy"] <= high <= 1 and version["images"] > 0
     (endpoint,) = staged_once("endpoints", "--json").json
-    assert list(endpoint) == ["stage", "url", "version", "status", "pid"]
+    assert list(endpoint) == ["stage", "url", "version", "status", "engine", "pid", "drift", "error", "shadow"]
+    assert (endpoint["drift"]["alarms"], endpoint["error"], endpoint["shadow"]) == (0, "", None)
     assert (endpoint["stage"], endpoint["version"], endpoint["status"]) == ("staging", "1", "running")
     assert alive(endpoint["pid"])
     (run,) = staged_once("runs", "--json").json
-    assert run == staged_once.record("first") and run["cause"] == "command"
-    report = staged_once("report", "first", "--json").json
-    assert report | {"check": run["check"]} == run | {"data": report["data"], "became": "Approved, in staging"}
+    report = staged_once("report", "latest", "--json").json
+    more = {"data": report["data"], "became": "Approved, in staging"}
+    assert run == staged_once.record("first") | more and run["cause"] == "command"
+    assert report | {"check": run["check"]} == run
     left_out = sum(run["steps"][0]["result"]["left_out"].values())  # drawn scenes may resemble one another
     assert (report["data"]["images"] + left_out, report["data"]["same_as"]) == (240, None)
     assert (run["status"], run["endpoint"]) == ("succeeded", endpoint["url"])

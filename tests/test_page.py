@@ -42,6 +42,19 @@ WHEN = """new Promise(done => {
 })"""
 
 
+# Each element with text of its own, and how its colour stands out from the nearest background.
+CONTRAST = """[...document.querySelectorAll("body *")].filter(e => e.checkVisibility() && [...e.childNodes].some(
+    n => n.nodeType === 3 && n.data.trim()) && !["SCRIPT", "STYLE"].includes(e.tagName)).map(e => {
+  const parts = text => text.match(/[\\d.]+/g).map(Number);
+  const linear = c => c <= .04045 * 255 ? c / 255 / 12.92 : ((c / 255 + .055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) => [r, g, b].map(linear).reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
+  let behind = e;
+  while (behind && (parts(getComputedStyle(behind).backgroundColor)[3] ?? 1) === 0) behind = behind.parentElement;
+  const [a, b] = [light(parts(getComputedStyle(e).color)), light(parts(getComputedStyle(behind).backgroundColor))];
+  return [e.textContent.trim(), (Math.max(a, b) + .05) / (Math.min(a, b) + .05)];
+})"""
+
+
 class Tab:
     "A connection to a tab, or to the browser: it sends commands and collects the events."
     def __init__(self, socket):
@@ -247,20 +260,76 @@ def test_the_chart_shows_the_history(tab, url):
     assert np.argmin(height) == np.argmax(statistics) and np.argmax(height) == np.argmin(statistics)
 
 
-def test_what_the_endpoint_refuses_is_said(tab, url, tmp_path):
+WRONG = {  # a file that gets no answer, and what a person is told
+    "notes.txt": (b"hello", "is not an image that can be read here. Save it as JPEG, PNG, WebP or BMP."),
+    "cut.png": (SCENES[0][:500], "is damaged or incomplete, so it cannot be read as an image."),
+    "empty.jpg": (b"", "is empty."),
+}
+
+
+def test_a_wrong_file_is_told_in_words(tab, url, tmp_path):
+    "Below stands what the endpoint said."
     tab.expected = ["status of 400"]
     tab.open(url)
-    for name, content in (("notes.txt", b"hello"), ("scene.png", SCENES[0][:500])):
+    for name, (content, words) in WRONG.items():
         (tmp_path / name).write_bytes(content)
-        message = invoke(url, content, "").json()["error"]["message"]
         tab.choose(tmp_path / name)
-        tab.when(f"document.getElementById('error').textContent.includes({json.dumps(message[1:])})")
-        assert re.fullmatch(r"[^a-z].*[.!?]", tab.text("error"))
+        tab.when(f"document.getElementById('error').textContent === {json.dumps(f'{name} {words}')}")
+        message = invoke(url, content, "").json()["error"]["message"] if content else "The file is empty."
+        assert message[1:] in tab.text("detail")
         assert (tab.text("label"), tab.bars(), tab.js("document.getElementById('preview').hidden")) == ("", [], True)
     (tmp_path / "scene.jpg").write_bytes(SCENES[3])
     tab.choose(tmp_path / "scene.jpg")
     tab.when("document.getElementById('label').textContent")
-    assert tab.text("error") == ""
+    assert tab.text("error") == tab.text("detail") == ""
+
+
+def rows(tab: Tab) -> list[str]:
+    "Return the text of each line in the list of the last answers."
+    return tab.js("[...document.querySelectorAll('#answers li')].map(line => line.innerText)")
+
+
+def test_several_images_are_a_list_that_is_kept(tab, url, tmp_path):
+    tab.expected = ["status of 400"]
+    for k in range(3):
+        (tmp_path / f"{k}.jpg").write_bytes(SCENES[k])
+    (tmp_path / "notes.txt").write_bytes(b"hello")
+    tab.open(url)
+    assert rows(tab) == [] and not tab.js("document.getElementById('kept').checkVisibility()")
+    tab.choose(tmp_path / "0.jpg")
+    shows(tab, invoke(url, SCENES[0]).json()["predictions"][0])
+    tab.choose(*(tmp_path / name for name in ("1.jpg", "notes.txt", "2.jpg")))
+    tab.when("document.querySelectorAll('#answers li').length === 4 && !document.getElementById('left').textContent")
+    labels = [invoke(url, scene).json()["predictions"][0]["label"] for scene in SCENES[:3]]
+    expected = [(labels[1], "1.jpg"), ("no answer", "notes.txt"), (labels[2], "2.jpg"), (labels[0], "0.jpg")]
+    assert all(line.startswith(label) and name in line for line, (label, name) in zip(rows(tab), expected)), rows(tab)
+    assert tab.text("label") == labels[1], "the first of those that were chosen last"
+    before = [line.split("\n")[0] for line in rows(tab)]
+    tab.open(url)  # again
+    tab.when("document.querySelectorAll('#answers li').length === 4")
+    assert [line.split("\n")[0] for line in rows(tab)] == before
+    tab.js("document.querySelectorAll('#answers button')[2].click()")
+    assert tab.text("label") == labels[2] and not tab.js("document.getElementById('preview').hidden")
+    assert tab.js("document.querySelectorAll('#answers [aria-current]').length") == 1
+    tab.js("document.getElementById('clear').click()")
+    assert rows(tab) == [] and tab.text("label") == ""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1200])
+def test_it_fits_every_screen_and_can_be_read(tab, url, tmp_path, scheme, width):
+    "Nothing is wider than the screen, and text stands out from what is behind it (WCAG 2.2: 4.5 to 1)."
+    tab.expected = ["status of 400"]
+    tab.call("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 500)
+    tab.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    name = f"{'a-very-long-name-' * 6}.jpg"
+    for name_of, content in ((name, SCENES[3]), ("notes.txt", b"hello")):
+        (tmp_path / name_of).write_bytes(content)
+    tab.open(url)
+    tab.choose(tmp_path / name, tmp_path / "notes.txt")
+    tab.when("document.querySelectorAll('#answers .bad').length === 1")
+    assert tab.js("document.documentElement.scrollWidth") <= width
+    assert [one for one in tab.js(CONTRAST) if one[1] < 4.5] == []
 
 
 def test_a_form_of_another_site_is_refused(tab, url, tmp_path):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .pipeline import KEEP, KEPT, NEW, code_files, digest_code
-from ..chain.execution import execute
+from ..chain.execution import execute, progress_lines
 from ..chain.parameters import read_parameters
 from ..chain.plan import FOLDERS, PLAN, notebooks_folder
 from ..parameters import Parameter, read_values
@@ -205,7 +205,7 @@ def run_job_notebook(arguments: Sequence[str], base: Path, environ: Mapping[str,
     values |= output_folders(folders, job.declared, job.values)
     with tempfile.TemporaryDirectory(prefix="intel-nb-") as work:
         execute(notebooks / job.notebook, folders["executed"] / job.notebook, values, Path(work),
-                lambda cell, total: print(f"{job.notebook}: cell {cell + 1} of {total}", flush=True))
+                progress_lines(lambda text: print(f"{job.notebook}: {text}", flush=True)))
     if not (folders["out_dir"] / "result.json").is_file():
         raise InputError(f"{job.notebook} ended without writing result.json")
     print(json.dumps(read_json(folders["out_dir"] / "result.json")), flush=True)

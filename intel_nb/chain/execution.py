@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -19,11 +20,12 @@ from typing import Any
 
 from .parameters import cells_of
 from .store import is_working
-from ..storage import InputError, read_json, remove, write_json
+from ..storage import PROGRESS, InputError, read_json, remove, write_json
 
 # %% auto #0
-__all__ = ['WORK_VARIABLE', 'NotebookFailed', 'translate_error', 'kernel_processes', 'end_process', 'end_kernel', 'limit_rate',
-           'import_papermill', 'copy_for_run', 'SpareKernel', 'execute']
+__all__ = ['WORK_VARIABLE', 'EVERY', 'OnProgress', 'NotebookFailed', 'translate_error', 'kernel_processes', 'end_process',
+           'end_kernel', 'limit_rate', 'import_papermill', 'copy_for_run', 'SpareKernel', 'time_in_words', 'Pace',
+           'progress_lines', 'execute']
 
 # %% ../../nbs/chain/03_execution.ipynb #f629a2cb
 class NotebookFailed(RuntimeError):
@@ -172,11 +174,57 @@ def _remove_left_spares(place: Path) -> None:
             end_kernel(left)
             remove(left)
 
+# %% ../../nbs/chain/03_execution.ipynb #8f6823cb
+def time_in_words(seconds: float) -> str:
+    "Return a duration as a person would say it."
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+class Pace:
+    "Tells how fast something goes, from the first that is heard of it."
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self.clock, self.of, self.began, self.last = clock, ("", 0), (0.0, 0), 0
+
+    def __call__(self, what: str, done: int, total: int, unit: str) -> str:
+        "Return in words what is done, later with the rate and the time that is left. Without a `what` a cell began."
+        if not what:
+            return f"{unit.removesuffix('s')} {done + 1} of {total}"
+        now, of = self.clock(), (what.partition(" ")[0], total)  # each epoch has a name of its own
+        if self.of != of or done < self.last:  # something else, or the same once more
+            self.of, self.began = of, (now, done)
+        self.last = done
+        text = f"{what}: {done:,} of {total:,} {unit}"
+        seconds, more = now - self.began[0], done - self.began[1]
+        if seconds < 1 or not more:
+            return text
+        return f"{text}, {more / seconds:,.0f}/s, {time_in_words((total - done) * seconds / more)} left"
+
+# %% ../../nbs/chain/03_execution.ipynb #7b982b02
+EVERY = 10.  # seconds between two lines about progress
+OnProgress = Callable[[dict[str, Any]], None]  # gets what `report_progress` was given in the notebook, by name
+
+def progress_lines(write: Callable[[str], None], every: float = EVERY) -> OnProgress:
+    "Return a function that passes on to `write` when a cell begins, and every few seconds how far it is."
+    pace, said = Pace(), -math.inf
+    def tell(told: dict[str, Any]) -> None:
+        nonlocal said
+        text, now = pace(**told), time.monotonic()
+        if not told["what"] or now >= said + every:
+            said = now
+            write(text)
+    return tell
+
 # %% ../../nbs/chain/03_execution.ipynb #df986485
-def _engine(work: Path, on_cell: Callable[[int, int], None], spare: SpareKernel | None) -> type:
-    "Return a papermill engine that leaves the kernel's pid and messages in `work`, and takes the kernel `spare`."
+def _progress_in(message: dict[str, Any]) -> dict[str, Any] | None:
+    "Return what a kernel's `message` says of progress, or None if it is another one."
+    is_update = message["msg_type"] == "update_display_data"
+    return message["content"].get("data", {}).get(PROGRESS) if is_update else None
+
+def _client(work: Path, on_progress: OnProgress, spare: SpareKernel | None) -> type:
+    "Return papermill's client with the kernel's pid left in `work`, fewer saves, and progress told."
     from papermill.clientwrap import PapermillNotebookClient
-    from papermill.engines import NBClientEngine
 
     class Client(PapermillNotebookClient):
         def papermill_execute_cells(self) -> None:
@@ -188,13 +236,26 @@ def _engine(work: Path, on_cell: Callable[[int, int], None], spare: SpareKernel 
             finally:
                 del self.nb_man.save  # the last state is always saved
 
+        def process_message(self, msg: dict[str, Any], *where: Any) -> Any:
+            if (said := _progress_in(msg)) is None:
+                return super().process_message(msg, *where)
+            return on_progress(said)
+
+    return Client
+
+def _engine(work: Path, on_progress: OnProgress, spare: SpareKernel | None) -> type:
+    "Return a papermill engine that leaves the kernel's pid and messages in `work`, and takes the kernel `spare`."
+    from papermill.engines import NBClientEngine
+
     class Engine(NBClientEngine):
         @classmethod
         def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **kwargs: Any) -> None:
             total = len(nb_man.nb.cells)
-            client = Client(nb_man, km=spare and spare.give_to(work), kernel_name=kernel_name, startup_timeout=120,
-                            timeout=None, iopub_timeout=60, shutdown_kernel="immediate",
-                            on_cell_start=lambda cell, cell_index: on_cell(cell_index, total))
+            said = {"what": "", "total": total, "unit": "cells"}
+            told = lambda cell, cell_index: on_progress(said | {"done": cell_index})
+            client = _client(work, on_progress, spare)(
+                nb_man, km=spare and spare.give_to(work), kernel_name=kernel_name, startup_timeout=120, timeout=None,
+                iopub_timeout=60, shutdown_kernel="immediate", on_cell_start=told)
             with open(work / "kernel.log", "ab") as log:
                 client.execute(env=os.environ | {WORK_VARIABLE: str(work)}, stdout=log, stderr=log, cleanup_kc=True)
 
@@ -202,13 +263,13 @@ def _engine(work: Path, on_cell: Callable[[int, int], None], spare: SpareKernel 
 
 # %% ../../nbs/chain/03_execution.ipynb #8ba54a70
 def execute(notebook: Path, output: Path, parameters: dict[str, Any], work: Path,
-            on_cell: Callable[[int, int], None] = lambda cell, total: None, spare: SpareKernel | None = None) -> None:
+            on_progress: OnProgress = lambda said: None, spare: SpareKernel | None = None) -> None:
     """Run `notebook` with `parameters`, and write the executed notebook to `output`.
 
-    `work` is the working folder of the kernel, which is `spare` if there is one. `on_cell` gets the number of cells
-    that are done, and of all cells. Raise `InputError` or `NotebookFailed`."""
+    `work` is the working folder of the kernel, which is `spare` if there is one. `on_progress` gets what
+    `report_progress` was given, and how many cells are done. Raise `InputError` or `NotebookFailed`."""
     papermill = import_papermill()
-    papermill.engines.papermill_engines.register("intel-nb", _engine(work, on_cell, spare))
+    papermill.engines.papermill_engines.register("intel-nb", _engine(work, on_progress, spare))
     work.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     source = copy_for_run(notebook, work / notebook.name)

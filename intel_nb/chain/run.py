@@ -44,9 +44,11 @@ from intel_nb.chain.store import (
     publish,
     recipe_of,
 )
+from .tracking import CHECKS, describe_check, describe_origin
 from ..labels.captured import with_captured_images
 from ..labels.lookup import own_buckets
 from ..labels.members import source_digest
+from ..registry import Tracked
 from intel_nb.storage import (
     Damaged,
     InputError,
@@ -65,20 +67,22 @@ from intel_nb.storage import (
 __all__ = ['Tell', 'Ask', 'DONE', 'REFUSALS', 'RunEvent', 'RunContext', 'look_up_all', 'local_source', 'resolved_parameters',
            'supplied_parameters', 'notebook_parameters', 'input_contents', 'step_recipe', 'is_current', 'find_reusable',
            'take_entry', 'publish_outputs', 'record_failure', 'prepare_later', 'take_spare', 'end_spares',
-           'check_inputs', 'execute_step', 'run_step', 'note_effect', 'check_approval', 'may_approve',
-           'waits_for_approval', 'grant_approval', 'Declined', 'check_replacement', 'announce_replacement',
-           'follow_plan', 'request_of', 'open_run', 'close_run', 'has_lasting_effects', 'status_after', 'run_chain']
+           'check_inputs', 'execute_step', 'run_step', 'track', 'is_maker', 'track_step', 'note_effect',
+           'check_approval', 'may_approve', 'waits_for_approval', 'grant_approval', 'Declined', 'check_replacement',
+           'announce_replacement', 'follow_plan', 'request_of', 'open_run', 'close_run', 'has_lasting_effects',
+           'status_after', 'run_chain']
 
 # %% ../../nbs/chain/08_run.ipynb #175f2326
 @dataclass(frozen=True)
 class RunEvent:
     "One event of a run, such as the end of a step."
-    kind: str  # started, cell, ended, note
+    kind: str  # started, progress, ended, note
     step: str = ""
-    text: str = ""  # the note; for an ended step its status
-    done: int = 0  # cells
+    text: str = ""  # the note; for an ended step its status; for progress what it is of, empty for the step itself
+    done: int = 0
     total: int = 0
     seconds: float = 0.0
+    unit: str = ""  # of `done` and `total`
 
 # %% ../../nbs/chain/08_run.ipynb #e3c7201e
 Tell = Callable[[RunEvent], None]
@@ -244,7 +248,8 @@ def record_failure(context: RunContext, step: Step, key: str, seconds: float, er
         remove(work)
     remove(work / OUTPUTS)
     context.record(step, "failed", key, round(seconds, 2))
-    context.tell(RunEvent("ended", step.name, "failed", seconds=seconds))
+    ended = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    context.tell(RunEvent("ended", step.name, ended, seconds=seconds))
     if isinstance(error, NotebookFailed):
         step.effect.note_failure(context.workspace, context.run)
 
@@ -289,6 +294,10 @@ def check_inputs(context: RunContext, step: Step) -> None:
                 raise Damaged(f"{entry.folder} was damaged, and {source} gives something else by now; "
                               "run the chain again")
 
+def _tell_progress(context: RunContext, step: Step, said: dict[str, Any]) -> None:
+    "Pass on what the notebook of `step` said of its progress."
+    context.tell(RunEvent("progress", step.name, said["what"], said["done"], said["total"], unit=said["unit"]))
+
 def execute_step(context: RunContext, step: Step, recipe: dict[str, Any]) -> Entry:
     "Execute the notebook of `step`, and move its outputs into the store. Raise `InputError` or `NotebookFailed`."
     prepare_later(context, step)
@@ -301,7 +310,7 @@ def execute_step(context: RunContext, step: Step, recipe: dict[str, Any]) -> Ent
         empty_outputs(work)
         execute(context.workspace.notebooks / step.notebook, context.folder / step.notebook,
                 notebook_parameters(context, step, work), work,
-                lambda done, total: context.tell(RunEvent("cell", step.name, done=done, total=total)),
+                partial(_tell_progress, context, step),
                 take_spare(context, step))
         entry = publish_outputs(context, step, recipe, time.monotonic() - started)
     except BaseException as error:
@@ -325,12 +334,37 @@ def run_step(context: RunContext, step: Step) -> Entry:
         return take_entry(context, step, entry) if entry else execute_step(context, step, recipe)
 
 # %% ../../nbs/chain/08_run.ipynb #41d509db
+def track(context: RunContext, found: Tracked, step: Step | None = None) -> None:
+    "Tell MLflow more of the run that made this run's version. If that fails, say so: nothing depends on it."
+    try:
+        context.workspace.registry().track(context.run.model_version or "", found)
+    except Exception as error:
+        context.tell(RunEvent("note", step.name if step else "", f"MLflow was not told: {error}"))
+
+def is_maker(context: RunContext) -> bool:
+    "Tell whether this run made its version."
+    version = context.run.model_version
+    return version is not None and any((v.version, v.run_id) == (version, context.run.run_id)
+                                       for v in context.workspace.registry().versions())
+
+def track_step(context: RunContext, step: Step) -> None:
+    "Tell MLflow what `step` found out about the version of the run, unless the step came from the store."
+    record = context.run.step(step.name)
+    if not context.run.model_version or record is None or record.status != "succeeded":
+        return
+    if step.name == "evaluate" and is_maker(context):
+        archive = str(context.request.parameters.get("data", {}).get("archive", ""))
+        track(context, describe_origin(context.run, context.entries, archive), step)
+    elif step.name in CHECKS:
+        track(context, describe_check(context.entries, step.name), step)
+
 def note_effect(context: RunContext, step: Step, entry: Entry) -> None:
     "Write what `step` means for its version to the run and to the registry."
     fields = {name: entry.result.get(value) for name, value in step.effect.run_fields.items()}
     if any(fields.values()):
         context.save(**fields)
     step.effect.note_success(context.workspace, context.run, entry.result)
+    track_step(context, step)
 
 # %% ../../nbs/chain/08_run.ipynb #ffdbadff
 def check_approval(context: RunContext) -> str:
@@ -433,7 +467,9 @@ def open_run(workspace: Workspace, request: RunRequest, run_id: str, plan: tuple
 def close_run(context: RunContext, status: str) -> Run:
     "Write how the run ended, and its page. A run that waits has not finished."
     context.save(status=status, finished=None if status == "waiting" else utc_now())
-    write_report(context.workspace, context.run)
+    page = write_report(context.workspace, context.run)
+    if is_maker(context):
+        track(context, Tracked(files={"": [page]}))
     return context.run
 
 # %% ../../nbs/chain/08_run.ipynb #47872af6

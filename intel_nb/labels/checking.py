@@ -26,7 +26,7 @@ from ..images import MAX_BYTES, ImageError, check_image
 from .members import READ_ERRORS, Files
 from .near_duplicates import hash_thumbnails, thumbnail
 from .zips import Place, read_place
-from ..storage import InputError, python_path, read_json, write_bytes, write_json
+from ..storage import InputError, python_path, read_json, report_progress, write_bytes, write_json
 
 # %% auto #0
 __all__ = ['CHECKED', 'RUN_BYTES', 'HASHED_AT_ONCE', 'CHUNK_FILES', 'CHUNK_BYTES', 'ALONE', 'BATCH_BYTES', 'Unusable', 'Good',
@@ -218,6 +218,7 @@ def check_all(job: CheckJob, cores: int, progress: Callable[[int], None] = lambd
         try:
             for files in pool.map(check, range(len(bounds))):
                 progress(done := done + files)
+                report_progress("checked", done, len(job.numbers), "files")
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     return len(bounds)

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..images import decode
 from ..model import stream_batches
+from ..storage import report_progress
 
 if TYPE_CHECKING:
     import onnx
@@ -87,7 +88,11 @@ def stream_features(graph: onnx.ModelProto, images: Sequence[bytes], side: int,
     return stream_batches(graph.SerializeToString(), images, load, outputs=outputs)
 
 def print_progress(what: str, done: int, added: int, total: int) -> None:
-    "Print every 4,000 images how many of `total` are `done`, after `added` ones, unless `what` is empty."
+    """Report how many of `total` images are `done`, after `added` ones, unless `what` is empty.
+
+    What stays in the notebook is a line for every 4,000 images."""
+    if what:
+        report_progress(what, done, total)
     if what and done // 4000 > (done - added) // 4000:
         print(f"{what}: {done:,} of {total:,} images")
 

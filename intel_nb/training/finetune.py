@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from .. import _torchvision
 from ..images import decode
 from ..model import cores
-from ..storage import written_aside
+from ..storage import report_progress, written_aside
 
 _torchvision.allow()
 import lightning as L  # noqa: E402  (it imports torchvision, so the guard comes first)
@@ -225,6 +225,11 @@ class _PrintEpoch(L.Callback):
     "Print one line per epoch, because a progress bar would fill an executed notebook."
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.began = time.monotonic()
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *batch: Any) -> None:
+        epochs, images = trainer.max_epochs or 0, len(trainer.train_dataloader.sampler)  # type: ignore[union-attr]
+        done = round(trainer.global_step / trainer.num_training_batches * images)
+        report_progress(f"epoch {trainer.current_epoch + 1} of {epochs}", done, epochs * images)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.state.fn == "fit" and trainer.is_global_zero:
