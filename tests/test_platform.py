@@ -359,7 +359,7 @@ def test_the_same_reading_as_at_the_endpoint(cloud, hosting, package):
 
 def test_an_alarm_is_raised_and_kept(cloud, hosting, package):
     url, noise = hosting.deploy("staging", package, "1").url, np.random.default_rng(0)
-    for _ in range(40):
+    for _ in range(60):
         invoke(url, encode_jpeg(noise.integers(0, 255, (48, 48, 3), np.uint8)), "image/jpeg")
     cloud.flush("intel-nb-staging")
     assert capture.feed_new_captures("intel-nb", "staging")["alarms"] > 0

@@ -442,9 +442,12 @@ BUILD, DEPLOY = "modelbuild", "modeldeploy"
 STARTED_BY = {
     "nbs/00_": {BUILD}, "nbs/01_": {BUILD}, "nbs/02_": {BUILD}, "nbs/03_": {DEPLOY}, "nbs/04_": {DEPLOY},
     "nbs/05_": {DEPLOY},
-    "nbs/1": {BUILD, DEPLOY}, "nbs/labels/": {BUILD, DEPLOY}, "nbs/training/": {BUILD}, "nbs/serving/": {BUILD, DEPLOY},
+    "nbs/1": {BUILD, DEPLOY}, "nbs/detection/": {BUILD, DEPLOY}, "nbs/labels/": {BUILD, DEPLOY},
+    "nbs/training/": {BUILD}, "nbs/serving/": {BUILD, DEPLOY},
     "nbs/chain/": {BUILD, DEPLOY}, "nbs/aws/": {BUILD, DEPLOY},
     "intel_nb/": {BUILD, DEPLOY}, "intel_nb/training/": {BUILD},
+    **dict.fromkeys(("nbs/training/00_", "nbs/training/09_", "intel_nb/training/pairs", "intel_nb/training/proba"),
+                    {BUILD, DEPLOY}),
     "tests/": {BUILD}, "settings.ini": {BUILD, DEPLOY}, "pyproject.toml": {BUILD, DEPLOY},
     "locks/": {BUILD, DEPLOY}, "docker/": {BUILD, DEPLOY}, "Dockerfile": {BUILD, DEPLOY},
 }

@@ -163,7 +163,7 @@ def test_other_routes(client):
     page = client.get("/")
     assert page.headers["content-type"].startswith("text/html") and "//" not in page.text
     assert set(client.get("/drift").json()) == {
-        "observations", "time", "statistic", "threshold", "is_drift", "alarms", "last_alarm"}
+        "observations", "time", "statistic", "threshold", "is_drift", "alarms", "last_alarm", "latest_alarms", "stream"}
     assert client.get("/history").json()["readings"][-1][0] == client.get("/drift").json()["statistic"]
     assert "intel_nb_drift_observations" in client.get("/metrics").text
     for reply, code in ((client.get("/nowhere"), "not_found"), (client.get("/invocations"), "method_not_allowed"),

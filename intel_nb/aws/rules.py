@@ -110,9 +110,10 @@ def event_rules(names: ResourceNames, source: str = "s3", events: str = "direct"
 
 # %% ../../nbs/aws/12_rules.ipynb #83b47091
 PUSH_PATHS = {
-    "modelbuild": ("nbs/0[012]_*", "nbs/1?_*", "intel_nb/*", "{nbs,intel_nb}/{labels,training,serving}/**",
+    "modelbuild": ("nbs/0[012]_*", "nbs/1?_*", "intel_nb/*", "{nbs,intel_nb}/{detection,labels,training,serving}/**",
                    "{nbs,intel_nb}/{chain,aws}/**", "tests/**", "{settings.ini,pyproject.toml,Dockerfile}",
                    "{locks,docker}/**"),
-    "modeldeploy": ("nbs/0[345]_*", "nbs/1?_*", "intel_nb/*", "{nbs,intel_nb}/{labels,serving}/**",
+    "modeldeploy": ("nbs/0[345]_*", "nbs/1?_*", "intel_nb/*", "{nbs,intel_nb}/{detection,labels,serving}/**",
+                    "{nbs,intel_nb}/training/{00_,09_,pairs,proba}*",  # which the report and the comparison need
                     "{nbs,intel_nb}/{chain,aws}/**", "{settings.ini,pyproject.toml,Dockerfile}", "{locks,docker}/**"),
 }

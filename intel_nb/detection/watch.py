@@ -20,7 +20,7 @@ from ..detector import Calibration, Observations, OnlineMMD, Reading
 from ..storage import InputError
 
 # %% auto #0
-__all__ = ['SPAN', 'StreamRecorder', 'for_inputs', 'Step', 'alarm_reading', 'Counts', 'StreamWatch', 'watch_state',
+__all__ = ['SPAN', 'ANEW', 'StreamRecorder', 'for_inputs', 'Step', 'alarm_reading', 'Counts', 'StreamWatch', 'watch_state',
            'restore_watch', 'describe_delay', 'describe_watch']
 
 # %% ../../nbs/detection/07_watch.ipynb #6d137725
@@ -73,10 +73,9 @@ class Step(NamedTuple):
     reason: str = ""
     advanced: bool = True
 
-def alarm_reading(time: int, statistic: float, threshold: float, reason: str) -> dict[str, Any]:
+def alarm_reading(time: int, statistic: float, threshold: float) -> dict[str, Any]:
     "Return the reading of an alarm."
-    found = {"time": time, "statistic": float(statistic), "threshold": float(threshold), "is_drift": True}
-    return found | {"reason": reason}
+    return {"time": time, "statistic": float(statistic), "threshold": float(threshold), "is_drift": True}
 
 # %% ../../nbs/detection/07_watch.ipynb #d5f92ed8
 @dataclass
@@ -90,6 +89,8 @@ class Counts:
     images: int = 0          # since the record began
     began: str = ""          # when the record began, ISO 8601 in UTC
     muted: bool = False      # inputs raise no alarm until the stream is learned
+
+ANEW = ("unknown images", "inputs")  # the reasons after which the detector starts anew
 
 class StreamWatch:
     """The watch over one stream, by a `detector` that is its own. Features are reported by their `names`.
@@ -133,19 +134,20 @@ class StreamWatch:
         kept = np.array([one.is_new for one in news], bool)
         self._remember(seen.take(kept), times[kept], news, now)
         aligned = align(self.learned, seen.take(kept), times[kept]) if self.learned else seen.take(kept)
-        steps = self._watch(aligned)
+        steps, latest = self._watch(aligned), self.detector.reading | {"is_drift": False}
         for one in news:
-            step = next(steps) if one.is_new else Step(self._latest(), advanced=False)
+            step = next(steps) if one.is_new else Step(latest, advanced=False)
+            if step.reason in ANEW:
+                latest = {"time": 0, "statistic": None, "threshold": None, "is_drift": False}
+            elif not step.reason:
+                latest = step.reading
             if run := self._is_frozen(one):
-                step = Step(alarm_reading(self.detector.time, run, run - 1, "frozen"), "frozen", one.is_new)
+                step = Step(alarm_reading(self.detector.time, run, run - 1), "frozen", one.is_new)
             yield step
         for _ in steps:
             raise AssertionError("there was a step too many")
         if self.recorder.is_full and not self.learned:
             self._learn(now)
-
-    def _latest(self) -> dict[str, Any]:
-        return self.detector.reading | {"is_drift": False}
 
     def _remember(self, seen: Observations, times: np.ndarray, news: list[Seen], now: str) -> None:
         if self.learned:
@@ -186,18 +188,17 @@ class StreamWatch:
         self.counts.far, time = self.far_sum.after(self.counts.far, is_far), int(reading["time"] or 0)
         evidence = self.mix.update(predicted) if self.mix else None
         if (far := self.counts.far) >= self.far_sum.level:
-            return Step(alarm_reading(time, far, self.far_sum.level - 1, "unknown images"), "unknown images")
+            return Step(alarm_reading(time, far, self.far_sum.level - 1), "unknown images")
         if reading["is_drift"] and not self.counts.muted:
-            reason = name_change(self.detector, self.farness)
-            return Step(reading | {"reason": reason}, reason)
+            return Step(reading, name_change(self.detector, self.farness))
         if self.mix and evidence is not None and evidence > self.mix.level:
-            return Step(alarm_reading(time, evidence, self.mix.level, "class mix"), "class mix")
+            return Step(alarm_reading(time, evidence, self.mix.level), "class mix")
         return Step(reading | {"is_drift": False})
 
     def _start_anew(self, reason: str) -> None:
         if reason == "class mix" and self.mix:
             self.mix.reset()
-        elif reason:
+        elif reason in ANEW:
             self.detector.reset()
             self.counts.far = 0
 

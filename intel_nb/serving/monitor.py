@@ -277,7 +277,8 @@ class Monitor:
         steps = self.watch.update(seen, times, utc_now())
         for step, predicted, when in zip(steps, seen.classes.tolist(), times.tolist()):
             self.state.add([predicted], window)
-            self._latest.append([step.reading[name] for name in ("statistic", "threshold", "is_drift")])
+            if step.reading["time"]:  # a repeat right after an alarm has no numbers
+                self._latest.append([step.reading[name] for name in ("statistic", "threshold", "is_drift")])
             self._advanced.extend([when] if step.advanced else [])
             found.append(Observation(step.reading, self._alarm(step) if step.reason and self._owner else None))
         reported = any(one.alarm and one.alarm["reported"] for one in found)

@@ -10,7 +10,7 @@ from typing import Any
 from .. import __version__
 
 # %% auto #0
-__all__ = ['SCHEMAS', 'REFUSALS', 'READ', 'IMAGE_TYPES', 'INVOCATIONS', 'describe_api']
+__all__ = ['REASONS', 'SCHEMAS', 'REFUSALS', 'READ', 'IMAGE_TYPES', 'INVOCATIONS', 'describe_api']
 
 # %% ../../nbs/serving/00_openapi.ipynb #e149472e
 _NUMBER_OR_NULL = {"type": ["number", "null"]}
@@ -25,6 +25,7 @@ def _object(**properties: Any) -> dict[str, Any]:
 
 _PREDICTION = _object(label={"type": "string"}, confidence=_SHARE,
                       probabilities={"type": "object", "additionalProperties": _SHARE})
+REASONS = ("frozen", "unknown images", "inputs", "class mix")  # for an alarm
 SCHEMAS: dict[str, Any] = {
     "Answer": _object(predictions={"type": "array", "minItems": 1, "maxItems": 64, "items": _PREDICTION,
                                    "description": "One for each image, in their order."},
@@ -32,7 +33,11 @@ SCHEMAS: dict[str, Any] = {
                              "description": "One for each image; none for a request that is marked as a test."},
                       model=_object(**_MODEL)),
     "Drift": _object(observations={"type": "integer", "minimum": 0, "description": "Images seen; it only grows."},
-                     **_READING, alarms={"type": "integer", "minimum": 0}, last_alarm={"type": ["string", "null"]}),
+                     **_READING, alarms={"type": "integer", "minimum": 0}, last_alarm={"type": ["string", "null"]},
+                     latest_alarms={"type": "array", "maxItems": 10, "items": _object(
+                         raised={"type": "string"}, reason={"enum": list(REASONS)})},
+                     stream={"type": "object", "description": "What is known of the stream: how often a false alarm "
+                             "is expected, what was learned, how soon a change is seen."}),
     "History": _object(readings={"type": "array", "maxItems": 300, "items": {
         "type": "array", "items": {"type": ["number", "boolean"]}, "minItems": 3, "maxItems": 3,
         "description": "Statistic, threshold, and whether it is drift."}}),
