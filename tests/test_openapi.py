@@ -18,7 +18,7 @@ from intel_nb.images import MAX_BYTES, MAX_PIXELS, encode_jpeg
 from intel_nb.scenes import sample_scene
 from intel_nb.serving.app import DRIFT_TYPE, ROUTES
 from intel_nb.serving.endpoints import throwaway
-from intel_nb.serving.monitor import HISTORY
+from intel_nb.serving.monitor import ALARMS, HISTORY
 from intel_nb.serving.openapi import IMAGE_TYPES, REFUSALS, describe_api
 from intel_nb.serving.payloads import CONTENT_TYPES, MAX_INSTANCES, STATUS
 
@@ -48,7 +48,7 @@ def test_it_names_every_route_type_and_code():
     assert {code: status for status, (_, codes) in REFUSALS.items() for code in codes} == {
         code: status for code, status in STATUS.items() if code != "left"}, "the client that left reads no answer"
     text = json.dumps(API)
-    assert set(map(int, re.findall(r'"maxItems": (\d\d+)', text))) == {MAX_INSTANCES, HISTORY}
+    assert set(map(int, re.findall(r'"maxItems": (\d\d+)', text))) == {MAX_INSTANCES, HISTORY, ALARMS}
     assert f"at most {MAX_BYTES >> 20} MiB and {MAX_PIXELS // 10**6} megapixels" in text
 
 

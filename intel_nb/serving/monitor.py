@@ -37,8 +37,8 @@ from ..model import Package
 from ..storage import InputError, read_json, utc_now, write_json, write_text
 
 # %% auto #0
-__all__ = ['ACCEPT', 'HISTORY', 'REPORTS', 'AGAIN', 'MonitorState', 'feature_digest', 'append_rows', 'read_rows', 'save_state',
-           'name_features', 'new_watch', 'load_state', 'clean_folder', 'describe_shift', 'describe_mix',
+__all__ = ['ALARMS', 'ACCEPT', 'HISTORY', 'REPORTS', 'AGAIN', 'MonitorState', 'feature_digest', 'append_rows', 'read_rows',
+           'save_state', 'name_features', 'new_watch', 'load_state', 'clean_folder', 'describe_shift', 'describe_mix',
            'describe_alarm', 'raise_alarm', 'Observation', 'Monitor']
 
 # %% ../../nbs/serving/03_monitor.ipynb #9fa9e9d1
@@ -188,6 +188,8 @@ def describe_alarm(state: MonitorState, watch: StreamWatch, step: Step, package:
             "classes": {package.labels[k]: n for k, n in Counter(state.recent).most_common()}, **mix}
 
 # %% ../../nbs/serving/03_monitor.ipynb #50f8efbd
+ALARMS = 10  # that are remembered with their reasons
+
 def raise_alarm(report: Callable[[str, dict[str, Any]], None], state: MonitorState, watch: StreamWatch,
                 package: Package, version: str, step: Step) -> dict[str, Any]:
     """Count the alarm of `step`, and give it to `report` if it is the first of this minute, by name.
@@ -202,7 +204,7 @@ def raise_alarm(report: Callable[[str, dict[str, Any]], None], state: MonitorSta
         report(str(alarm["name"]), {"raised": now, **describe_alarm(state, watch, step, package, version)})
         state.last_report = now
     state.alarms, state.last_alarm, state.recent = state.alarms + 1, now, []
-    state.latest_alarms = [*state.latest_alarms, [now, step.reason]][-10:]
+    state.latest_alarms = [*state.latest_alarms, [now, step.reason]][-ALARMS:]
     return alarm
 
 # %% ../../nbs/serving/03_monitor.ipynb #91eec527
