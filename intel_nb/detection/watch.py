@@ -209,7 +209,7 @@ class StreamWatch:
         record = Record(seen, times, len(times) / max(1, counts.images), counts.longest, counts.longest_still)
         self.detector.calibration = self.calibrated
         self._set(learn(self.detector, record, self.names, self.ert, (self.counts.began, now)))
-        self.unsaved = True
+        self.unsaved, self.recorder = True, StreamRecorder(seen.features.shape[1], self.recorder.span)
         self.detector.reset()
         self.counts = Counts()
 

@@ -99,6 +99,8 @@ def save_state(path: Path, state: MonitorState, watch: StreamWatch, digest: str 
         watch.unsaved = False
     found = {"features": digest or feature_digest(watch.calibrated), **vars(state), "watch": watch_state(watch)}
     write_text(path, json.dumps(found | {"learned": watch.learned is not None}))
+    if watch.learned is not None:
+        path.with_name("stream.rows").unlink(missing_ok=True)
 
 # %% ../../nbs/serving/03_monitor.ipynb #63099111
 def name_features(card: dict[str, Any], width: int) -> Names:
@@ -225,6 +227,7 @@ class Monitor:
     def __init__(self, package: Package, folder: str | Path, version: str = "", every: int = 16):
         self._path, self._every = clean_folder(Path(folder)) / "state.json", every
         self._owner, self._lock, self.problem = True, threading.Lock(), ""
+        self._is_accepted = False  # by a file that is still there, as what follows could not be written yet
         self._reports: deque[tuple[str, dict[str, Any]]] = deque(maxlen=REPORTS)
         self._again: threading.Timer | None = None
         self.state, self.watch = load_state(self._path, package)
@@ -297,17 +300,18 @@ class Monitor:
             return
         self._saved = self.state.observations
         accepted = self._path.with_name(ACCEPT)
-        if is_accepted := accepted.exists():
+        if accepted.exists() and not self._is_accepted:
             self.watch.accept()
+            self._is_accepted = True
         try:
             while self._reports:
                 name, report = self._reports[0]
                 write_json(self._path.with_name("alarms") / f"{name}.json", report)
                 self._reports.popleft()
             self._save_state()
-            if is_accepted:
+            if self._is_accepted:
                 accepted.unlink(missing_ok=True)
-            self.problem = ""
+            self.problem, self._is_accepted = "", False
         except OSError as e:
             self.problem = f"the detector's state is in memory only: {e.strerror}"
             self._try_again()
