@@ -646,9 +646,10 @@ def _learned_in_words(stream: dict[str, Any]) -> list[str]:
         count = f"{stream.get('observations', 0):,} of {stream.get('needed', 0):,} images"
         state = f"learned   {count}; until then the package's level holds"
         return [state] + ([f"muted     {stream['muted']}"] if "muted" in stream else [])
+    one_in = f"one in {stream['dependence']:g}" if stream["dependence"] > 1.1 else "each"
+    independent = f"{one_in} independently of the others"
     lines = [f"learned   from {learned['observations']:,} images, {learned['since']} to {learned['until']}",
-             f"stream    {stream['advanced']:.0%} of images bring something new, of which one in "
-             f"{stream['dependence']:g} is independent",
+             f"stream    {stream['advanced']:.0%} of images bring something new, {independent}",
              f"level     {stream['level']:g} times the package's{', less what each hour brings' * stream['hours']}"]
     off = ", ".join(f"{s['feature']} by {s['deviations']:g} deviations" for s in stream["shift"])
     lines += [f"off       {off}: drifted from the start, or a new normal (--accept)"] if off else []
