@@ -630,15 +630,24 @@ def endpoints_command(as_json: JsonOption = False) -> None:
     print_rows(rows, as_json, f"no endpoints yet in {workspace.home}: intel-nb run --approve makes one")
 
 # %% ../nbs/20_cli.ipynb #c0158d1f
+def _duration(hours: float) -> str:
+    "Say a time in the unit that suits it."
+    for size, unit in ((24, "days"), (1, "hours"), (1 / 60, "minutes")):
+        if hours >= size:
+            return f"{hours / size:.2g} {unit}"
+    return f"{hours * 3600:.2g} seconds"
+
 def drift_in_words(found: dict[str, Any]) -> str:
     "Describe the answer of `GET /drift` in some lines."
     stream = found.get("stream") or {}
     hours = stream.get("expected_hours")
-    rate = f", {hours:g} hours at the present rate" if hours else ""
+    rate = f", {_duration(hours)} at the present rate" if hours else ""
     lines = [f"now       {describe_drift(found)}",
              f"expected  a false alarm in {stream.get('expected_run_time', 0):g} images that bring something new{rate}"]
     lines += _learned_in_words(stream)
-    lines += [f"alarm     {alarm['raised']}  {alarm['reason']}" for alarm in found.get("latest_alarms", [])]
+    times = lambda alarm: f", {alarm['times']} times in a row" if alarm["times"] > 1 else ""
+    for alarm in found.get("latest_alarms", []):
+        lines.append(f"alarm     {alarm['raised']}  {alarm['reason']}{times(alarm)}")
     return "\n".join(lines)
 
 def _learned_in_words(stream: dict[str, Any]) -> list[str]:
@@ -653,6 +662,7 @@ def _learned_in_words(stream: dict[str, Any]) -> list[str]:
              f"level     {stream['level']:g} times the package's{', less what each hour brings' * stream['hours']}"]
     off = ", ".join(f"{s['feature']} by {s['deviations']:g} deviations" for s in stream["shift"])
     lines += [f"off       {off}: drifted from the start, or a new normal (--accept)"] if off else []
+    lines += [f"unsteady  {stream['unsteady']}"] if "unsteady" in stream else []
     delays = ", ".join(f"{name} {text}" for name, text in stream["delays"].items() if name not in stream["missed"])
     lines += [f"reported  after so many images: {delays}"] if delays else []
     return lines + [f"missed    {name}: {stream['delays'][name]}" for name in stream["missed"]]
@@ -666,12 +676,21 @@ def drift_command(stage: StageArgument, as_json: JsonOption = False,
     from intel_nb.chain.decisions import accept_stream
     from intel_nb.serving.endpoints import drift_status
     workspace = _workspace()
+    if accept != bool(reason):
+        raise InputError("--accept and --reason go together: say why the stream as it is now is the normal")
+    endpoint = workspace.endpoints().describe(stage)
+    if endpoint.status != "running":
+        raise InputError(f"{stage} is {endpoint.status}; intel-nb start {stage}")
+    found = drift_status(endpoint.url)
     if accept:
         accept_stream(workspace, stage, reason)
-        print_line(f"the stream of {stage} is taken for its normal, with the next images that it gets")
-        return
-    found = drift_status(workspace.endpoints().describe(stage).url)
-    print_json(found) if as_json else print_line(drift_in_words(found))
+        shift = (found.get("stream") or {}).get("shift")
+        found = {"accepted": stage, "means": "what it is off by is taken off from now on" if shift else
+                 "inputs raise no alarm until the stream is learned"}
+    if as_json:
+        print_json(found)
+    else:
+        print_line(f"accepted: with the next images, {found['means']}" if accept else drift_in_words(found))
 
 # %% ../nbs/20_cli.ipynb #ce2bebf4
 def standing_lines(found: Standing) -> list[str]:

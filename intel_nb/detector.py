@@ -173,6 +173,7 @@ class Calibration:
     pool_size: int
     n_bootstraps: int
     stricter: np.ndarray    # float64 (W + 1,): thresholds for a detector that has `INPUTS` of the hazard
+    distances: np.ndarray   # float64 (up to 1,000,), rising: squared, of the pool to the nearest reference of its class
     shifted: dict[str, Observations] = field(default_factory=dict)  # observations of known changes, by their names
 
     def at_level(self, factor: float) -> Calibration:
@@ -292,6 +293,39 @@ def survivor_thresholds(statistics: np.ndarray, ert: float, separate: int) -> np
     later, steps = statistics[separate:, alive].max(axis=0), len(statistics) - separate
     return np.array([*thresholds, _upper_quantile(later, 1 - (1 - 1 / ert)**steps, shape)])
 
+# %% ../nbs/15_detector.ipynb #4107455b
+class _Kernel:
+    "The Gaussian kernel of new rows to the reference (N, D) and to each other; rows are less `origin`."
+    def __init__(self, reference: np.ndarray, sigma: float, cells: np.ndarray):
+        self.origin, self.scale, self.cells = reference.mean(axis=0), np.float32(-0.5 / sigma**2), cells
+        apart = reference - self.origin
+        self.columns = np.ascontiguousarray(-2 * self.scale * apart.T)  # scaled, as are the squares, for exp
+        self.squares = self.scale * np.einsum("ij,ij->i", apart, apart)
+
+    def near(self, rows: np.ndarray) -> np.ndarray:
+        "Kernel (n, N) of each of `rows` (n, D) to each row of the reference."
+        near = np.einsum("ji,kj->ki", self.columns, rows)
+        near += self.squares
+        near += self.scale * np.einsum("ij,ij->i", rows, rows)[:, None]
+        return np.exp(np.minimum(near, 0, out=near), out=near)
+
+    def nearest(self, rows: np.ndarray, cells: np.ndarray) -> np.ndarray:
+        "Squared distances (n,) of `rows` (n, D) of the classes `cells` to the nearest reference of their class."
+        blocks = np.split(np.arange(len(rows)), range(512, len(rows), 512))
+        near = [np.where(self.cells.T[cells[b]] > 0, self.near(rows[b]), 0).max(axis=1) for b in blocks]
+        return np.log(np.maximum(np.concatenate(near), 1e-38), dtype=np.float64) / self.scale
+
+    def cell_means(self, near: np.ndarray) -> np.ndarray:
+        "Mean kernel (n, C + 1) to the reference of each class, from what `near` returned."
+        return np.einsum("ki,ic->kc", near, self.cells)
+
+    def neighbours(self, rows: np.ndarray, latest: np.ndarray) -> np.ndarray:
+        "Kernel (W - 1, n) of each of `rows` to those before it, newest first, `latest` (W, D) being those seen before."
+        (n, width), back = rows.shape, len(latest) - 1
+        known = np.concatenate([latest[1:], rows])
+        apart = np.ndarray((n, back, width), np.float32, known, 0, (4 * width, 4 * width, 4)) - rows[:, None]
+        return np.exp(self.scale * np.einsum("nkd,nkd->kn", apart, apart)[::-1], dtype=np.float64)
+
 # %% ../nbs/15_detector.ipynb #dd4df275
 def _bootstrap(bare: Calibration, pool: Rows, rng: np.random.Generator, width: int = 2_048) -> np.ndarray:
     "Statistics (T, n_bootstraps) of streams without drift, T being twice the largest window where the pool allows."
@@ -314,12 +348,13 @@ def calibrate(reference: np.ndarray, ert: float, windows: tuple[int, ...], n_boo
     between, largest = means_between(reference, sigma, cells), max(windows)
     unknown = np.zeros(largest + 1)
     bare = Calibration(reference, cells, float(ert), np.array(sorted(set(windows)), np.int64), unknown, between,
-                       np.ones_like(between), sigma, len(kept), n_bootstraps, unknown)
+                       np.ones_like(between), sigma, len(kept), n_bootstraps, unknown, unknown[:0])
     rows = prepare_rows(bare, Observations.of(pool[kept], classes and classes[1][kept]))
     bare = replace(bare, variances=cell_variances(rows.h, rows.cells, len(between)))
     statistics = _bootstrap(bare, rows, np.random.default_rng(seed))
     usual, stricter = (survivor_thresholds(statistics, time, largest) for time in (ert, ert / INPUTS))
-    return replace(bare, thresholds=usual, stricter=stricter)
+    distances = _thinned(np.sort(bare.kernel.nearest(pool[kept] - bare.kernel.origin, rows.cells)), 1_000)
+    return replace(bare, thresholds=usual, stricter=stricter, distances=distances)
 
 # %% ../nbs/15_detector.ipynb #5de25462
 Reading = dict[str, float | int | bool | None]  # time, statistic, threshold, is_drift
@@ -350,33 +385,6 @@ def _prepared(reference: np.ndarray, pool: np.ndarray | None, windows: tuple[int
     if not 1 < ert <= n_bootstraps:
         raise ValueError(f"ert must lie between 1 and n_bootstraps ({n_bootstraps}), not {ert}")
     return reference, pool, known
-
-# %% ../nbs/15_detector.ipynb #4107455b
-class _Kernel:
-    "The Gaussian kernel of new rows to the reference (N, D) and to each other; rows are less `origin`."
-    def __init__(self, reference: np.ndarray, sigma: float, cells: np.ndarray):
-        self.origin, self.scale, self.cells = reference.mean(axis=0), np.float32(-0.5 / sigma**2), cells
-        apart = reference - self.origin
-        self.columns = np.ascontiguousarray(-2 * self.scale * apart.T)  # scaled, as are the squares, for exp
-        self.squares = self.scale * np.einsum("ij,ij->i", apart, apart)
-
-    def near(self, rows: np.ndarray) -> np.ndarray:
-        "Kernel (n, N) of each of `rows` (n, D) to each row of the reference."
-        near = np.einsum("ji,kj->ki", self.columns, rows)
-        near += self.squares
-        near += self.scale * np.einsum("ij,ij->i", rows, rows)[:, None]
-        return np.exp(np.minimum(near, 0, out=near), out=near)
-
-    def cell_means(self, near: np.ndarray) -> np.ndarray:
-        "Mean kernel (n, C + 1) to the reference of each class, from what `near` returned."
-        return np.einsum("ki,ic->kc", near, self.cells)
-
-    def neighbours(self, rows: np.ndarray, latest: np.ndarray) -> np.ndarray:
-        "Kernel (W - 1, n) of each of `rows` to those before it, newest first, `latest` (W, D) being those seen before."
-        (n, width), back = rows.shape, len(latest) - 1
-        known = np.concatenate([latest[1:], rows])
-        apart = np.ndarray((n, back, width), np.float32, known, 0, (4 * width, 4 * width, 4)) - rows[:, None]
-        return np.exp(self.scale * np.einsum("nkd,nkd->kn", apart, apart)[::-1], dtype=np.float64)
 
 # %% ../nbs/15_detector.ipynb #3179ecc1
 def _rows(features: np.ndarray, width: int) -> np.ndarray:
@@ -553,7 +561,8 @@ def feature_shift(detector: OnlineMMD, back: np.ndarray | None = None) -> np.nda
 _CALIBRATION = {"reference": (np.float32, 2), "cells": (np.float32, 2), "ert": (np.float64, 0),
                 "windows": (np.int64, 1), "thresholds": (np.float64, 1), "between": (np.float64, 2),
                 "variances": (np.float64, 2), "sigma": (np.float64, 0), "pool_size": (np.int64, 0),
-                "n_bootstraps": (np.int64, 0), "stricter": (np.float64, 1)}  # name -> type and number of dimensions
+                "n_bootstraps": (np.int64, 0), "stricter": (np.float64, 1),
+                "distances": (np.float64, 1)}  # name -> type and number of dimensions
 _STATE = {"time": (np.int64, 0), "rows": (np.float32, 2), "sums": (np.float64, 2), "classes": (np.int64, 1)}
 _MAX_FILE = 2**30  # bytes, unpacked
 _EXAMPLES = "shifted_", "classes_"  # and after each the name of a change
@@ -578,8 +587,12 @@ def _of_one_class(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     h = centre(gaussian_kernel(reference, reference, sigma), cell_means(reference, reference, sigma, cells),
                np.zeros(len(reference), np.int64), between)
     largest, alike = len(arrays["thresholds"]) - 1, np.zeros(len(reference), np.int64)
-    return arrays | {"stricter": 1.02 * arrays["thresholds"], "cells": cells, "between": between,
-                     "variances": cell_variances(h, alike, 1), "time": np.array(0), "sums": np.zeros((2, largest + 1)),
+    apart = _squared_distances(reference, reference)
+    np.fill_diagonal(apart, np.inf)
+    distances = np.sort(apart.min(axis=1)).astype(np.float64)
+    return arrays | {"stricter": 1.02 * arrays["thresholds"], "distances": distances, "cells": cells,
+                     "between": between, "variances": cell_variances(h, alike, 1), "time": np.array(0),
+                     "sums": np.zeros((2, largest + 1)),
                      "classes": np.zeros(largest, np.int64),
                      "rows": np.zeros((largest, reference.shape[1]), np.float32)}
 
@@ -622,6 +635,7 @@ def _consistent(a: dict[str, np.ndarray]) -> bool:
               "rows": (largest, width), "sums": (2, largest + 1), "classes": (largest,)}
     fits = all(a[name].shape == shape for name, shape in shapes.items())
     fits = fits and bool(a["variances"].min() >= 0 and a["sigma"] > 0 and a["ert"] > 1 and a["cells"].min() >= 0)
+    fits = fits and bool(len(a["distances"]) and (np.diff(a["distances"]) >= 0).all())
     return fits and _plausible(int(a["time"]), a["rows"], a["sums"], a["classes"], cells)
 
 # %% ../nbs/15_detector.ipynb #3fee307a

@@ -284,9 +284,12 @@ def plot_delays(table: list[dict], path: Path) -> Path:
     severities = sorted({row["severity"] for row in table})
     with _figure(path) as axes:
         for k, severity in enumerate(severities):
-            means = [row["mean"] or 0 for row in table if row["severity"] == severity]
+            rows = [row for row in table if row["severity"] == severity]
+            means = [row["limit"] if row["missed"] else row["mean"] or 0 for row in rows]
             at, width = np.arange(len(means)) + k * .8 / len(severities), .75 / len(severities)
-            axes.bar(at, means, width, label=f"severity {severity}", color=SHADES[severity - 1])
+            bars = axes.bar(at, means, width, label=f"severity {severity}", color=SHADES[severity - 1])
+            for bar, row in zip(bars, rows):
+                bar.set_hatch("///" if row["missed"] else None)  # it goes on beyond what was tried
         axes.set_xticks(np.arange(len(CORRUPTIONS)) + .4 * (1 - 1 / len(severities)), list(CORRUPTIONS))
         axes.set_ylabel("observations to the alarm")
     return path

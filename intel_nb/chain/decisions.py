@@ -212,14 +212,18 @@ def withdraw_rejection(workspace: Workspace, version: str, reason: str = "") -> 
     return registry.get(version)
 
 # %% ../../nbs/chain/09_decisions.ipynb #3079485f
-def accept_stream(workspace: Workspace, stage: str, reason: str = "") -> None:
+def accept_stream(workspace: Workspace, stage: str, reason: str) -> None:
     "Take the stream of `stage` as it is for its normal. Raise `NotAllowed` unless the stage runs."
     from intel_nb.serving.monitor import ACCEPT
     endpoint = find_endpoint(workspace, stage)
     if endpoint.status != "running":
         raise NotAllowed(f"{stage} is {endpoint.status}; intel-nb start {stage}")
+    file = workspace.endpoints().folder / stage / "state" / ACCEPT
+    try:
+        write_text(file, reason)
+    except OSError as e:
+        raise InputError(f"{file} cannot be written ({e.strerror}); nothing was accepted") from None
     workspace.registry().note("accept", version=endpoint.version, stage=stage, reason=reason)
-    write_text(workspace.endpoints().folder / stage / "state" / ACCEPT, reason)
 
 # %% ../../nbs/chain/09_decisions.ipynb #85c3d79e
 def start_shadow(workspace: Workspace, version: str, stage: str) -> None:

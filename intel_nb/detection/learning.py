@@ -22,8 +22,8 @@ from ..storage import InputError, write_bytes
 
 # %% auto #0
 __all__ = ['HAZARDS', 'MEDIUM', 'FAR_OFF', 'BLOCKS', 'ALLOWED', 'HIGHEST', 'EXAMPLES', 'Names', 'find_shift', 'sums_along',
-           'replace_state', 'alarms_along', 'learn_factor', 'Learned', 'align', 'expected_delays', 'Record', 'learn',
-           'save_learned', 'load_learned']
+           'replace_state', 'alarms_along', 'learn_factor', 'Learned', 'align', 'expected_delays', 'describe_delay',
+           'Record', 'learn', 'save_learned', 'load_learned']
 
 # %% ../../nbs/detection/06_learning.ipynb #9fbb2b0a
 HAZARDS = {"inputs": INPUTS, "unknown images": (1 - INPUTS) / 2, "class mix": (1 - INPUTS) / 2}
@@ -90,7 +90,7 @@ def _first_early(known: Calibration, sums: np.ndarray, thresholds: np.ndarray) -
     over = (pairs / np.sqrt(np.maximum(variances, 1e-12))).max(axis=0) > thresholds[times]
     return int(over.argmax()) if over.any() else None
 
-ALLOWED, HIGHEST = 1.5, 50.  # deviations of a count; the largest factor
+ALLOWED, HIGHEST = 1.5, 4.  # deviations of a count; the largest factor
 
 def learn_factor(known: Calibration, sums: np.ndarray, run_time: float) -> float:
     "Return the factor of the thresholds at which alarms along `sums` are `run_time` observations apart; 1 at least."
@@ -98,6 +98,8 @@ def learn_factor(known: Calibration, sums: np.ndarray, run_time: float) -> float
     if len(alarms_along(known, sums)) <= wanted + ALLOWED * np.sqrt(wanted):
         return 1.
     low, high = 1., HIGHEST
+    if len(alarms_along(known, sums, high)) > wanted:
+        return high
     while high / low > 1.005:
         middle = float(np.sqrt(low * high))
         low, high = (low, middle) if len(alarms_along(known, sums, middle)) <= wanted else (middle, high)
@@ -130,9 +132,12 @@ class Learned:
         "Tell whether the stream, as it was learned, is the normal: nothing is off, or a person said so."
         return not self.shift
 
-def align(learned: Learned, seen: Observations, times: np.ndarray) -> Observations:
-    "Return the observations `seen` at `times` less what was learned of the stream's place and its hours."
-    features = seen.features - learned.offset if learned.accepted else seen.features
+def align(learned: Learned, seen: Observations, times: np.ndarray, accepted: bool | None = None) -> Observations:
+    """Return the observations `seen` at `times` less what was learned of the stream's place and its hours.
+
+    The place is taken off only if it is `accepted` as the normal, by default as `learned` says."""
+    is_normal = learned.accepted if accepted is None else accepted
+    features = seen.features - learned.offset if is_normal else seen.features
     if learned.hours is not None:
         features = features - learned.hours[slot_of(times)]
     return Observations(features, seen.classes)
@@ -148,6 +153,14 @@ def expected_delays(detector: OnlineMMD, factor: float, clean: Observations, run
     return {name: delay(raised, clean, shifted, runs, 0).summary()
             for name, shifted in sorted(detector.calibration.shifted.items())}
 
+def describe_delay(found: dict[str, Any]) -> str:
+    "Return an expected delay in words: cut off where some streams end before their alarm."
+    if found["mean"] is None:
+        return "not known"
+    if found["missed"]:
+        return f"more than {found['limit']}: only {found['caught']:.0%} are noticed by then"
+    return f"{found['mean']:.0f}" if found["caught"] == 1 else f"{found['mean']:.0f} (of {found['caught']:.0%})"
+
 # %% ../../nbs/detection/06_learning.ipynb #1b8f3707
 class Record(NamedTuple):
     "The observations of a stream that advanced its detector, and when they came, in seconds since 1970."
@@ -157,20 +170,21 @@ class Record(NamedTuple):
     longest: int = 1  # run of one picture
     still: int = 0    # images in a row that brought nothing new, at most
 
-def learn(detector: OnlineMMD, record: Record, names: Names, run_time: float, moment: tuple[str, str] = ("", "")
-          ) -> Learned:
+def learn(detector: OnlineMMD, record: Record, names: Names, run_time: float, moment: tuple[str, str] = ("", ""),
+          is_normal: bool = False) -> Learned:
     """Return what the `record` teaches about a stream whose alarms shall be `run_time` observations apart.
 
-    `moment` is when it began and ended, in words."""
+    `moment` is when it began and ended, in words; `is_normal` says that a person has taken it for the normal."""
     known, seen, count = detector.calibration, record.seen, max(1, len(detector.calibration.between) - 1)
     left = residuals(known, seen.features, seen.classes)
-    shift, tau = find_shift(known, left, names), dependence(seen.classes, count)
+    shift = [] if is_normal else find_shift(known, left, names)
+    tau = dependence(seen.classes, count)
     since, until = moment
     start = Learned(len(left), since, until, float(np.ptp(record.times)), record.kept, shift,
                     offset=left.mean(axis=0), hours=fit_hours(left, record.times), factor=1., inflation=1., far=FAR,
                     shares=shares_of(seen.classes, count), tau=tau, mix_level=0.,
                     longest=record.longest, still=record.still, delays={})
-    aligned = align(start, seen, record.times)
+    aligned = align(start, seen, record.times, accepted=True)  # the level holds once a person has accepted the place
     factor = learn_factor(known, sums_along(detector, aligned), run_time / HAZARDS["inputs"])
     rest = residuals(known, aligned.features, aligned.classes)
     tails = Farness(known).tails(aligned.features - known.kernel.origin, known.cell_of(aligned.classes))
@@ -190,6 +204,21 @@ def save_learned(learned: Learned, path: str | Path) -> None:
     np.savez(out := io.BytesIO(), about=np.frombuffer(json.dumps(values).encode(), np.uint8), **arrays)
     write_bytes(path, out.getvalue())
 
+def _check_numbers(learned: Learned) -> None:
+    "Raise `ValueError` if the numbers of `learned` cannot be those of a stream."
+    whole = "observations", "longest", "still"
+    reals = "seconds", "kept", "factor", "inflation", "far", "tau", "mix_level"
+    values = [getattr(learned, name) for name in whole + reals]
+    if not all(type(v) is int for v in values[:3]) or not all(type(v) in (int, float) and v >= 0 for v in values):
+        raise ValueError("its numbers are damaged")
+    near = 1 <= learned.factor <= HIGHEST and learned.kept <= 1 and learned.far <= 1 and 1 <= learned.tau < 2_000
+    if not (near and np.isfinite(values).all() and learned.shares.min() > 0 and np.abs(learned.offset).max() < 1e6):
+        raise ValueError("its numbers cannot be")
+    for found in learned.delays.values():
+        describe_delay(found)  # which fails where it will be shown
+    if not all(type(shift["feature"]) is str and np.isfinite(shift["deviations"]) for shift in learned.shift):
+        raise ValueError("its shift is damaged")
+
 def load_learned(path: str | Path, known: Calibration) -> Learned:
     "Read what `save_learned` wrote for a detector with the calibration `known`. Raise `InputError` for anything else."
     width, count = known.reference.shape[1], max(1, len(known.between) - 1)
@@ -200,8 +229,7 @@ def load_learned(path: str | Path, known: Calibration) -> Learned:
         shapes = {"offset": (width,), "hours": (SLOTS, width), "shares": (count,)}
         if any(a.shape != shapes[name] or not np.isfinite(a).all() for name, a in arrays.items()):
             raise ValueError("its arrays do not fit the detector")
-        if not (1 <= found.factor < 1e6 and 0 <= found.far <= 1 and found.tau >= 1 and found.shares.min() > 0):
-            raise ValueError("its numbers cannot be")
+        _check_numbers(found)
     except Exception as e:  # whatever zipfile, json and numpy meet in damaged bytes
         raise InputError(f"{path} is not what an endpoint has learned of its stream ({e})") from None
     return found

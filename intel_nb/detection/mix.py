@@ -104,7 +104,7 @@ class MixWatch:
     def __init__(self, shares: np.ndarray, tau: float, level: float):
         self.evidence, self.level = Evidence(np.asarray(shares, np.float64), tau), level
         self.latest: list[int] = []
-        self.seen = 0
+        self.seen, self.is_armed = 0, True
 
     def update(self, predicted: int) -> float | None:
         "Take the class of one image; return the evidence if this is the time for a look."
@@ -112,9 +112,15 @@ class MixWatch:
         self.latest = [*self.latest[1 - WINDOWS[-1]:], min(predicted, len(self.evidence.shares) - 1)]
         return self.evidence.largest(np.array(self.latest)) if self.seen % EVERY == 0 else None
 
+    def is_alarm(self, evidence: float) -> bool:
+        "Tell whether `evidence` is the first that is above the level since it was below 0."
+        fired = self.is_armed and evidence > self.level
+        self.is_armed = not fired and (self.is_armed or evidence < 0)
+        return fired
+
     def reset(self) -> None:
-        "Forget the latest classes."
-        self.latest, self.seen = [], 0
+        "Forget the latest classes, and any alarm."
+        self.latest, self.seen, self.is_armed = [], 0, True
 
     def recent(self) -> np.ndarray:
         "Return the shares (C,) in the window with the largest evidence."

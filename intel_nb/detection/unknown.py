@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -21,24 +20,12 @@ class Farness:
     "What is far, for the detector with this calibration."
     known: Calibration
 
-    @cached_property
-    def _distances(self) -> np.ndarray:
-        "Squared distances (N,), rising, of the rows of the reference to the nearest other one of their class."
-        known, (count, cells) = self.known, self.known.cells.shape
-        own = known.cells[:, :-1].argmax(axis=1) if cells > 1 else np.zeros(count, np.int64)
-        near = known.kernel.near(known.reference - known.kernel.origin)
-        np.fill_diagonal(near, 0)
-        return np.sort(self._nearest(near, own))
-
-    def _nearest(self, near: np.ndarray, cells: np.ndarray) -> np.ndarray:
-        "Squared distances (n,) to the nearest row of each row's class, from kernel values (n, N)."
-        nearest = np.where(self.known.cells.T[cells] > 0, near, 0).max(axis=1)
-        return -2 * self.known.sigma**2 * np.log(np.maximum(nearest, 1e-38))
-
     def tails(self, rows: np.ndarray, cells: np.ndarray) -> np.ndarray:
         "Return the share (n,) of known images farther than each of `rows` (n, D), which are less the kernel's origin."
-        base = self._distances
-        beyond = len(base) - np.searchsorted(base, self._nearest(self.known.kernel.near(rows), cells))
+        if not len(rows):
+            return np.zeros(0)
+        base = self.known.distances
+        beyond = len(base) - np.searchsorted(base, self.known.kernel.nearest(rows, cells))
         return (beyond + 1) / (len(base) + 1)
 
 # %% ../../nbs/detection/04_unknown.ipynb #107d39fa

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .learning import HAZARDS, Learned, Names, Record, align, learn
+from .learning import HAZARDS, HIGHEST, Learned, Names, Record, align, describe_delay, learn
 from .mix import WINDOWS, MixWatch
 from .repeats import Repeats, Seen, frozen_limit, pack_repeats, repeat_radius, unpack_repeats
 from .unknown import FAR, Farness, far_sum, name_change
@@ -20,8 +20,8 @@ from ..detector import Calibration, Observations, OnlineMMD, Reading
 from ..storage import InputError
 
 # %% auto #0
-__all__ = ['SPAN', 'ANEW', 'StreamRecorder', 'for_inputs', 'Step', 'alarm_reading', 'Counts', 'StreamWatch', 'watch_state',
-           'restore_watch', 'describe_delay', 'describe_watch']
+__all__ = ['SPAN', 'ANEW', 'UNSTEADY', 'StreamRecorder', 'for_inputs', 'Step', 'alarm_reading', 'Counts', 'StreamWatch',
+           'watch_state', 'restore_watch', 'describe_watch']
 
 # %% ../../nbs/detection/07_watch.ipynb #6d137725
 SPAN = 4_000  # observations that a stream is learned from
@@ -157,7 +157,7 @@ class StreamWatch:
         for one in news:
             if one.same == 1 and self.counts.run < frozen_limit(self.counts.longest):
                 self.counts.longest = max(self.counts.longest, self.counts.run)
-            if one.is_new:
+            if one.is_new and (self.counts.muted or self.counts.still < frozen_limit(self.counts.longest_still)):
                 self.counts.longest_still = max(self.counts.longest_still, self.counts.still)
             self.counts.run, self.counts.still = one.same, one.still
         self.recorder.add(seen, times)
@@ -191,14 +191,12 @@ class StreamWatch:
             return Step(alarm_reading(time, far, self.far_sum.level - 1), "unknown images")
         if reading["is_drift"] and not self.counts.muted:
             return Step(reading, name_change(self.detector, self.farness))
-        if self.mix and evidence is not None and evidence > self.mix.level:
+        if self.mix and evidence is not None and self.mix.is_alarm(evidence):
             return Step(alarm_reading(time, evidence, self.mix.level), "class mix")
         return Step(reading | {"is_drift": False})
 
     def _start_anew(self, reason: str) -> None:
-        if reason == "class mix" and self.mix:
-            self.mix.reset()
-        elif reason in ANEW:
+        if reason in ANEW:
             self.detector.reset()
             self.counts.far = 0
 
@@ -208,7 +206,8 @@ class StreamWatch:
         counts = self.counts
         record = Record(seen, times, len(times) / max(1, counts.images), counts.longest, counts.longest_still)
         self.detector.calibration = self.calibrated
-        self._set(learn(self.detector, record, self.names, self.ert, (self.counts.began, now)))
+        moment = self.counts.began, now
+        self._set(learn(self.detector, record, self.names, self.ert, moment, is_normal=counts.muted))
         self.unsaved, self.recorder = True, StreamRecorder(seen.features.shape[1], self.recorder.span)
         self.detector.reset()
         self.counts = Counts()
@@ -216,21 +215,18 @@ class StreamWatch:
     def accept(self) -> None:
         """Take the stream as it is for its normal.
 
-        If what was learned is off the reference, that is taken off from now on. Else the stream is learned anew."""
-        if self.learned and self.learned.shift:
-            self._set(replace(self.learned, shift=[]))
-            self.unsaved = True
-        else:
-            self.recorder.clear()
-            self.counts, self.mix = Counts(muted=True), None
-            self._set(None)
+        If what was learned is off the reference, that is taken off from now on. Otherwise the stream is learned, from
+        the record that there is or else anew, and inputs raise no alarm meanwhile."""
+        known, self.mix = self.learned, None
+        self._set(replace(known, shift=[]) if known and known.shift else None)
+        self.unsaved = self.learned is not None
+        self.counts = replace(self.counts, muted=self.learned is None, far=0)
         self.detector.reset()
-
 
 # %% ../../nbs/detection/07_watch.ipynb #472c4322
 def watch_state(watch: StreamWatch) -> dict[str, Any]:
     "Return the state of `watch` for JSON, apart from its record and what was learned."
-    mix = watch.mix and {"latest": watch.mix.latest, "seen": watch.mix.seen}
+    mix = watch.mix and {"latest": watch.mix.latest, "seen": watch.mix.seen, "armed": watch.mix.is_armed}
     seen, latest = (b64encode(part).decode() for part in (watch.detector.state(), pack_repeats(watch.repeats)))
     return {"detector": seen, "repeats": latest,
             "counts": asdict(watch.counts), "mix": mix, "record": watch.recorder.count}
@@ -238,8 +234,11 @@ def watch_state(watch: StreamWatch) -> dict[str, Any]:
 def restore_watch(watch: StreamWatch, state: dict[str, Any], learned: Learned | None, record: Record | None) -> None:
     "Go on exactly where `state` was taken, with what was `learned` or else with the `record`. Raise `InputError`."
     width, counts = watch.recorder.features.shape[1], Counts(**state["counts"])
-    numbers = [n for n in (*vars(counts).values(), state["record"]) if type(n) not in (str, bool)]
-    if not all(type(n) is int and 0 <= n < 2**53 for n in numbers) or type(counts.muted) is not bool:
+    kinds = {name: type(value) for name, value in vars(Counts()).items()}
+    values = {**vars(counts), "record": state["record"]}
+    if any(type(value) is not kinds.get(name, int) for name, value in values.items()):
+        raise InputError("the counts of the watch are damaged")
+    if not all(0 <= value < 2**53 for value in values.values() if type(value) is int):
         raise InputError("the counts of the watch are damaged")
     watch._set(learned)
     watch.repeats = unpack_repeats(b64decode(state["repeats"]), watch.repeats.radius, width)
@@ -250,19 +249,14 @@ def restore_watch(watch: StreamWatch, state: dict[str, Any], learned: Learned | 
         if min(latest, default=0) < 0 or max(latest, default=0) >= len(watch.mix.evidence.shares):
             raise InputError("the classes of the watch are damaged")
         watch.mix.latest, watch.mix.seen = latest, int(state["mix"]["seen"])
+        watch.mix.is_armed = bool(state["mix"]["armed"])
     if record is not None:
         watch.recorder.clear()
         watch.recorder.add(record.seen, record.times)
         watch.recorder.saved = watch.recorder.count
 
 # %% ../../nbs/detection/07_watch.ipynb #e744caac
-def describe_delay(found: dict[str, Any]) -> str:
-    "Return an expected delay in words: cut off where some streams end before their alarm."
-    if found["mean"] is None:
-        return "not known"
-    if found["missed"]:
-        return f"more than {found['limit']}: only {found['caught']:.0%} are noticed by then"
-    return f"{found['mean']:.0f}" if found["caught"] == 1 else f"{found['mean']:.0f} (of {found['caught']:.0%})"
+UNSTEADY = "the stream changed while it was learned, or hangs together in a way that is not known; alarms go on"
 
 def describe_watch(watch: StreamWatch, rate: float | None = None) -> dict[str, Any]:
     "Return what is known of the stream, for JSON. `rate` is how many observations advance the detector in an hour."
@@ -277,4 +271,5 @@ def describe_watch(watch: StreamWatch, rate: float | None = None) -> dict[str, A
         "advanced": round(known.kept, 3), "dependence": round(known.inflation, 1), "level": round(known.factor, 2),
         "hours": known.hours is not None, "shift": known.shift,
         "delays": {name: describe_delay(delay) for name, delay in known.delays.items()},
-        "missed": [name for name, delay in known.delays.items() if delay["missed"]]}
+        "missed": [name for name, delay in known.delays.items() if delay["missed"]],
+        **({"unsteady": UNSTEADY} if known.factor >= HIGHEST else {})}

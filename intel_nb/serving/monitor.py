@@ -50,7 +50,7 @@ class MonitorState:
     last_alarm: str | None = None    # when it was raised, ISO 8601 in UTC
     last_report: str | None = None   # when an alarm was last reported, likewise
     recent: list[int] = field(default_factory=list)  # predicted classes of the latest images
-    latest_alarms: list[list[str]] = field(default_factory=list)  # when the latest ten were raised, and for what reason
+    latest_alarms: list[list[Any]] = field(default_factory=list)  # when raised first, the reason, how often in a row
 
     def add(self, predicted: list[int], window: int) -> None:
         "Count images with the classes `predicted`; keep the classes of the latest `window` images."
@@ -67,9 +67,11 @@ def _row_type(width: int) -> np.dtype:
 
 def append_rows(path: Path, recorder: StreamRecorder) -> None:
     "Append to `path` what `recorder` holds and the file does not yet; drop what a killed process left behind it."
-    seen, times = recorder.whole()
+    (seen, times), kind = recorder.whole(), _row_type(recorder.features.shape[1])
+    if not path.exists() or path.stat().st_size < recorder.saved * kind.itemsize:
+        recorder.saved = 0  # somebody has removed it, or cut it off
     new = slice(recorder.saved, recorder.count)
-    rows = np.zeros(recorder.count - recorder.saved, kind := _row_type(seen.features.shape[1]))
+    rows = np.zeros(recorder.count - recorder.saved, kind)
     rows["features"], rows["predicted"], rows["time"] = seen.features[new], seen.classes[new], times[new]
     with open(path, "r+b" if path.exists() else "wb") as file:
         file.truncate(recorder.saved * kind.itemsize)
@@ -77,15 +79,19 @@ def append_rows(path: Path, recorder: StreamRecorder) -> None:
         file.write(rows.tobytes())
     recorder.saved = recorder.count
 
-def read_rows(path: Path, count: int, width: int) -> Record:
+def read_rows(path: Path, count: int, width: int, classes: int) -> Record:
     "Return the first `count` rows of `path`; raise `InputError` if there are fewer, or if they cannot be."
     kind = _row_type(width)
     with open(path, "rb") as file:
         data = file.read(count * kind.itemsize)
     rows = np.frombuffer(data[:len(data) // kind.itemsize * kind.itemsize], kind)
-    if len(rows) < count or not (np.isfinite(rows["features"]).all() and np.isfinite(rows["time"]).all()):
+    if len(rows) < count:
         raise InputError(f"{path} holds {len(rows)} of {count} observations")
-    return Record(Observations(rows["features"].copy(), rows["predicted"].astype(np.int64)), rows["time"].copy())
+    features, predicted, times = (rows[name] for name in ("features", "predicted", "time"))
+    known = 0 <= predicted.min() <= predicted.max() < classes
+    if not (known and np.abs(features).max() < 1e6 and np.isfinite(times).all()):
+        raise InputError(f"{path} has a row that no image gave")  # a NaN is not below 1e6 either
+    return Record(Observations(features.copy(), predicted.astype(np.int64)), times.copy())
 
 # %% ../../nbs/serving/03_monitor.ipynb #ed70787d
 def save_state(path: Path, state: MonitorState, watch: StreamWatch, digest: str = "") -> None:
@@ -116,10 +122,11 @@ def name_features(card: dict[str, Any], width: int) -> Names:
 def _check_counts(state: MonitorState, classes: int) -> None:
     "Raise an error unless a monitor of a package with so many classes can have saved `state`."
     numbers = [state.observations, state.alarms, *state.recent]
+    numbers += [times for _, _, times in state.latest_alarms]
     whole = all(type(n) is int and 0 <= n < 2**53 for n in numbers)
     if not whole or max(state.recent, default=0) >= classes:
         raise InputError("its counts are damaged")
-    for raised in filter(None, (state.last_alarm, state.last_report, *(when for when, _ in state.latest_alarms))):
+    for raised in filter(None, (state.last_alarm, state.last_report, *(when for when, _, _ in state.latest_alarms))):
         datetime.fromisoformat(raised)
 
 def new_watch(package: Package) -> StreamWatch:
@@ -127,29 +134,35 @@ def new_watch(package: Package) -> StreamWatch:
     detector, mix = package.detector(), os.environ.get("INTEL_NB_MIX", "1") != "0"
     return StreamWatch(detector, name_features(package.card, detector.calibration.reference.shape[1]), mix)
 
-def _restored(path: Path, saved: dict[str, Any], watch: StreamWatch) -> StreamWatch:
-    "Return `watch` as it was `saved`."
+def _restored(path: Path, saved: dict[str, Any], package: Package) -> StreamWatch:
+    "Return the watch of `package` as it was `saved`."
+    watch = new_watch(package)
     learned = load_learned(path.with_name("learned.npz"), watch.calibrated) if saved["learned"] else None
     count, width = saved["watch"]["record"], watch.recorder.features.shape[1]
-    record = read_rows(path.with_name("stream.rows"), count, width) if count and not learned else None
+    rows, classes = path.with_name("stream.rows"), max(1, len(watch.calibrated.between) - 1)
+    record = read_rows(rows, count, width, max(classes, len(package.labels))) if count and not learned else None
     restore_watch(watch, saved["watch"], learned, record)
     return watch
 
 def load_state(path: Path, package: Package) -> tuple[MonitorState, StreamWatch]:
     "Return the counts and the watch in `path`. With other features only the counts go on; damage is as no file."
-    watch, log = new_watch(package), logging.getLogger(__name__)
+    log, state = logging.getLogger(__name__), MonitorState()
     try:
-        saved = read_json(path) if path.exists() else {}
-        state = MonitorState(*(saved.get(name, default) for name, default in vars(MonitorState()).items()))
+        saved: dict[str, Any] = read_json(path) if path.exists() else {}
+        state = MonitorState(*(saved.get(name, default) for name, default in vars(state).items()))
         _check_counts(state, len(package.labels))
-        if saved.get("features") != feature_digest(watch.calibrated):
-            if "features" in saved:
-                log.warning("this version has other drift features than the last one: the stream is learned anew")
-            return replace(state, recent=[]), watch
-        return state, _restored(path, saved, watch)
     except Exception as e:  # a damaged file can raise anything, and the endpoint must start all the same
         log.warning("the drift detector starts anew, as %s cannot be used: %s", path, e)
         return MonitorState(), new_watch(package)
+    if saved.get("features") != feature_digest((watch := new_watch(package)).calibrated):
+        if "features" in saved:
+            log.warning("this version has other drift features than the last one: the stream is learned anew")
+        return replace(state, recent=[]), watch
+    try:
+        return state, _restored(path, saved, package)
+    except Exception as e:  # likewise; the counts are good
+        log.warning("the stream is learned anew, as what %s knows of it cannot be used: %s", path.parent, e)
+        return replace(state, recent=[]), watch
 
 # %% ../../nbs/serving/03_monitor.ipynb #be5b6d74
 def clean_folder(folder: Path) -> Path:
@@ -190,7 +203,7 @@ def describe_alarm(state: MonitorState, watch: StreamWatch, step: Step, package:
             "classes": {package.labels[k]: n for k, n in Counter(state.recent).most_common()}, **mix}
 
 # %% ../../nbs/serving/03_monitor.ipynb #50f8efbd
-ALARMS = 10  # that are remembered with their reasons
+ALARMS = 10  # that are remembered with their reasons; those of one reason in a row count as one
 
 def raise_alarm(report: Callable[[str, dict[str, Any]], None], state: MonitorState, watch: StreamWatch,
                 package: Package, version: str, step: Step) -> dict[str, Any]:
@@ -206,7 +219,11 @@ def raise_alarm(report: Callable[[str, dict[str, Any]], None], state: MonitorSta
         report(str(alarm["name"]), {"raised": now, **describe_alarm(state, watch, step, package, version)})
         state.last_report = now
     state.alarms, state.last_alarm, state.recent = state.alarms + 1, now, []
-    state.latest_alarms = [*state.latest_alarms, [now, step.reason]][-ALARMS:]
+    *before, last = state.latest_alarms or [["", "", 0]]
+    if last[1] == step.reason:  # a change that lasts does not push the others out
+        state.latest_alarms = [*before, [last[0], last[1], last[2] + 1]]
+    else:
+        state.latest_alarms = [*state.latest_alarms, [now, step.reason, 1]][-ALARMS:]
     return alarm
 
 # %% ../../nbs/serving/03_monitor.ipynb #91eec527
@@ -254,7 +271,8 @@ class Monitor:
     def status(self) -> dict[str, Any]:
         "Return the counts, the latest reading and what is known of the stream, as `GET /drift` shows them."
         with self._lock:
-            alarms = [{"raised": when, "reason": reason} for when, reason in reversed(self.state.latest_alarms)]
+            alarms = [{"raised": when, "reason": reason, "times": times}
+                      for when, reason, times in reversed(self.state.latest_alarms)]
             return {"observations": self.state.observations, **self.watch.detector.reading,
                     "alarms": self.state.alarms, "last_alarm": self.state.last_alarm, "latest_alarms": alarms,
                     "stream": describe_watch(self.watch, self._rate()),
@@ -300,7 +318,7 @@ class Monitor:
             return
         self._saved = self.state.observations
         accepted = self._path.with_name(ACCEPT)
-        if accepted.exists() and not self._is_accepted:
+        if accepted.is_file() and not self._is_accepted:
             self.watch.accept()
             self._is_accepted = True
         try:

@@ -35,7 +35,8 @@ SCHEMAS: dict[str, Any] = {
     "Drift": _object(observations={"type": "integer", "minimum": 0, "description": "Images seen; it only grows."},
                      **_READING, alarms={"type": "integer", "minimum": 0}, last_alarm={"type": ["string", "null"]},
                      latest_alarms={"type": "array", "maxItems": 10, "items": _object(
-                         raised={"type": "string"}, reason={"enum": list(REASONS)})},
+                         raised={"type": "string"}, reason={"enum": list(REASONS)},
+                         times={"type": "integer", "minimum": 1})},
                      stream={"type": "object", "description": "What is known of the stream: how often a false alarm "
                              "is expected, what was learned, how soon a change is seen."}),
     "History": _object(readings={"type": "array", "maxItems": 300, "items": {
