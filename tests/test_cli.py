@@ -15,7 +15,7 @@ from conftest import COMMAND, House
 
 from intel_nb.cli import call
 
-COMMANDS = ("run", "probe", "runs", "report", "compare", "models", "trace", "endpoints", "status", "drift", "captures",
+COMMANDS = ("run", "probe", "runs", "report", "compare", "models", "trace", "endpoints", "drift", "status", "captures",
             "suspects", "measure", "approve", "reject", "withdraw", "promote", "rollback", "shadow", "start", "stop",
             "predict", "serve", "sign", "export", "import", "watch", "audit", "check", "cancel", "logs", "prune", "ui",
             "aws")

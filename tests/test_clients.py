@@ -245,7 +245,7 @@ def chunked(data: bytes, size: int = 2048) -> bytes:
 
 
 WIRE: dict[str, tuple[str, bytes, bool, int, int | str]] = {
-    "wrk": (WRK.format(method="GET", path="/"), b"", False, 200, "Which scene is this?"),
+    "wrk": (WRK.format(method="GET", path="/"), b"", False, 200, "What is in the image?"),
     "wrk with a script": (WRK.format(method="POST", path="/invocations") + "\n    Content-Type: image/jpeg" +
                           LENGTH.format(), PHOTO, False, 200, 1),
     "wrk without a type": (WRK.format(method="POST", path="/invocations") + LENGTH.format(), PHOTO, False, 200, 1),
