@@ -301,6 +301,7 @@ class _Kernel:
         apart = reference - self.origin
         self.columns = np.ascontiguousarray(-2 * self.scale * apart.T)  # scaled, as are the squares, for exp
         self.squares = self.scale * np.einsum("ij,ij->i", apart, apart)
+        self.members = (cells.T > 0).astype(np.float32)
 
     def near(self, rows: np.ndarray) -> np.ndarray:
         "Kernel (n, N) of each of `rows` (n, D) to each row of the reference."
@@ -309,11 +310,9 @@ class _Kernel:
         near += self.scale * np.einsum("ij,ij->i", rows, rows)[:, None]
         return np.exp(np.minimum(near, 0, out=near), out=near)
 
-    def nearest(self, rows: np.ndarray, cells: np.ndarray) -> np.ndarray:
-        "Squared distances (n,) of `rows` (n, D) of the classes `cells` to the nearest reference of their class."
-        blocks = np.split(np.arange(len(rows)), range(512, len(rows), 512))
-        near = [np.where(self.cells.T[cells[b]] > 0, self.near(rows[b]), 0).max(axis=1) for b in blocks]
-        return np.log(np.maximum(np.concatenate(near), 1e-38), dtype=np.float64) / self.scale
+    def nearest(self, near: np.ndarray, cells: np.ndarray) -> np.ndarray:
+        "Squared distances (n,) to the nearest reference of each row's class `cells`, from what `near` returned."
+        return np.log(np.maximum((near * self.members[cells]).max(axis=1), 1e-38), dtype=np.float64) / self.scale
 
     def cell_means(self, near: np.ndarray) -> np.ndarray:
         "Mean kernel (n, C + 1) to the reference of each class, from what `near` returned."
@@ -353,8 +352,11 @@ def calibrate(reference: np.ndarray, ert: float, windows: tuple[int, ...], n_boo
     bare = replace(bare, variances=cell_variances(rows.h, rows.cells, len(between)))
     statistics = _bootstrap(bare, rows, np.random.default_rng(seed))
     usual, stricter = (survivor_thresholds(statistics, time, largest) for time in (ert, ert / INPUTS))
-    distances = _thinned(np.sort(bare.kernel.nearest(pool[kept] - bare.kernel.origin, rows.cells)), 1_000)
-    return replace(bare, thresholds=usual, stricter=stricter, distances=distances)
+    blocks = np.split(np.arange(len(kept)), range(512, len(kept), 512))
+    apart = pool[kept] - bare.kernel.origin
+    distances = [bare.kernel.nearest(bare.kernel.near(apart[b]), rows.cells[b]) for b in blocks]
+    return replace(bare, thresholds=usual, stricter=stricter,
+                   distances=_thinned(np.sort(np.concatenate(distances)), 1_000))
 
 # %% ../nbs/15_detector.ipynb #5de25462
 Reading = dict[str, float | int | bool | None]  # time, statistic, threshold, is_drift
@@ -436,16 +438,17 @@ class OnlineMMD:
         return self.update_many(np.asarray(features)[None], [predicted])[0]
 
     def update_many(self, features: np.ndarray, classes: Sequence[int] | np.ndarray | None = None,
-                    stop: bool = False) -> list[Reading]:
+                    stop: bool = False, near: np.ndarray | None = None) -> list[Reading]:
         """Take observations (n, D) in order and return a reading of each. If one of them is bad, none is taken.
 
-        With `stop`, observations after an alarm are not taken and have no reading."""
+        With `stop`, observations after an alarm are not taken and have no reading. `near` (n, N) are their kernel
+        values to the reference, from whoever has them."""
         known = self.calibration
         rows = _rows(features, known.reference.shape[1]) - known.kernel.origin
         if not (n := len(rows)):
             return []
         cells = known.cell_of(np.zeros(n) if classes is None else classes)
-        means = known.kernel.cell_means(known.kernel.near(rows))
+        means = known.kernel.cell_means(known.kernel.near(rows) if near is None else near)
         sums = self._sums_after(rows, cells, means)
         readings = _readings(known, sums[..., 1:], np.arange(self.time + 1, self.time + n + 1))
         taken = next((k for k, r in enumerate(readings, 1) if r["is_drift"]), n) if stop else n

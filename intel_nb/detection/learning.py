@@ -187,7 +187,8 @@ def learn(detector: OnlineMMD, record: Record, names: Names, run_time: float, mo
     aligned = align(start, seen, record.times, accepted=True)  # the level holds once a person has accepted the place
     factor = learn_factor(known, sums_along(detector, aligned), run_time / HAZARDS["inputs"])
     rest = residuals(known, aligned.features, aligned.classes)
-    tails = Farness(known).tails(aligned.features - known.kernel.origin, known.cell_of(aligned.classes))
+    near = known.kernel.near(aligned.features - known.kernel.origin)
+    tails = Farness(known).tails(near, known.cell_of(aligned.classes))
     clean = aligned.take(np.linspace(0, len(left) - 1, min(EXAMPLES, len(left))).astype(int))
     return replace(start, factor=factor, inflation=float(np.median(block_inflation(rest))),
                    far=float(np.mean(tails <= FAR)), delays=expected_delays(detector, factor, clean),

@@ -32,6 +32,7 @@ def dependence(classes: np.ndarray, count: int, farthest: int = 500) -> float:
 
 # %% ../../nbs/detection/05_mix.ipynb #ce33b1fa
 WINDOWS, EVERY = tuple(2**k for k in range(3, 11)), 8  # images; images between two looks
+_SEGMENT = np.repeat(np.arange(len(WINDOWS)), np.diff((0, *WINDOWS)))  # the shortest window that holds the k-th latest
 
 @dataclass(frozen=True)
 class Evidence:
@@ -54,10 +55,15 @@ class Evidence:
         known = counts @ np.log(self.shares) / self.tau
         return self._start[counts.sum(axis=-1)] + self._gamma[counts].sum(axis=-1) - known
 
+    def along(self, classes: np.ndarray) -> np.ndarray:
+        "Return it for each of the windows that end with `classes` (n,), as many as fit, the shortest first."
+        count, latest = len(self.shares), classes[-WINDOWS[-1]:]
+        parts = np.bincount(_SEGMENT[:len(latest)] * count + latest[::-1], minlength=count * len(WINDOWS))
+        return self.of(parts.reshape(-1, count).cumsum(axis=0)[:sum(w <= len(latest) for w in WINDOWS)])
+
     def largest(self, classes: np.ndarray) -> float:
         "Return the largest over the windows that end with `classes` (n,), as many as fit."
-        counts = [np.bincount(classes[-w:], minlength=len(self.shares)) for w in WINDOWS if w <= len(classes)]
-        return float(self.of(np.array(counts)).max()) if counts else -math.inf
+        return float(self.along(classes).max(initial=-math.inf))
 
 # %% ../../nbs/detection/05_mix.ipynb #6f73a91a
 def _blocks(classes: np.ndarray, length: int, tau: float, rng: np.random.Generator) -> np.ndarray:
@@ -103,14 +109,14 @@ class MixWatch:
     "Looks at the predicted classes of a stream with the learned `shares` (C,) and `tau`; above `level` is an alarm."
     def __init__(self, shares: np.ndarray, tau: float, level: float):
         self.evidence, self.level = Evidence(np.asarray(shares, np.float64), tau), level
-        self.latest: list[int] = []
+        self.latest = np.zeros(0, np.int64)
         self.seen, self.is_armed = 0, True
 
     def update(self, predicted: int) -> float | None:
         "Take the class of one image; return the evidence if this is the time for a look."
         self.seen += 1
-        self.latest = [*self.latest[1 - WINDOWS[-1]:], min(predicted, len(self.evidence.shares) - 1)]
-        return self.evidence.largest(np.array(self.latest)) if self.seen % EVERY == 0 else None
+        self.latest = np.append(self.latest[1 - WINDOWS[-1]:], min(predicted, len(self.evidence.shares) - 1))
+        return self.evidence.largest(self.latest) if self.seen % EVERY == 0 else None
 
     def is_alarm(self, evidence: float) -> bool:
         "Tell whether `evidence` is the first that is above the level since it was below 0."
@@ -120,13 +126,13 @@ class MixWatch:
 
     def reset(self) -> None:
         "Forget the latest classes, and any alarm."
-        self.latest, self.seen, self.is_armed = [], 0, True
+        self.latest, self.seen, self.is_armed = self.latest[:0], 0, True
 
     def recent(self) -> np.ndarray:
         "Return the shares (C,) in the window with the largest evidence."
-        sizes = [w for w in WINDOWS if w <= len(self.latest)] or [max(len(self.latest), 1)]
-        best = max(sizes, key=lambda w: Evidence.largest(self.evidence, np.array(self.latest[-w:], int)))
-        return shares_of(np.array(self.latest[-best:], int), len(self.evidence.shares))
+        found = self.evidence.along(self.latest)
+        window = WINDOWS[found.argmax()] if len(found) else len(self.latest)
+        return shares_of(self.latest[len(self.latest) - window:], len(self.evidence.shares))
 
 # %% ../../nbs/detection/05_mix.ipynb #4200d455
 def correct_shares(predicted: np.ndarray, confusion: np.ndarray) -> np.ndarray:

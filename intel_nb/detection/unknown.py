@@ -20,12 +20,10 @@ class Farness:
     "What is far, for the detector with this calibration."
     known: Calibration
 
-    def tails(self, rows: np.ndarray, cells: np.ndarray) -> np.ndarray:
-        "Return the share (n,) of known images farther than each of `rows` (n, D), which are less the kernel's origin."
-        if not len(rows):
-            return np.zeros(0)
+    def tails(self, near: np.ndarray, cells: np.ndarray) -> np.ndarray:
+        "Return the share (n,) of known images farther than each of n images, from `near` (n, N) of their kernel."
         base = self.known.distances
-        beyond = len(base) - np.searchsorted(base, self.known.kernel.nearest(rows, cells))
+        beyond = len(base) - np.searchsorted(base, self.known.kernel.nearest(near, cells))
         return (beyond + 1) / (len(base) + 1)
 
 # %% ../../nbs/detection/04_unknown.ipynb #107d39fa
@@ -77,6 +75,7 @@ def name_change(detector: OnlineMMD, farness: Farness) -> str:
     rows, cells = (latest[len(latest) - len(moved):] for latest in (detector._latest, detector._cells))
     if not moved.any():
         return "inputs"
-    distance = -np.log(farness.tails(rows[moved], cells[moved])).mean()
+    near = detector.calibration.kernel.near(rows[moved])
+    distance = -np.log(farness.tails(near, cells[moved])).mean()
     all_moved = moved[moved.argmax():].all()
     return "unknown images" if distance > (THIRTIETH if all_moved else TENTH) else "inputs"

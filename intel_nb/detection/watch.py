@@ -164,12 +164,15 @@ class StreamWatch:
 
     def _watch(self, seen: Observations) -> Iterator[Step]:
         "Yield the step of each observation that advances the detector; start anew after an alarm."
-        done, count = 0, len(seen.classes)
-        known = self.calibrated
-        tails = self.farness.tails(seen.features - known.kernel.origin, known.cell_of(seen.classes))
+        if not (count := len(seen.classes)):
+            return
+        done, known = 0, self.calibrated
+        near = known.kernel.near(seen.features - known.kernel.origin)
+        tails = self.farness.tails(near, known.cell_of(seen.classes))
         while done < count:
             part = slice(done, done + self._far_alarm(tails[done:]) + 1)
-            readings = self.detector.update_many(seen.features[part], seen.classes[part], stop=not self.counts.muted)
+            readings = self.detector.update_many(seen.features[part], seen.classes[part], not self.counts.muted,
+                                                 near[part])
             for reading, tail, predicted in zip(readings, tails[part], seen.classes[part].tolist()):
                 yield (step := self._judge(reading, bool(tail <= FAR), predicted))
                 self._start_anew(step.reason)
@@ -226,7 +229,7 @@ class StreamWatch:
 # %% ../../nbs/detection/07_watch.ipynb #472c4322
 def watch_state(watch: StreamWatch) -> dict[str, Any]:
     "Return the state of `watch` for JSON, apart from its record and what was learned."
-    mix = watch.mix and {"latest": watch.mix.latest, "seen": watch.mix.seen, "armed": watch.mix.is_armed}
+    mix = watch.mix and {"latest": watch.mix.latest.tolist(), "seen": watch.mix.seen, "armed": watch.mix.is_armed}
     seen, latest = (b64encode(part).decode() for part in (watch.detector.state(), pack_repeats(watch.repeats)))
     return {"detector": seen, "repeats": latest,
             "counts": asdict(watch.counts), "mix": mix, "record": watch.recorder.count}
@@ -248,7 +251,7 @@ def restore_watch(watch: StreamWatch, state: dict[str, Any], learned: Learned | 
         latest = [int(k) for k in state["mix"]["latest"][-WINDOWS[-1]:]]
         if min(latest, default=0) < 0 or max(latest, default=0) >= len(watch.mix.evidence.shares):
             raise InputError("the classes of the watch are damaged")
-        watch.mix.latest, watch.mix.seen = latest, int(state["mix"]["seen"])
+        watch.mix.latest, watch.mix.seen = np.array(latest, np.int64), int(state["mix"]["seen"])
         watch.mix.is_armed = bool(state["mix"]["armed"])
     if record is not None:
         watch.recorder.clear()
