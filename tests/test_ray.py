@@ -119,13 +119,9 @@ class Load:
 
 
 def check_counts(url: str, load: Load) -> None:
-    "Assert that each image was counted once, and that the detector's time goes on or starts anew after an alarm."
+    "Assert that each image was counted once, and has one reading. Its time says little: the photographs come again."
     assert drift_status(url)["observations"] == len(load.answers)
-    times = [reading["time"] for _, answer in load.answers for reading in answer["drift"]]
-    alarms = sum(reading["is_drift"] for _, answer in load.answers for reading in answer["drift"])
-    runs = [sum(t == k for t in times) for k in range(1, max(times) + 1)]
-    assert runs == sorted(runs, reverse=True), "each run counts 1, 2, 3, …, whatever died"
-    assert runs[0] in (alarms, alarms + 1)
+    assert {len(answer["drift"]) for _, answer in load.answers} == {1}
 
 
 @pytest.mark.slow
@@ -239,9 +235,10 @@ def test_a_package_is_an_application_of_ray_serve(packages, tmp_path):
     try:
         wait(lambda: ask(port, "GET", "/ping")[0] == 200 or host.poll() is not None, 120)
         assert host.poll() is None, (tmp_path / "log").read_text()[-3000:]
-        for k in range(2):
+        for _ in range(2):
             status, answer = ask(port, "POST", "/invocations", PHOTOS[0])
-            assert (status, answer["model"]["version"], answer["drift"][0]["time"]) == (200, "7", k + 1)
+            assert (status, answer["model"]["version"]) == (200, "7")
+            assert answer["drift"][0]["time"] == 1  # the second time it is no news
         status, answer = ask(port, "POST", "/invocations", b"no image")
         assert (status, answer["error"]["code"]) == (400, "undecodable")
         assert ask(port, "GET", "/drift")[1]["observations"] == 2
