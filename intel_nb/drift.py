@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .dataset import Split, read_split
-from .detection.corruptions import CORRUPTIONS, corrupted
+from .detection.corruptions import CORRUPTIONS, corrupted, noise
 from .detection.mix import MixWatch, learn_level, shares_of
 from .detection.streams import Delay, RunTime, delay, run_time, slow_delay
 from .detection.watch import StreamWatch
@@ -47,10 +47,6 @@ seed = 0                  # int, 0–4294967295: which images, which streams
 out_dir = ""              # str: folder for the outputs; empty: a temporary one
 
 # %% ../nbs/04_drift.ipynb #14934abc
-def _bytes(values: np.ndarray) -> np.ndarray:
-    "Round and clip to uint8."
-    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
-
 def page(rng: np.random.Generator) -> np.ndarray:
     "Draw a page of text: lines of dark words on white paper."
     pixels = np.full((150, 150, 3), 245, np.uint8)
@@ -62,7 +58,7 @@ def page(rng: np.random.Generator) -> np.ndarray:
 # %% ../nbs/04_drift.ipynb #c0b335d6
 def covered(rng: np.random.Generator) -> np.ndarray:
     "Draw what a covered lens sees: nearly black, with a sensor's noise."
-    return _bytes(rng.normal(6, 3, (150, 150, 3)))
+    return noise(np.full((150, 150, 3), 6, np.uint8), 3, rng)
 
 # %% ../nbs/04_drift.ipynb #aa5a20d7
 def broken(rng: np.random.Generator) -> np.ndarray:
@@ -296,14 +292,15 @@ def plot_delays(table: list[dict], path: Path) -> Path:
 
 # %% ../nbs/04_drift.ipynb #a4fee455
 def plot_traffic(seen: list[dict], change: int, path: Path) -> Path:
-    "Draw statistic and threshold of each answer in `seen`, with a line after the first `change` answers, as PNG."
+    """Draw the statistic of each answer in `seen` as a share of its threshold, which puts all kinds of alarm on one
+    scale, with a line after the first `change` answers, as PNG."""
     at, alarms = np.arange(1, len(seen) + 1), [k for k, s in enumerate(seen) if s["is_drift"]]
-    statistics = np.array([s["statistic"] for s in seen])
+    shares = np.array([s["statistic"] / s["threshold"] if s["threshold"] else 0 for s in seen])
     with _figure(path, loc="upper left") as axes:
-        axes.plot(at, statistics, color=SHADES[2], label="statistic")
-        axes.plot(at, [s["threshold"] for s in seen], color=RED, label="threshold")
+        axes.plot(at, shares, color=SHADES[2], label="statistic / threshold")
+        axes.axhline(1, color="grey", linewidth=.8)
         axes.axvline(change + .5, color="grey", linestyle=":", label="change")
-        axes.plot(at[alarms], statistics[alarms], "o", color=RED, label="alarm")
+        axes.plot(at[alarms], shares[alarms], "o", color=RED, label="alarm")
         axes.set(xlabel="request")
     return path
 
