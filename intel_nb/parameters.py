@@ -23,10 +23,10 @@ from typing import Any
 from .storage import InputError, check_extra
 
 # %% auto #0
-__all__ = ['BOUNDS', 'TYPES', 'Parameter', 'declared', 'read_literals', 'read_declarations', 'read_profiles', 'with_profiles',
-           'is_within', 'choices_of', 'is_allowed', 'closest', 'check_known', 'describe', 'check_values', 'profile_of',
-           'read_value', 'as_declared', 'read_values', 'exported_cells', 'find_declarations', 'assigned_names',
-           'set_names', 'check_parameters']
+__all__ = ['BOUNDS', 'TYPES', 'STYLE', 'Parameter', 'declared', 'read_literals', 'read_declarations', 'read_profiles',
+           'with_profiles', 'is_within', 'choices_of', 'is_allowed', 'closest', 'check_known', 'describe',
+           'check_values', 'profile_of', 'read_value', 'as_declared', 'read_values', 'exported_cells',
+           'find_declarations', 'assigned_names', 'set_names', 'check_parameters', 'Answer']
 
 # %% ../nbs/11_parameters.ipynb #c9278e23
 @dataclass(frozen=True)
@@ -321,3 +321,23 @@ def _typed(namespace: dict[str, Any]) -> list[str]:
     "Return the cells as they were typed. `In` has what IPython made of them, which for a magic is one call."
     shell = namespace["get_ipython"]() if "get_ipython" in namespace else None
     return shell.history_manager.input_hist_raw if shell else namespace["In"]
+
+# %% ../nbs/11_parameters.ipynb #949a56b6
+STYLE: dict[str, Any] = {  # of all figures, for `plt.rcParams.update`: white ground, which print and a dark page bear
+    "figure.facecolor": "white", "figure.constrained_layout.use": True, "savefig.dpi": 100, "font.size": 9,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9, "legend.frameon": False,
+    "image.cmap": "Blues", "axes.prop_cycle": "cycler('color', ['#35618f', '#b3402a', '#3d8b6d', '#b98a1f', '#7a5195'])"}
+
+# %% ../nbs/11_parameters.ipynb #2d19e4dd
+class Answer:
+    "The place at the head of a step notebook for the answer to its question: a sentence, and the picture that shows it."
+    def __init__(self) -> None:
+        from IPython.display import Markdown, display
+        self._sentence = display(Markdown("*The answer comes here once the notebook has run.*"), display_id=True)
+        self._picture = display(Markdown(""), display_id=True)
+
+    def show(self, sentence: str, picture: str | Path) -> None:
+        "Put the `sentence`, which may be Markdown, and the PNG file `picture` in their place."
+        from IPython.display import Image, Markdown
+        self._sentence.update(Markdown(sentence))
+        self._picture.update(Image(filename=str(picture), alt=sentence.replace("*", "")))

@@ -45,8 +45,11 @@ def is_exported(cell: Cell) -> bool:
 
 # %% ../../nbs/chain/02_store.ipynb #1e41c235
 def is_working(cell: Cell) -> bool:
-    "Tell whether a step needs the cell to do its work: it is exported, holds the parameters, or lies under `## Run`."
-    return cell.kind == "code" and (is_exported(cell) or "parameters" in cell.tags or cell.section == "Run")
+    """Tell whether a step needs the cell to do its work.
+
+    It is exported, tagged `parameters` or `answer` (the place for the answer to its question), or under `## Run`."""
+    is_tagged = not {"parameters", "answer"}.isdisjoint(cell.tags)
+    return cell.kind == "code" and (is_exported(cell) or is_tagged or cell.section == "Run")
 
 # %% ../../nbs/chain/02_store.ipynb #0afbc8bf
 def code_digest(source: str) -> str:
