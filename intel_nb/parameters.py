@@ -326,11 +326,12 @@ def _typed(namespace: dict[str, Any]) -> list[str]:
 STYLE: dict[str, Any] = {  # of all figures, for `plt.rcParams.update`: white ground, which print and a dark page bear
     "figure.facecolor": "white", "figure.constrained_layout.use": True, "savefig.dpi": 100, "font.size": 9,
     "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9, "legend.frameon": False,
-    "image.cmap": "Blues", "axes.prop_cycle": "cycler('color', ['#35618f', '#b3402a', '#3d8b6d', '#b98a1f', '#7a5195'])"}
+    "image.cmap": "Blues",
+    "axes.prop_cycle": "cycler('color', ['#35618f', '#b3402a', '#3d8b6d', '#b98a1f', '#745192'])"}
 
 # %% ../nbs/11_parameters.ipynb #2d19e4dd
 class Answer:
-    "The place at the head of a step notebook for the answer to its question: a sentence, and the picture that shows it."
+    "The place at the head of a step notebook for its answer: a sentence, and the picture that shows it."
     def __init__(self) -> None:
         from IPython.display import Markdown, display
         self._sentence = display(Markdown("*The answer comes here once the notebook has run.*"), display_id=True)
