@@ -297,11 +297,12 @@ def survivor_thresholds(statistics: np.ndarray, ert: float, separate: int) -> np
 class _Kernel:
     "The Gaussian kernel of new rows to the reference (N, D) and to each other; rows are less `origin`."
     def __init__(self, reference: np.ndarray, sigma: float, cells: np.ndarray):
-        self.origin, self.scale, self.cells = reference.mean(axis=0), np.float32(-0.5 / sigma**2), cells
+        self.origin, self.scale = reference.mean(axis=0), np.float32(-0.5 / sigma**2)
         apart = reference - self.origin
         self.columns = np.ascontiguousarray(-2 * self.scale * apart.T)  # scaled, as are the squares, for exp
         self.squares = self.scale * np.einsum("ij,ij->i", apart, apart)
-        self.members = (cells.T > 0).astype(np.float32)
+        self.weights = np.ascontiguousarray(cells.T)  # a row for each class, which einsum sums in one sweep
+        self.members = (self.weights > 0).astype(np.float32)
 
     def near(self, rows: np.ndarray) -> np.ndarray:
         "Kernel (n, N) of each of `rows` (n, D) to each row of the reference."
@@ -316,7 +317,7 @@ class _Kernel:
 
     def cell_means(self, near: np.ndarray) -> np.ndarray:
         "Mean kernel (n, C + 1) to the reference of each class, from what `near` returned."
-        return np.einsum("ki,ic->kc", near, self.cells)
+        return np.einsum("ki,ci->kc", near, self.weights)
 
     def neighbours(self, rows: np.ndarray, latest: np.ndarray) -> np.ndarray:
         "Kernel (W - 1, n) of each of `rows` to those before it, newest first, `latest` (W, D) being those seen before."

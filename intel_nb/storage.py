@@ -32,8 +32,8 @@ T = TypeVar("T")
 
 # %% auto #0
 __all__ = ['T', 'PROGRESS', 'InputError', 'Damaged', 'remove', 'sync', 'sync_tree', 'make_folder', 'move', 'written_aside',
-           'write_bytes', 'write_text', 'write_json', 'read_json', 'with_check', 'write_checked', 'read_checked',
-           'as_dataclass', 'printable', 'as_cell', 'from_cell', 'last_line', 'user_name', 'sha256_file',
+           'write_bytes', 'replace_bytes', 'write_text', 'write_json', 'read_json', 'with_check', 'write_checked',
+           'read_checked', 'as_dataclass', 'printable', 'as_cell', 'from_cell', 'last_line', 'user_name', 'sha256_file',
            'is_hidden_name', 'files_of', 'tree_digest', 'is_remote', 'cloud_module', 'fetch', 'each_source', 'put',
            'link', 'utc_text', 'utc_now', 'output_folder', 'report_progress', 'check_all_or_none', 'absolute_keys',
            'python_path', 'missing_packages', 'check_extra', 'explain_missing', 'whole_number', 'Process', 'started_at',
@@ -108,6 +108,22 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
     with written_aside(path) as aside:
         aside.write_bytes(data)
     return Path(path)
+
+# %% ../nbs/10_storage.ipynb #0ca553a5
+def replace_bytes(path: str | Path, data: bytes) -> None:
+    """Write `data` to `path`, whose folder exists, as `write_bytes` does but faster: for what is often written anew.
+
+    The folder's entries are not waited for: after a crash of the machine there may be the content before the last."""
+    aside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        remove(aside)
+        raise
 
 # %% ../nbs/10_storage.ipynb #105b9801
 def write_text(path: str | Path, text: str) -> Path:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -109,14 +110,17 @@ class MixWatch:
     "Looks at the predicted classes of a stream with the learned `shares` (C,) and `tau`; above `level` is an alarm."
     def __init__(self, shares: np.ndarray, tau: float, level: float):
         self.evidence, self.level = Evidence(np.asarray(shares, np.float64), tau), level
-        self.latest = np.zeros(0, np.int64)
+        self.latest = array("q")
         self.seen, self.is_armed = 0, True
 
     def update(self, predicted: int) -> float | None:
         "Take the class of one image; return the evidence if this is the time for a look."
         self.seen += 1
-        self.latest = np.append(self.latest[1 - WINDOWS[-1]:], min(predicted, len(self.evidence.shares) - 1))
-        return self.evidence.largest(self.latest) if self.seen % EVERY == 0 else None
+        self.latest.append(min(predicted, len(self.evidence.shares) - 1))
+        if self.seen % EVERY:
+            return None
+        del self.latest[:-WINDOWS[-1]]
+        return self.evidence.largest(np.array(self.latest))
 
     def is_alarm(self, evidence: float) -> bool:
         "Tell whether `evidence` is the first that is above the level since it was below 0."
@@ -126,13 +130,15 @@ class MixWatch:
 
     def reset(self) -> None:
         "Forget the latest classes, and any alarm."
-        self.latest, self.seen, self.is_armed = self.latest[:0], 0, True
+        del self.latest[:]
+        self.seen, self.is_armed = 0, True
 
     def recent(self) -> np.ndarray:
         "Return the shares (C,) in the window with the largest evidence."
-        found = self.evidence.along(self.latest)
-        window = WINDOWS[found.argmax()] if len(found) else len(self.latest)
-        return shares_of(self.latest[len(self.latest) - window:], len(self.evidence.shares))
+        latest = np.array(self.latest, np.int64)
+        found = self.evidence.along(latest)
+        window = WINDOWS[found.argmax()] if len(found) else len(latest)
+        return shares_of(latest[len(latest) - window:], len(self.evidence.shares))
 
 # %% ../../nbs/detection/05_mix.ipynb #4200d455
 def correct_shares(predicted: np.ndarray, confusion: np.ndarray) -> np.ndarray:

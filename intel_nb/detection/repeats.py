@@ -45,13 +45,18 @@ class Repeats:
 
     def advance(self, rows: np.ndarray) -> Iterator[Seen]:
         "Take `rows` (n, D) in order, and yield what each brings."
-        for row in rows:
-            nearest = np.square(self.kept - row).sum(axis=1).min()
-            self.same = self.same + 1 if np.square(self.last - row).sum() <= SAME * self.radius else 1
-            self.last, is_new = row, bool(nearest >= self.radius)
+        for some in np.split(rows, range(16, len(rows), 16)):  # distances of a few at once: memory stays bounded
+            yield from self._advance(some)
+
+    def _advance(self, rows: np.ndarray) -> Iterator[Seen]:
+        apart = np.concatenate([self.kept, self.last[None], rows]) - rows[:, None]
+        distances, ring = np.einsum("nkd,nkd->nk", apart, apart).tolist(), list(range(KEPT))
+        for k, (row, to) in enumerate(zip(rows, distances)):
+            self.same = self.same + 1 if to[KEPT + k] <= SAME * self.radius else 1  # to the image before
+            self.last, is_new = row, min(map(to.__getitem__, ring)) >= self.radius
             self.still = 0 if is_new else self.still + 1
             if is_new:
-                self.kept[self.place] = row
+                self.kept[self.place], ring[self.place] = row, KEPT + 1 + k
                 self.place = (self.place + 1) % KEPT
             yield Seen(is_new, self.same, self.still)
 

@@ -131,10 +131,11 @@ class StreamWatch:
         if not np.isfinite(seen.features).all():
             raise ValueError("an observation with NaN or infinite features is refused")
         news = list(self.repeats.advance(seen.features))
-        kept = np.array([one.is_new for one in news], bool)
-        self._remember(seen.take(kept), times[kept], news, now)
-        aligned = align(self.learned, seen.take(kept), times[kept]) if self.learned else seen.take(kept)
-        steps, latest = self._watch(aligned), self.detector.reading | {"is_drift": False}
+        latest: dict[str, Any] = {}  # the reading that a repeat gets
+        if not all(kept := [one.is_new for one in news]):
+            seen, times, latest = seen.take(kept), times[kept], self.detector.reading | {"is_drift": False}
+        self._remember(seen, times, news, now)
+        steps = self._watch(align(self.learned, seen, times) if self.learned else seen)
         for one in news:
             step = next(steps) if one.is_new else Step(latest, advanced=False)
             if step.reason in ANEW:
@@ -168,23 +169,23 @@ class StreamWatch:
             return
         done, known = 0, self.calibrated
         near = known.kernel.near(seen.features - known.kernel.origin)
-        tails = self.farness.tails(near, known.cell_of(seen.classes))
+        are_far = (self.farness.tails(near, known.cell_of(seen.classes)) <= FAR).tolist()
         while done < count:
-            part = slice(done, done + self._far_alarm(tails[done:]) + 1)
+            part = slice(done, done + self._far_alarm(are_far[done:]) + 1)
             readings = self.detector.update_many(seen.features[part], seen.classes[part], not self.counts.muted,
                                                  near[part])
-            for reading, tail, predicted in zip(readings, tails[part], seen.classes[part].tolist()):
-                yield (step := self._judge(reading, bool(tail <= FAR), predicted))
+            for reading, is_far, predicted in zip(readings, are_far[part], seen.classes[part].tolist()):
+                yield (step := self._judge(reading, is_far, predicted))
                 self._start_anew(step.reason)
             done += len(readings)
 
-    def _far_alarm(self, tails: np.ndarray) -> int:
+    def _far_alarm(self, are_far: list[bool]) -> int:
         "Return the place of the image at which the sum of far ones will reach its level; the last one if none does."
         total = self.counts.far
-        for k, tail in enumerate(tails):
-            if (total := self.far_sum.after(total, bool(tail <= FAR))) >= self.far_sum.level:
+        for k, is_far in enumerate(are_far):
+            if (total := self.far_sum.after(total, is_far)) >= self.far_sum.level:
                 return k
-        return len(tails) - 1
+        return len(are_far) - 1
 
     def _judge(self, reading: Reading, is_far: bool, predicted: int) -> Step:
         "Return the step of one observation that advanced the detector, with the first reason for an alarm, if any."
@@ -251,7 +252,8 @@ def restore_watch(watch: StreamWatch, state: dict[str, Any], learned: Learned | 
         latest = [int(k) for k in state["mix"]["latest"][-WINDOWS[-1]:]]
         if min(latest, default=0) < 0 or max(latest, default=0) >= len(watch.mix.evidence.shares):
             raise InputError("the classes of the watch are damaged")
-        watch.mix.latest, watch.mix.seen = np.array(latest, np.int64), int(state["mix"]["seen"])
+        watch.mix.latest.extend(latest)
+        watch.mix.seen = int(state["mix"]["seen"])
         watch.mix.is_armed = bool(state["mix"]["armed"])
     if record is not None:
         watch.recorder.clear()

@@ -52,19 +52,21 @@ WINDOW, HELD_BYTES = 64, 2**26  # images, and bytes of the bodies that they hold
 class RecentImages:
     "The latest images: at most `WINDOW` of them, and at most `limit` bytes."
     def __init__(self, limit: int = HELD_BYTES):
-        self._images: deque[AnsweredImage] = deque(maxlen=WINDOW)
-        self._limit = limit
+        self._images: deque[AnsweredImage] = deque()
+        self._limit, self._held = limit, 0
 
     def add(self, image: AnsweredImage) -> None:
         "Remember `image`; forget the oldest ones if there are too many."
         self._images.append(image)
-        while sum(held.size for held in self._images) > self._limit:
-            self._images.popleft()
+        self._held += image.size
+        while self._held > self._limit or len(self._images) > WINDOW:
+            self._held -= self._images.popleft().size
 
     def take(self, count: int) -> list[AnsweredImage]:
         "Return the latest `count` images, oldest first, and forget all."
         taken = list(self._images)[-count:]
         self._images.clear()
+        self._held = 0
         return taken
 
 # %% ../../nbs/serving/05_captures.ipynb #bdbdd0d2

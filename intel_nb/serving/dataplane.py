@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from io import BytesIO
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -76,6 +76,10 @@ class Outputs(NamedTuple):
     probabilities: np.ndarray  # float32 (N, C)
     drift: np.ndarray          # float32 (N, D)
 
+    def are_finite(self) -> bool:
+        "Tell whether all numbers are finite: a detector that sees a NaN never recovers."
+        return bool(np.isfinite(self.probabilities).all() and np.isfinite(self.drift).all())
+
 class ModelWorker:
     "A session of a package's model that answers batches of requests, with at most `batch` images in one pass."
     def __init__(self, package: Package, batch: int):
@@ -90,9 +94,8 @@ class ModelWorker:
         if not images:
             return [x for x in read if isinstance(x, Refusal)]
         outputs = self.run(images[0] if len(images) == 1 else np.concatenate(images))
-        ends = np.cumsum([len(x) for x in images])[:-1]
-        parts = zip(np.split(outputs.probabilities, ends), np.split(outputs.drift, ends))
-        return [x if isinstance(x, Refusal) else _finite(Outputs(*next(parts))) for x in read]
+        parts = _finite_parts(outputs, [len(x) for x in images])
+        return [x if isinstance(x, Refusal) else next(parts) for x in read]
 
     def run(self, images: np.ndarray) -> Outputs:
         "Return the model's outputs for uint8 `images` (N, side, side, 3)."
@@ -111,10 +114,13 @@ class ModelWorker:
         except Refusal as e:
             return e
 
-def _finite(outputs: Outputs) -> Outputs | Refusal:
-    "Return `outputs`, or a `Refusal` if a number in them is not finite: a detector that sees a NaN never recovers."
-    good = np.isfinite(outputs.probabilities).all() and np.isfinite(outputs.drift).all()
-    return outputs if good else Refusal("not_finite", "the model has no finite answer to this image")
+def _finite_parts(outputs: Outputs, counts: list[int]) -> Iterator[Outputs | Refusal]:
+    "Yield the part of each request of `counts` images, or a `Refusal` where a number in it is not finite."
+    all_are = outputs.are_finite()
+    for start, end in pairwise(accumulate(counts, initial=0)):
+        part = Outputs(outputs.probabilities[start:end], outputs.drift[start:end])
+        good = all_are or part.are_finite()
+        yield part if good else Refusal("not_finite", "the model has no finite answer to this image")
 
 # %% ../../nbs/serving/08_dataplane.ipynb #d2cb1232
 def load_workers(package: Package, settings: Settings) -> list[ModelWorker]:

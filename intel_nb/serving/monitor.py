@@ -34,7 +34,7 @@ from intel_nb.detection.watch import (
 )
 from ..detector import Calibration, Observations, OnlineMMD, feature_shift, latest_rows
 from ..model import Package
-from ..storage import InputError, read_json, utc_now, write_json, write_text
+from ..storage import InputError, read_json, replace_bytes, sync, utc_now, write_json
 
 # %% auto #0
 __all__ = ['ALARMS', 'ACCEPT', 'HISTORY', 'REPORTS', 'AGAIN', 'MonitorState', 'feature_digest', 'append_rows', 'read_rows',
@@ -55,7 +55,8 @@ class MonitorState:
     def add(self, predicted: list[int], window: int) -> None:
         "Count images with the classes `predicted`; keep the classes of the latest `window` images."
         self.observations += len(predicted)
-        self.recent = [*self.recent, *predicted][-window:]
+        self.recent += predicted
+        del self.recent[:-window]
 
 # %% ../../nbs/serving/03_monitor.ipynb #0213ae2e
 def feature_digest(known: Calibration) -> str:
@@ -104,9 +105,10 @@ def save_state(path: Path, state: MonitorState, watch: StreamWatch, digest: str 
         save_learned(watch.learned, path.with_name("learned.npz"))
         watch.unsaved = False
     found = {"features": digest or feature_digest(watch.calibrated), **vars(state), "watch": watch_state(watch)}
-    write_text(path, json.dumps(found | {"learned": watch.learned is not None}))
-    if watch.learned is not None:
-        path.with_name("stream.rows").unlink(missing_ok=True)
+    replace_bytes(path, json.dumps(found | {"learned": watch.learned is not None}).encode())
+    if watch.learned is not None and (rows := path.with_name("stream.rows")).exists():
+        sync(path.parent)  # only then can the record go
+        rows.unlink()
 
 # %% ../../nbs/serving/03_monitor.ipynb #63099111
 def name_features(card: dict[str, Any], width: int) -> Names:
@@ -297,7 +299,7 @@ class Monitor:
     def _observe(self, seen: Observations, times: np.ndarray) -> list[Observation]:
         "Observe some images, and save when it is time."
         found, window = [], self.watch.calibrated.largest
-        steps = self.watch.update(seen, times, utc_now())
+        steps = self.watch.update(seen, times, "" if self.watch.learned else utc_now())
         for step, predicted, when in zip(steps, seen.classes.tolist(), times.tolist()):
             self.state.add([predicted], window)
             if step.reading["time"]:  # a repeat right after an alarm has no numbers
