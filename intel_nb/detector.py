@@ -21,8 +21,9 @@ from .storage import InputError, write_bytes
 # %% auto #0
 __all__ = ['FEW', 'INPUTS', 'TAIL', 'ENOUGH', 'Classes', 'Reading', 'split_sizes', 'usable_windows', 'fit_whitening',
            'gaussian_kernel', 'median_sigma', 'class_cells', 'cell_means', 'means_between', 'centre', 'cell_variances',
-           'Calibration', 'Observations', 'Rows', 'prepare_rows', 'stream_statistics', 'survivor_thresholds',
-           'calibrate', 'OnlineMMD', 'window_mmd2', 'latest_rows', 'leading_pairs', 'feature_shift']
+           'in_deviations', 'Calibration', 'Observations', 'Rows', 'prepare_rows', 'stream_statistics',
+           'survivor_thresholds', 'calibrate', 'OnlineMMD', 'window_mmd2', 'latest_rows', 'leading_pairs',
+           'feature_shift']
 
 # %% ../nbs/15_detector.ipynb #af89a4db
 def split_sizes(available: int, reference_size: int = 1000) -> dict[str, int]:
@@ -159,6 +160,10 @@ def _additions(pairs: np.ndarray, largest: int) -> np.ndarray:
 # %% ../nbs/15_detector.ipynb #da854df5
 INPUTS = .8  # of the hazard of all alarms, where a stream is watched for other kinds of change too
 
+def in_deviations(pairs: np.ndarray, variances: np.ndarray) -> np.ndarray:
+    "Return sums of h over `pairs` of observations in their standard deviations, from the sums of its `variances`."
+    return pairs / np.sqrt(np.maximum(variances, 1e-12))
+
 @dataclass(frozen=True)
 class Calibration:
     "What a calibration has fixed for an `OnlineMMD`; W is its largest window, C the number of classes."
@@ -196,8 +201,7 @@ class Calibration:
 
     def standardised(self, sums: np.ndarray) -> np.ndarray:
         "Return each window's statistic, (windows, B), from `sums` (2, W + 1, B). One not full yet takes what there is."
-        pairs, variances = sums[:, self.windows]
-        return pairs / np.sqrt(np.maximum(variances, 1e-12))
+        return in_deviations(*sums[:, self.windows])
 
     def threshold(self, times: int | np.ndarray) -> np.ndarray:
         "Return what the statistic must exceed at `times` (1 is the first observation)."
@@ -423,6 +427,14 @@ class OnlineMMD:
         reference, pool, known = _prepared(reference, pool, windows, ert, n_bootstraps, seed, classes)
         self.calibration = calibrate(reference, ert, windows, n_bootstraps, pool, seed, known)
         self.reset()
+
+    @classmethod
+    def of(cls, calibration: Calibration) -> OnlineMMD:
+        "Return a detector with this `calibration` that has seen nothing."
+        detector = cls.__new__(cls)
+        detector.calibration = calibration
+        detector.reset()
+        return detector
 
     def reset(self) -> None:
         "Forget all observations; the calibration stays."
@@ -654,11 +666,9 @@ def _unpacked(cls: type[OnlineMMD], path: str | Path) -> OnlineMMD:
     arrays = _read_arrays(path)
     if not _consistent(arrays):  # each by itself is what it should be
         raise InputError(f"{path} is no drift detector (its arrays do not fit each other); make the package again")
-    detector = cls.__new__(cls)
     dimensions = {name: ndim for name, (_, ndim) in _CALIBRATION.items()}
     fixed: dict[str, Any] = {name: arrays[name] if n else arrays[name].item() for name, n in dimensions.items()}
-    detector.calibration = Calibration(**fixed, shifted=_read_shifted(arrays, arrays["reference"].shape[1]))
-    detector.reset()
+    detector = cls.of(Calibration(**fixed, shifted=_read_shifted(arrays, arrays["reference"].shape[1])))
     detector._go_on(arrays["time"].item(), *(arrays[name] for name in ("sums", "classes", "rows")))
     return detector
 

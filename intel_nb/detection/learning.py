@@ -17,13 +17,13 @@ from .hours import SLOTS, block_inflation, fit_hours, residuals, slot_of
 from .mix import dependence, learn_level, shares_of
 from .streams import delay
 from .unknown import FAR, Farness
-from ..detector import INPUTS, Calibration, Observations, OnlineMMD
+from ..detector import INPUTS, Calibration, Observations, OnlineMMD, in_deviations
 from ..storage import InputError, write_bytes
 
 # %% auto #0
 __all__ = ['HAZARDS', 'MEDIUM', 'FAR_OFF', 'BLOCKS', 'ALLOWED', 'HIGHEST', 'EXAMPLES', 'Names', 'find_shift', 'sums_along',
-           'replace_state', 'alarms_along', 'learn_factor', 'Learned', 'align', 'expected_delays', 'describe_delay',
-           'Record', 'learn', 'save_learned', 'load_learned']
+           'alarms_along', 'learn_factor', 'Learned', 'align', 'expected_delays', 'describe_delay', 'Record', 'learn',
+           'save_learned', 'load_learned']
 
 # %% ../../nbs/detection/06_learning.ipynb #9fbb2b0a
 HAZARDS = {"inputs": INPUTS, "unknown images": (1 - INPUTS) / 2, "class mix": (1 - INPUTS) / 2}
@@ -60,14 +60,7 @@ def find_shift(known: Calibration, left: np.ndarray, names: Names) -> list[dict[
 # %% ../../nbs/detection/06_learning.ipynb #2ae916e0
 def sums_along(detector: OnlineMMD, seen: Observations) -> np.ndarray:
     "Return the sums (2, W + 1, n) of a new detector along the observations `seen`, without any alarm."
-    return replace_state(detector).sums_of(seen.features, seen.classes)
-
-def replace_state(detector: OnlineMMD) -> OnlineMMD:
-    "Return a new detector with the calibration of `detector`."
-    fresh = OnlineMMD.__new__(OnlineMMD)
-    fresh.calibration = detector.calibration
-    fresh.reset()
-    return fresh
+    return OnlineMMD.of(detector.calibration).sums_of(seen.features, seen.classes)
 
 def alarms_along(known: Calibration, sums: np.ndarray, factor: float = 1.) -> list[int]:
     "Return the places of the alarms along `sums` (2, W + 1, n) at thresholds times `factor`, starting anew after each."
@@ -86,8 +79,7 @@ def _first_early(known: Calibration, sums: np.ndarray, thresholds: np.ndarray) -
     "Return the place of the first alarm among the first W - 1 observations after a start; None if there is none."
     times = np.arange(sums.shape[2])
     sizes = np.minimum(known.windows[:, None], times + 1)
-    pairs, variances = sums[:, sizes, times]
-    over = (pairs / np.sqrt(np.maximum(variances, 1e-12))).max(axis=0) > thresholds[times]
+    over = in_deviations(*sums[:, sizes, times]).max(axis=0) > thresholds[times]
     return int(over.argmax()) if over.any() else None
 
 ALLOWED, HIGHEST = 1.5, 4.  # deviations of a count; the largest factor
@@ -148,8 +140,7 @@ EXAMPLES = 400  # observations of the record that a change is replayed after
 def expected_delays(detector: OnlineMMD, factor: float, clean: Observations, runs: int = 60
                     ) -> dict[str, dict[str, Any]]:
     "Return the delay of each known change at thresholds times `factor`, after observations like the `clean` ones."
-    raised = replace_state(detector)
-    raised.calibration = detector.calibration.at_level(factor)
+    raised = OnlineMMD.of(detector.calibration.at_level(factor))
     return {name: delay(raised, clean, shifted, runs, 0).summary()
             for name, shifted in sorted(detector.calibration.shifted.items())}
 

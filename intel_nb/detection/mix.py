@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 # %% auto #0
-__all__ = ['WINDOWS', 'EVERY', 'AIM', 'shares_of', 'dependence', 'Evidence', 'learn_level', 'MixWatch', 'correct_shares']
+__all__ = ['WINDOWS', 'EVERY', 'AIM', 'shares_of', 'dependence', 'MixEvidence', 'learn_level', 'MixWatch', 'correct_shares']
 
 # %% ../../nbs/detection/05_mix.ipynb #3863fba7
 def shares_of(classes: np.ndarray, count: int) -> np.ndarray:
@@ -36,7 +36,7 @@ WINDOWS, EVERY = tuple(2**k for k in range(3, 11)), 8  # images; images between 
 _SEGMENT = np.repeat(np.arange(len(WINDOWS)), np.diff((0, *WINDOWS)))  # the shortest window that holds the k-th latest
 
 @dataclass(frozen=True)
-class Evidence:
+class MixEvidence:
     "The log of the evidence for another mix than `shares` (C,), in a stream whose dependence is `tau`."
     shares: np.ndarray
     tau: float
@@ -73,7 +73,7 @@ def _blocks(classes: np.ndarray, length: int, tau: float, rng: np.random.Generat
     starts = rng.integers(0, len(classes) - block + 1, -(-length // block))
     return classes[(starts[:, None] + np.arange(block)).ravel()[:length]]
 
-def _looks(evidence: Evidence, classes: np.ndarray) -> np.ndarray:
+def _looks(evidence: MixEvidence, classes: np.ndarray) -> np.ndarray:
     "Return the evidence (looks, windows) along `classes`, -inf where a window is not full yet."
     ones = np.eye(len(evidence.shares), dtype=np.int64)[classes]
     sums = np.concatenate([np.zeros((1, ones.shape[1]), np.int64), ones.cumsum(axis=0)])[::EVERY]
@@ -97,7 +97,7 @@ def learn_level(classes: np.ndarray, count: int, run_time: float, seed: int = 0,
     "Return the level for a stream that showed `classes` (n,) of `count`, and shall run for `run_time` images."
     rng, tau, length = np.random.default_rng(seed), dependence(classes, count), int(5 * run_time)
     shares = [shares_of(_blocks(classes, len(classes), tau, rng), count) for _ in range(streams)]
-    found = [_looks(Evidence(some, tau), _blocks(classes, length, tau, rng)) for some in shares]
+    found = [_looks(MixEvidence(some, tau), _blocks(classes, length, tau, rng)) for some in shares]
     low, high = 0., max(float(part.max()) for part in found)
     for _ in range(20):
         level = (low + high) / 2
@@ -109,7 +109,7 @@ def learn_level(classes: np.ndarray, count: int, run_time: float, seed: int = 0,
 class MixWatch:
     "Looks at the predicted classes of a stream with the learned `shares` (C,) and `tau`; above `level` is an alarm."
     def __init__(self, shares: np.ndarray, tau: float, level: float):
-        self.evidence, self.level = Evidence(np.asarray(shares, np.float64), tau), level
+        self.evidence, self.level = MixEvidence(np.asarray(shares, np.float64), tau), level
         self.latest = array("q")
         self.seen, self.is_armed = 0, True
 
