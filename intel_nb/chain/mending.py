@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .outcomes import damaged_outcomes
 from .plan import Workspace
-from .runs import Run, read_run, write_run
+from .runs import Run, read_run, run_files, write_run
 from .store import is_whole, read_entry
 from intel_nb.registry import (
     DecisionRecord,
@@ -200,16 +200,16 @@ def _fail_run(path: Path) -> str:
 
 def run_differences(executed: Path) -> Iterator[Difference]:
     "Yield the files of runs that are damaged."
-    for folder in sorted(p for p in executed.glob("[!.]*") if p.is_dir() and (p / "request.json").exists()):
+    for folder in (path.parent for path in run_files(executed, "request.json")):
         if not (folder / "run.json").exists() and not is_locked(folder / ".lock"):
             yield Difference(f"{folder / 'run.json'} is missing", partial(_fail_run, folder / "run.json"), waits=True)
-    for path in sorted(executed.glob("[!.]*/run.json")):
+    for path in run_files(executed, "run.json"):
         try:
             read_run(executed, path.parent.name)
         except InputError as e:
             if isinstance(e, Damaged):
                 yield Difference(str(e), partial(_fail_run, path), waits=True)
-    for path in sorted([*executed.glob("[!.]*/request.json"), *executed.glob("[!.]*/batch.json")]):
+    for path in [*run_files(executed, "request.json"), *run_files(executed, "batch.json")]:
         try:
             read_checked(path)
         except InputError as e:

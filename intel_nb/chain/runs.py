@@ -33,8 +33,9 @@ from intel_nb.storage import (
 )
 
 # %% auto #0
-__all__ = ['RUN_STATUSES', 'StepRecord', 'Run', 'with_step', 'new_run_id', 'check_run_id', 'write_run', 'read_run', 'list_runs',
-           'queue_run', 'lock_run', 'cancel_run', 'output_of', 'original_names', 'read_suspects', 'read_contradictory']
+__all__ = ['RUN_STATUSES', 'SAMPLE', 'StepRecord', 'Run', 'with_step', 'new_run_id', 'is_run_id', 'check_run_id', 'write_run',
+           'read_run', 'run_files', 'list_runs', 'queue_run', 'lock_run', 'cancel_run', 'output_of', 'original_names',
+           'read_suspects', 'read_contradictory']
 
 # %% ../../nbs/chain/04_runs.ipynb #3e642f56
 @dataclass(frozen=True)
@@ -87,9 +88,17 @@ def new_run_id() -> str:
     return datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ-") + secrets.token_hex(2)
 
 # %% ../../nbs/chain/04_runs.ipynb #13fe0c8b
+SAMPLE = "sample"  # the run that is committed with the source, to look at: commands pass over it
+
+def is_run_id(name: str) -> bool:
+    "Tell whether `name` can be a run's, and its folder's."
+    return name != SAMPLE and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name) is not None
+
 def check_run_id(run_id: str) -> str:
-    "Return `run_id` if it can be a folder's name. Raise `InputError` otherwise."
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", run_id):
+    "Return `run_id` if it can be one. Raise `InputError` otherwise."
+    if run_id == SAMPLE:
+        raise InputError(f"run id {SAMPLE!r} is taken by the example that comes with the source; use another one")
+    if not is_run_id(run_id):
         raise InputError(f"run id {run_id!r} will not do; use 1 to 64 letters, digits, - and _, and no - or _ first")
     return run_id
 
@@ -118,11 +127,14 @@ def _as_failed(run: Run, folder: Path) -> Run:
     return with_step(run, replace(running, status="failed")) if running else run
 
 # %% ../../nbs/chain/04_runs.ipynb #02c70187
+def run_files(executed: Path, name: str) -> list[Path]:
+    "Return the file `name` of each run that has one. The example that comes with the source is none of the runs."
+    return sorted(path for path in executed.glob(f"*/{name}") if is_run_id(path.parent.name))
+
 def list_runs(executed: Path, damaged: list[str] | None = None) -> list[Run]:
     "Return all runs in the folder `executed`, newest first. Of a record that is damaged tell in the list `damaged`."
-    folders = [p.parent for p in executed.glob("*/run.json") if re.fullmatch(r"[A-Za-z0-9][\w-]*", p.parent.name)]
     runs = []
-    for folder in folders:
+    for folder in (path.parent for path in run_files(executed, "run.json")):
         try:
             runs.append((read_run(executed, folder.name), _request_time(folder)))
         except Damaged as e:

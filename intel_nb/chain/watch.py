@@ -28,7 +28,7 @@ from .inbox import Inbox, take_snapshot
 from .mending import mend
 from .plan import RunRequest, Workspace, version_in_words
 from .run import request_of
-from .runs import Run, list_runs, new_run_id, queue_run, read_run, write_run
+from .runs import Run, list_runs, new_run_id, queue_run, read_run, run_files, write_run
 from ..labels.captured import add_captured_images
 from ..registry import ModelVersion
 from intel_nb.storage import (
@@ -141,7 +141,7 @@ class UploadBatch:
 # %% ../../nbs/chain/12_watch.ipynb #91d16804
 def read_batches(executed: Path, inbox: Path) -> list[UploadBatch]:
     "Return the batches of `inbox` among the runs in `executed`, oldest first."
-    found = filter(None, map(_read_batch, executed.glob("[!.]*/batch.json")))
+    found = filter(None, map(_read_batch, run_files(executed, "batch.json")))
     return sorted((batch for batch in found if batch.inbox == str(inbox)), key=lambda batch: batch.number)
 
 def _read_batch(path: Path) -> UploadBatch | None:
