@@ -4,6 +4,7 @@
 # make test           every notebook, and the tests that take seconds
 # make slow           the tests that kill, wait or rehearse: within an hour
 # make long           the tests that take longer still
+# make sample         make executed/sample/ anew: one run on drawn scenes, to look at; after a change of a step
 # make export         write intel_nb/ from nbs/, and clean the notebooks
 # make check          what must hold before a commit: nothing left to export, ruff, mypy
 # make hooks          check all of that at each commit, and merge notebooks cell by cell
@@ -20,7 +21,7 @@ LOCKED  = $(PIP) --require-hashes -c locks/cuda.txt
 # torch's CPU build takes 0.2 GB, the public wheel for Linux with CUDA 3 GB: TORCH_INDEX= takes the latter
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: run test slow long export check hooks image lock sbom clean
+.PHONY: run test slow long sample export check hooks image lock sbom clean
 
 run: .venv/run.stamp
 	@$(BIN)/intel-nb run --approve $(if $(filter undefined,$(origin DATA)),,--data "$(DATA)") \
@@ -40,6 +41,9 @@ slow: .venv/test.stamp
 
 long: .venv/test.stamp
 	$(BIN)/pytest -q -m long
+
+sample: .venv/run.stamp
+	@$(BIN)/python .ci/sample.py
 
 export: .venv/run.stamp
 	$(BIN)/nbdev_export
