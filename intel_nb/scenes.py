@@ -17,116 +17,240 @@ from .images import encode_jpeg
 from .storage import written_aside
 
 # %% auto #0
-__all__ = ['SAMPLE_CLASSES', 'sample_scene', 'sample_jpeg', 'sample_archive']
+__all__ = ['SAMPLE_CLASSES', 'WRONG_EVERY', 'sample_scene', 'sample_jpeg', 'sample_archive']
 
-# %% ../nbs/13_scenes.ipynb #73676c53
+# %% ../nbs/13_scenes.ipynb #f937738b
 _SIDE = 150  # pixels, as most of the public archive
+_WIDE = 180  # pixels of the drawing, of which the camera sees a part
 
-def _colour(rng: np.random.Generator, *base: int, spread: int = 22) -> tuple[int, int, int]:
-    "Return a colour near `base`: each channel is moved by at most `spread`."
-    red, green, blue = (min(255, max(0, b + d)) for b, d in zip(base, rng.integers(-spread, spread + 1, 3).tolist()))
+_Draw = ImageDraw.ImageDraw
+_Rng = np.random.Generator
+_Colour = tuple[int, int, int]
+
+def _colour(rng: _Rng, *base: int, spread: int = 25) -> _Colour:
+    "Return a colour near `base`: lighter or darker by at most `spread`, and each channel by a third of that more."
+    moves = rng.integers(-spread, spread + 1) + rng.integers(-spread, spread + 1, 3) // 3
+    red, green, blue = (min(255, max(0, b + d)) for b, d in zip(base, moves.tolist()))
     return red, green, blue
 
-# %% ../nbs/13_scenes.ipynb #09296dee
-def _sky(rng: np.random.Generator) -> Image.Image:
-    "Draw an empty scene: a sky that fades towards the ground."
-    top = np.array(_colour(rng, 120, 160, 205, spread=40))
-    low = np.array(_colour(rng, 205, 210, 215, spread=30))
-    fade = np.linspace(0, 1, _SIDE)[:, None, None]
-    return Image.fromarray(np.broadcast_to(top * (1 - fade) + low * fade, (_SIDE, _SIDE, 3)).astype(np.uint8))
+def _darker(colour: _Colour, share: float) -> _Colour:
+    "Return `colour` with that share of its light."
+    return int(colour[0] * share), int(colour[1] * share), int(colour[2] * share)
 
-# %% ../nbs/13_scenes.ipynb #86cd9f57
-def _buildings(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
-    "Draw a row of houses with windows."
-    for x in range(-5, _SIDE, int(rng.integers(22, 40))):
-        width, top = int(rng.integers(20, 42)), int(rng.integers(15, 85))
-        draw.rectangle([x, top, x + width, _SIDE], fill=_colour(rng, 140, 125, 115, spread=45))
-        step, pane = int(rng.integers(8, 13)), _colour(rng, 70, 85, 105, spread=40)
-        for wy in range(top + 5, _SIDE - 4, step):
-            for wx in range(x + 4, x + width - 4, step):
-                draw.rectangle([wx, wy, wx + step // 2, wy + step // 2], fill=pane)
+# %% ../nbs/13_scenes.ipynb #614d6c85
+_SKIES = ((105, 150, 205), (205, 215, 222)), ((165, 170, 178), (205, 205, 208)), ((95, 105, 150), (235, 170, 125))
 
-# %% ../nbs/13_scenes.ipynb #af255e94
-def _forest(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
-    "Draw firs on dark ground, the nearest last."
-    draw.rectangle([0, int(rng.integers(60, 100)), _SIDE, _SIDE], fill=_colour(rng, 75, 95, 55))
-    for base in sorted(rng.integers(75, 175, int(rng.integers(18, 34)))):
-        x, height = int(rng.integers(-5, _SIDE + 5)), int(rng.integers(45, 110))
-        draw.rectangle([x - 2, base - height // 3, x + 2, base], fill=_colour(rng, 80, 60, 40, spread=15))
-        green = _colour(rng, 45, 90, 45, spread=28)
+def _sky(rng: _Rng) -> Image.Image:
+    "Draw an empty scene: a sky that fades towards the ground, blue, grey or red."
+    top, low = (np.array(_colour(rng, *tone)) for tone in _SKIES[rng.choice(3, p=(.55, .3, .15))])
+    fade = np.linspace(0, 1, _WIDE)[:, None, None] ** rng.uniform(.6, 1.5)
+    return Image.fromarray(np.broadcast_to(top * (1 - fade) + low * fade, (_WIDE, _WIDE, 3)).astype(np.uint8))
+
+def _ground(draw: _Draw, rng: _Rng, top: float, colour: _Colour, rough: float = 4) -> None:
+    "Cover all below the line at `top`, which is uneven by `rough` pixels."
+    line = [(x, top + rng.uniform(-rough, rough)) for x in range(0, _WIDE + 1, 20)]
+    draw.polygon([*line, (_WIDE, _WIDE), (0, _WIDE)], fill=colour)
+
+# %% ../nbs/13_scenes.ipynb #3e0cfa71
+def _peak(draw: _Draw, rng: _Rng, apex: tuple[float, float], foot: float, snow: float, rock: _Colour) -> None:
+    "Draw a peak from `apex` down to `foot`: a face in the light and one in the shade, `snow` on that share of both."
+    half, middle = (foot - apex[1]) * rng.uniform(.7, 1.5), rng.uniform(-.4, .4)
+    white = _colour(rng, 222, 228, 236, spread=14)
+    for side, shade in ((-1, 1.), (1, rng.uniform(.6, .85))):
+        below = np.linspace((apex[0] + side * half, foot), (apex[0] + middle * half, foot), 4)
+        draw.polygon([apex, *map(tuple, below.tolist())], fill=_darker(rock, shade))
+        line = apex + snow * rng.uniform(.6, 1, (4, 1)) * (below - apex)
+        draw.polygon([apex, *map(tuple, line.tolist())], fill=_darker(white, .5 + shade / 2))
+
+def _peaks(draw: _Draw, rng: _Rng, foot: float, height: float, snow: float) -> None:
+    "Draw two to five peaks on the line `foot`, up to `height` pixels high, the highest first."
+    rock = _colour(rng, 112, 104, 98)
+    for share in sorted(rng.uniform(.45, 1, rng.integers(2, 6)).tolist(), reverse=True):
+        apex = rng.uniform(0, _WIDE), foot - share * height
+        _peak(draw, rng, apex, foot, min(1, snow * rng.uniform(.6, 1.4)), _colour(rng, *rock, spread=12))
+
+# %% ../nbs/13_scenes.ipynb #96cba3b8
+def _ice(draw: _Draw, rng: _Rng, top: float, width: float) -> None:
+    "Draw ice that flows down from `top`, `width` pixels wide there and wider below, with cracks."
+    x, grow, ys = rng.uniform(45, 135), rng.uniform(.4, 1.4), np.linspace(top, _WIDE, 7)
+    half = width / 2 * (1 + grow * (ys - top) / 90)
+    left, right = (x + side * half * rng.uniform(.88, 1.12, 7) for side in (-1, 1))
+    edge = np.stack([np.append(left, right[::-1]), np.append(ys, ys[::-1])], axis=1)
+    draw.polygon([*map(tuple, edge.tolist())], fill=_colour(rng, 208, 222, 233, spread=18))
+    crack = _colour(rng, 120, 168, 200)
+    for _ in range(int(rng.integers(8, 34))):
+        share, long = rng.uniform(0, 1), rng.uniform(4, 18)
+        y = top + share * (_WIDE - top)
+        at = x + rng.uniform(-.9, .9) * float(np.interp(y, ys, half))
+        draw.line([(at, y), (at + long, y + rng.uniform(-5, 9))], fill=crack, width=int(rng.integers(1, 3)))
+
+# %% ../nbs/13_scenes.ipynb #4c85853e
+def _water(draw: _Draw, rng: _Rng, top: float) -> None:
+    "Draw water below `top`, with waves that grow towards the viewer."
+    draw.rectangle([0, top, _WIDE, _WIDE], fill=_colour(rng, 70, 112, 140, spread=35))
+    crest = _colour(rng, 160, 185, 200)
+    for y in rng.uniform(top + 2, _WIDE, rng.integers(4, 50)).tolist():
+        x, long = rng.uniform(-10, _WIDE), (y - top) * rng.uniform(.2, .6) + 4
+        draw.line([(x, y), (x + long, y)], fill=crest, width=1 + int(y - top) // 40)
+
+# %% ../nbs/13_scenes.ipynb #aa4c176a
+def _firs(draw: _Draw, rng: _Rng, count: int, top: float, height: float) -> None:
+    "Draw `count` firs that stand below the line `top`, the nearest last and up to `height` pixels high."
+    leaf, trunk = _colour(rng, 52, 88, 52), _colour(rng, 80, 62, 45, spread=15)
+    for base in sorted(rng.uniform(top, _WIDE + height / 4, count).tolist()):
+        x, tall = rng.uniform(0, _WIDE), height * rng.uniform(.6, 1) * (.5 + .5 * (base - top) / (_WIDE - top))
+        draw.rectangle([x - tall / 40, base - tall / 4, x + tall / 40, base], fill=trunk)
+        green = _colour(rng, *leaf, spread=14)
         for tier in range(3):
-            y, half = base - height // 4 - tier * height // 4, height // 5 - tier * height // 22
-            draw.polygon([(x - half, y), (x + half, y), (x, y - height // 2)], fill=green)
+            y, half = base - tall * (.15 + .25 * tier), tall * (.2 - .045 * tier)
+            draw.polygon([(x - half, y), (x + half, y), (x, y - tall * .45)], fill=green)
 
-# %% ../nbs/13_scenes.ipynb #7cd2cb3b
-def _ridge(rng: np.random.Generator, low: int, high: int, points: int) -> list[tuple[int, int]]:
-    "Return a jagged line across the scene, closed below the lower edge."
-    xs, ys = np.linspace(-5, _SIDE + 5, points).astype(int), rng.integers(low, high, points)
-    return [*zip(xs.tolist(), ys.tolist()), (_SIDE + 5, _SIDE), (-5, _SIDE)]
+# %% ../nbs/13_scenes.ipynb #75891272
+def _houses(draw: _Draw, rng: _Rng, foot: float, height: float, width: float) -> None:
+    "Draw a row of houses from the front, up to `height` pixels high and about `width` wide, some with a gap between."
+    x = rng.uniform(-width, 0)
+    while x < _WIDE:
+        right, top = x + width * rng.uniform(.6, 1.3), foot - height * rng.uniform(.45, 1)
+        draw.rectangle([x, top, right, foot], fill=_colour(rng, 150, 135, 122, spread=45))
+        step, pane = rng.uniform(.2, .36) * width, _colour(rng, 75, 88, 105, spread=40)
+        for y in np.arange(top + step / 2, foot - step / 2, step).tolist():
+            for at in np.arange(x + step / 2, right - step / 2, step).tolist():
+                draw.rectangle([at, y, at + step / 2, y + step / 2], fill=pane)
+        x = right + rng.choice([0, 0, .4]) * width
 
-def _glacier(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
-    "Draw a grey ridge, ice before it, and blue cracks in the ice."
-    draw.polygon(_ridge(rng, 25, 65, int(rng.integers(5, 9))), fill=_colour(rng, 125, 125, 130, spread=25))
-    draw.polygon(_ridge(rng, 55, 90, int(rng.integers(8, 14))), fill=_colour(rng, 205, 222, 235, spread=16))
-    for _ in range(int(rng.integers(14, 30))):
-        x, y = int(rng.integers(0, _SIDE)), int(rng.integers(80, _SIDE))
-        crack = [(x, y), (x + int(rng.integers(-14, 14)), y + int(rng.integers(5, 22)))]
-        draw.line(crack, fill=_colour(rng, 110, 165, 205, spread=25), width=int(rng.integers(1, 4)))
+def _cars(draw: _Draw, rng: _Rng, count: int, top: float) -> None:
+    "Draw `count` cars on the ground below `top`, the nearest last."
+    for y in np.sort(rng.uniform(top, _WIDE, count)).tolist():
+        x, long, paint = rng.uniform(0, _WIDE), rng.uniform(12, 40), _colour(rng, 130, 110, 110, spread=90)
+        draw.rectangle([x + long / 5, y - long / 2.2, x + long * .8, y - long / 4], fill=_darker(paint, .6))
+        draw.rectangle([x, y - long / 4, x + long, y], fill=paint)
+        for wheel in (x + long * .2, x + long * .7):
+            draw.ellipse([wheel, y - long / 10, wheel + long / 6, y + long / 10], fill=(30, 30, 32))
 
-# %% ../nbs/13_scenes.ipynb #0e980f3b
-def _mountain(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
-    "Draw two or three peaks with snow on top, behind a meadow."
-    for far in range(int(rng.integers(2, 4))):
-        x, top, half = int(rng.integers(10, 140)), int(rng.integers(15, 55)) + 18 * far, int(rng.integers(60, 110))
-        slope = (_SIDE - top) / half
-        draw.polygon([(x - half, _SIDE), (x, top), (x + half, _SIDE)], fill=_colour(rng, 115, 100, 88, spread=28))
-        cap = int(rng.integers(8, 26))
-        snow = [(x - cap / slope, top + cap), (x, top), (x + cap / slope, top + cap)]
-        draw.polygon(snow, fill=_colour(rng, 225, 228, 232, spread=15))
-    draw.polygon(_ridge(rng, 120, 142, 7), fill=_colour(rng, 95, 110, 70, spread=25))
+# %% ../nbs/13_scenes.ipynb #dc654fc0
+_Point = tuple[float, float]
 
-# %% ../nbs/13_scenes.ipynb #7e3e51a3
-def _sea(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
-    "Draw water up to a horizon, with waves that grow towards the viewer."
-    horizon = int(rng.integers(45, 95))
-    draw.rectangle([0, horizon, _SIDE, _SIDE], fill=_colour(rng, 55, 105, 145, spread=30))
-    for _ in range(int(rng.integers(25, 50))):
-        y = int(rng.integers(horizon + 2, _SIDE))
-        x, length = int(rng.integers(-10, _SIDE)), int((y - horizon) * rng.uniform(.2, .6)) + 4
-        crest = _colour(rng, 150, 185, 205, spread=30)
-        draw.line([(x, y), (x + length, y)], fill=crest, width=1 + (y - horizon) // 40)
+def _row(draw: _Draw, rng: _Rng, eye: _Point, aside: float, height: float, low: float) -> None:
+    "Draw houses along a street to the point `eye`; their feet lie `aside` and `low` from it where `near` is 1."
+    at = lambda near, up: (eye[0] + near * aside, eye[1] + near * (low - up))
+    ends = (np.geomspace(.12, 2.4, rng.integers(5, 9)) * rng.uniform(.9, 1.1)).tolist()
+    for far, near in zip(ends, ends[1:]):
+        tall, pane = height * rng.uniform(.6, 1.1), _colour(rng, 75, 88, 105, spread=40)
+        draw.polygon([at(far, 0), at(far, tall), at(near, tall), at(near, 0)],
+                     fill=_colour(rng, 140, 125, 114, spread=40))
+        for up in (.2 * tall, .42 * tall, .64 * tall, .86 * tall):
+            for a, b in ((far + (near - far) * part, far + (near - far) * (part + .18)) for part in (.15, .45, .7)):
+                draw.polygon([at(a, up), at(a, up + tall / 9), at(b, up + tall / 9), at(b, up)], fill=pane)
 
-# %% ../nbs/13_scenes.ipynb #94513836
-def _street(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
-    "Draw a road that runs to a vanishing point between two rows of houses."
-    x, y = int(rng.integers(60, 90)), int(rng.integers(50, 75))
-    for side in (-1, 1):
-        for near in np.linspace(.15, 1, int(rng.integers(3, 6))):
-            edge, top = x + side * near * 70, y - near * rng.uniform(30, 60)
-            draw.polygon([(x + side * near * 22, y), (x + side * near * 22, top), (edge + side * 40, top - 15),
-                          (edge + side * 60, _SIDE)], fill=_colour(rng, 135, 118, 105, spread=40))
-    draw.polygon([(x - 5, y), (x + 5, y), (_SIDE - 5, _SIDE), (5, _SIDE)], fill=_colour(rng, 90, 90, 95, spread=20))
-    for near in np.linspace(.12, .9, 6):
-        at = y + near * (_SIDE - y)
-        line = _colour(rng, 225, 220, 190, spread=15)
-        draw.line([(x, at), (x, at + 9 * near + 2)], fill=line, width=1 + int(4 * near))
+def _road(draw: _Draw, rng: _Rng, eye: _Point, half: float, low: float) -> None:
+    "Draw a road to the point `eye`, twice `half` wide where it lies `low` below that; most have lane marks."
+    at = lambda near, aside: (eye[0] + near * aside, eye[1] + near * low)
+    draw.polygon([eye, at(3, -half), at(3, half)], fill=_colour(rng, 92, 92, 96, spread=20))
+    paint, mark = _colour(rng, 215, 212, 190, spread=15), .04 * half
+    for near in np.geomspace(.12, 2, 7).tolist() if rng.random() < .7 else ():
+        draw.polygon([at(near, -mark), at(near, mark), at(1.25 * near, mark), at(1.25 * near, -mark)], fill=paint)
 
-# %% ../nbs/13_scenes.ipynb #c6a1c9a3
-_PAINTERS: dict[str, Callable[[ImageDraw.ImageDraw, np.random.Generator], None]] = {
+# %% ../nbs/13_scenes.ipynb #5fd5b007
+def _buildings(draw: _Draw, rng: _Rng) -> None:
+    "Draw houses from the front, or along a way without a road; some have trees or cars before them."
+    foot = rng.uniform(125, 180)
+    if rng.random() < .8:
+        _ground(draw, rng, foot - 8, _colour(rng, 120, 120, 112))
+        _houses(draw, rng, foot, rng.uniform(60, 180), rng.uniform(22, 70))
+    else:
+        eye = rng.uniform(20, 160), rng.uniform(70, 110)
+        _ground(draw, rng, eye[1], _colour(rng, 110, 110, 108), 0)
+        room = 1 if eye[0] < _WIDE / 2 else -1
+        for side in (room, -room)[:rng.integers(1, 3)]:
+            _row(draw, rng, eye, side * rng.uniform(15, 70), rng.uniform(90, 200), rng.uniform(60, 90))
+    _firs(draw, rng, int(rng.choice(4, p=(.7, .1, .1, .1))), foot - 5, rng.uniform(25, 60))
+    _cars(draw, rng, int(rng.choice(4, p=(.7, .1, .1, .1))), min(foot, 170))
+
+# %% ../nbs/13_scenes.ipynb #0532e7ab
+def _forest(draw: _Draw, rng: _Rng) -> None:
+    "Draw firs, close by or on a slope; a third of the scenes have mountains behind."
+    top = rng.uniform(60, 120)
+    if rng.random() < .35:
+        _peaks(draw, rng, top + 10, rng.uniform(30, 90), rng.uniform(0, .5))
+    _ground(draw, rng, top, _colour(rng, 82, 96, 62))
+    _firs(draw, rng, int(rng.integers(10, 36)), top + 5, rng.uniform(40, 130))
+
+# %% ../nbs/13_scenes.ipynb #5ea594f9
+def _glacier(draw: _Draw, rng: _Rng) -> None:
+    "Draw ice before peaks, from a narrow tongue to all there is; every fifth ends in a lake."
+    top = rng.uniform(50, 105)
+    _peaks(draw, rng, top + 40, rng.uniform(40, 110), rng.uniform(.1, .9))
+    _ground(draw, rng, top + 35, _colour(rng, 120, 114, 108))
+    _ice(draw, rng, top, rng.uniform(15, 160))
+    if rng.random() < .2:
+        _water(draw, rng, rng.uniform(125, 160))
+
+# %% ../nbs/13_scenes.ipynb #429a5d4b
+def _mountain(draw: _Draw, rng: _Rng) -> None:
+    "Draw peaks with any share of snow, behind a meadow, a snowfield, firs or a lake."
+    foot, view = rng.uniform(90, 160), rng.random()
+    if rng.random() < .4:
+        _peaks(draw, rng, foot - 10, rng.uniform(50, 110), rng.uniform(.1, 1))
+    _peaks(draw, rng, foot, rng.uniform(60, 140), rng.uniform(0, 1))
+    _ground(draw, rng, foot - 4, _colour(rng, 215, 222, 230) if view < .25 else _colour(rng, 100, 108, 76))
+    if view > .8:
+        _water(draw, rng, foot + rng.uniform(2, 15))
+    elif view > .55:
+        _firs(draw, rng, int(rng.integers(2, 14)), foot, rng.uniform(20, 60))
+
+# %% ../nbs/13_scenes.ipynb #0867d022
+def _sea(draw: _Draw, rng: _Rng) -> None:
+    "Draw water to the horizon; a third of the scenes have a coast with peaks, and a quarter a beach."
+    top = rng.uniform(45, 130)
+    if rng.random() < .35:
+        _peaks(draw, rng, top + 2, rng.uniform(10, 70), rng.uniform(0, .8))
+    _water(draw, rng, top)
+    if rng.random() < .25:
+        _ground(draw, rng, rng.uniform(top + 30, 175), _colour(rng, 190, 172, 140), 8)
+
+# %% ../nbs/13_scenes.ipynb #611d7a96
+def _street(draw: _Draw, rng: _Rng) -> None:
+    "Draw a road between two rows of houses, or that leads up to houses, with cars on it."
+    eye, low, view = (rng.uniform(25, 155), rng.uniform(55, 120)), rng.uniform(50, 90), rng.random()
+    _ground(draw, rng, eye[1], _colour(rng, 128, 124, 118), 0)
+    if view < .3:
+        _houses(draw, rng, eye[1] + 4, rng.uniform(20, 120), rng.uniform(12, 50))
+    half = rng.uniform(12, 60)
+    for side in (-1, 1) if view > .15 else ():
+        _row(draw, rng, eye, side * (half + rng.uniform(8, 30)), rng.uniform(60, 170), low)
+    _road(draw, rng, eye, half, low)
+    _cars(draw, rng, int(rng.choice(5, p=(.48, .13, .13, .13, .13))), eye[1] + 25)
+
+# %% ../nbs/13_scenes.ipynb #7e1fc985
+_PAINTERS: dict[str, Callable[[_Draw, _Rng], None]] = {
     "buildings": _buildings, "forest": _forest, "glacier": _glacier, "mountain": _mountain,
     "sea": _sea, "street": _street}
 SAMPLE_CLASSES = tuple(_PAINTERS)
 
-# %% ../nbs/13_scenes.ipynb #3ea5ddd5
+# %% ../nbs/13_scenes.ipynb #adf92e74
+def _photograph(scene: Image.Image, rng: _Rng) -> Image.Image:
+    "Return what a camera sees of `scene`: 110–158 pixels of it, anywhere in it, tilted by up to six degrees."
+    side, turn = rng.uniform(110, 158), rng.uniform(-.1, .1)
+    along, across = side / _SIDE * np.cos(turn), side / _SIDE * np.sin(turn)
+    x, y = _WIDE / 2 + rng.uniform(-.5, .5, 2) * (_WIDE - 1.1 * side)  # the middle, so that no corner is outside
+    place = along, across, x - (along + across) * _SIDE / 2, -across, along, y - (along - across) * _SIDE / 2
+    return scene.transform((_SIDE, _SIDE), Image.Transform.AFFINE, place, Image.Resampling.BILINEAR)
+
+def _weather(scene: Image.Image, rng: _Rng) -> np.ndarray:
+    "Return the pixels of `scene` out of focus, in haze, in the light of the hour and with grain."
+    pixels = np.asarray(scene.filter(ImageFilter.GaussianBlur(rng.exponential(.7))), np.float32)
+    haze = rng.uniform(.2, .65) if rng.random() < .2 else 0.
+    light = rng.uniform(.4, .65) if rng.random() < .15 else rng.uniform(.7, 1.2)
+    pixels = (pixels * np.float32(1 - haze) + np.float32(190 * haze)) * (light * rng.uniform(.93, 1.07, 3)).astype("f4")
+    grain = np.float32(2 + rng.exponential(6))
+    return (pixels + grain * rng.standard_normal(pixels.shape, np.float32)).clip(0, 255).astype(np.uint8)
+
+# %% ../nbs/13_scenes.ipynb #dc1976f0
 def sample_scene(label: int, rng: np.random.Generator) -> np.ndarray:
     "Draw a scene of class `SAMPLE_CLASSES[label]`: uint8 (150, 150, 3)."
     scene = _sky(rng)
     _PAINTERS[SAMPLE_CLASSES[label]](ImageDraw.Draw(scene), rng)
-    scene = scene.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.1)))
-    light = (rng.uniform(.65, 1.25) * rng.uniform(.93, 1.07, 3)).astype(np.float32)
-    pixels = rng.standard_normal((_SIDE, _SIDE, 3), np.float32) * np.float32(rng.uniform(3, 12))  # the grain
-    pixels += np.asarray(scene) * light
-    return pixels.clip(0, 255).astype(np.uint8)
+    return _weather(_photograph(scene, rng), rng)
 
 # %% ../nbs/13_scenes.ipynb #f7bc36eb
 def sample_jpeg(label: int, seed: Sequence[int]) -> bytes:
@@ -137,14 +261,18 @@ def sample_jpeg(label: int, seed: Sequence[int]) -> bytes:
 def _drawn_jpeg(label: int, seed: tuple[int, ...]) -> bytes:
     return encode_jpeg(sample_scene(label, np.random.default_rng(seed)), 90)
 
-# %% ../nbs/13_scenes.ipynb #9dcdad8c
+# %% ../nbs/13_scenes.ipynb #3ef84111
+WRONG_EVERY = 100  # images of a class in seg_train, of which the last one shows the next class
+
 def sample_archive(path: str | Path, per_class: int, seed: int, classes: int = 6) -> Path:
     """Write a zip of drawn scenes of the first `classes` classes, and return `path`.
 
-    A class has `per_class` images in seg_train and a third as many, at least two, in seg_test."""
+    A class has `per_class` images in seg_train and a third as many, at least two, in seg_test. Of `WRONG_EVERY` labels
+    in seg_train one is wrong."""
     with written_aside(path) as aside, zipfile.ZipFile(aside, "w") as archive:
         for split, (name, count) in enumerate([("seg_train", per_class), ("seg_test", max(2, per_class // 3))]):
             for label, i in ((label, i) for label in range(classes) for i in range(count)):
+                shown = (label + (split == 0 and i % WRONG_EVERY == WRONG_EVERY - 1)) % classes
                 member = zipfile.ZipInfo(f"{name}/{name}/{SAMPLE_CLASSES[label]}/{i:05}.jpg")
-                archive.writestr(member, sample_jpeg(label, [seed, split, label, i]))
+                archive.writestr(member, sample_jpeg(shown, [seed, split, label, i]))
     return Path(path)
