@@ -308,7 +308,7 @@ PLAN = (
     Step("evaluate", "02_evaluate.ipynb", files=DATASET | MODEL, places=("registry",), effect=Registration(),
          imports=("intel_nb.evaluate", *REGISTRY, *PLOTS)),
     Step("deploy", "03_deploy.ipynb", values={"version": ("evaluate", "version")}, places=("registry", "endpoints"),
-         effect=Deployment(), approval=True),
+         effect=Deployment(), approval=True, imports=("intel_nb.deploy", *PLOTS)),
     Step("drift", "04_drift.ipynb", files=DATASET | MODEL, after="deploy", imports=("intel_nb.drift", *PLOTS)),
     Step("staging", "05_test_staging.ipynb", files=DATASET | {"predictions": ("evaluate", "predictions")},
          values={"url": ("deploy", "url"), "version": ("evaluate", "version")}, effect=StagingTest(), after="deploy",

@@ -39,9 +39,9 @@ __all__ = ['TEMPLATES', 'SIDE', 'KINDS', 'MOST_CLASSES', 'MOST_OF_A_CLASS', 'SAM
            'is_it_better', 'how_sure', 'class_rows', 'mostly_taken_for', 'shown_pair', 'where_worse', 'stage_of',
            'compare_with_rival', 'which_data', 'answers_of', 'slice_rows', 'better_section', 'worst_by_class',
            'mistakes_section', 'reliability_points', 'calibration_section', 'samples_by_class', 'data_section',
-           'suspects_section', 'delay_in_words', 'change_in_words', 'run_time_in_words', 'drift_section',
-           'seconds_in_words', 'cost_section', 'steps_section', 'when', 'started_by', 'short', 'origin_of',
-           'try_section', 'render_report', 'write_report', 'clean', 'is_definition', 'render_notebooks']
+           'suspects_section', 'change_in_words', 'run_time_in_words', 'drift_section', 'seconds_in_words',
+           'cost_section', 'steps_section', 'when', 'started_by', 'short', 'origin_of', 'try_section', 'render_report',
+           'write_report', 'clean', 'is_definition', 'render_notebooks']
 
 # %% ../../nbs/chain/07_report.ipynb #94b828e9
 TEMPLATES = Path(intel_nb.__file__).parent / "chain" / "templates"
@@ -503,15 +503,6 @@ def suspects_section(evidence: Evidence) -> dict[str, Any] | None:
 CHANGES = {"dark": "darker", "bright": "brighter", "contrast": "less contrast", "jpeg": "JPEG compression",
            "grey": "less colour", "page": "pages of text", "covered": "a covered lens", "broken": "a broken stream"}
 
-def delay_in_words(row: Mapping[str, Any]) -> str:
-    "Return a delay of `drift.json` as a text."
-    if row.get("mean") is None:
-        return "not measured"
-    if row["caught"] >= 1:
-        return f"{row['mean']:.1f}"
-    least = row["limit"] if row["caught"] < .5 else row["mean"]
-    return f"≥ {least:.0f}, {percent(row['caught'])} caught"
-
 # %% ../../nbs/chain/07_report.ipynb #ec5cdd75
 def change_in_words(row: Mapping[str, Any]) -> str:
     "Name the change that a row of `drift.json` is about."
@@ -539,6 +530,7 @@ def drift_section(evidence: Evidence) -> dict[str, Any] | None:
     "Return the delays by change and severity, and those of other changes."
     if not (found := evidence.document("drift", "drift.json")):
         return None
+    from intel_nb.detection.streams import delay_in_words
     rows = found.get("delays", [])
     severities, names = sorted({row["severity"] for row in rows}), dict.fromkeys(row["corruption"] for row in rows)
     cells = {(row["corruption"], row["severity"]): delay_in_words(row) for row in rows}

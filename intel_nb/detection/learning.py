@@ -15,15 +15,15 @@ import numpy as np
 
 from .hours import SLOTS, block_inflation, fit_hours, residuals, slot_of
 from .mix import dependence, learn_level, shares_of
-from .streams import delay
+from .streams import delay, delay_in_words
 from .unknown import FAR, Farness
 from ..detector import INPUTS, Calibration, Observations, OnlineMMD, in_deviations
 from ..storage import InputError, write_bytes
 
 # %% auto #0
 __all__ = ['HAZARDS', 'MEDIUM', 'FAR_OFF', 'BLOCKS', 'ALLOWED', 'HIGHEST', 'EXAMPLES', 'Names', 'find_shift', 'sums_along',
-           'alarms_along', 'learn_factor', 'Learned', 'align', 'expected_delays', 'describe_delay', 'Record', 'learn',
-           'save_learned', 'load_learned']
+           'alarms_along', 'learn_factor', 'Learned', 'align', 'expected_delays', 'Record', 'learn', 'save_learned',
+           'load_learned']
 
 # %% ../../nbs/detection/06_learning.ipynb #9fbb2b0a
 HAZARDS = {"inputs": INPUTS, "unknown images": (1 - INPUTS) / 2, "class mix": (1 - INPUTS) / 2}
@@ -144,14 +144,6 @@ def expected_delays(detector: OnlineMMD, factor: float, clean: Observations, run
     return {name: delay(raised, clean, shifted, runs, 0).summary()
             for name, shifted in sorted(detector.calibration.shifted.items())}
 
-def describe_delay(found: dict[str, Any]) -> str:
-    "Return an expected delay in words: cut off where some streams end before their alarm."
-    if found["mean"] is None:
-        return "not known"
-    if found["missed"]:
-        return f"more than {found['limit']}: only {found['caught']:.0%} are noticed by then"
-    return f"{found['mean']:.0f}" if found["caught"] == 1 else f"{found['mean']:.0f} (of {found['caught']:.0%})"
-
 # %% ../../nbs/detection/06_learning.ipynb #1b8f3707
 class Record(NamedTuple):
     "The observations of a stream that advanced its detector, and when they came, in seconds since 1970."
@@ -207,7 +199,7 @@ def _check_numbers(learned: Learned) -> None:
     if not (near and np.isfinite(values).all() and learned.shares.min() > 0 and np.abs(learned.offset).max() < 1e6):
         raise ValueError("its numbers cannot be")
     for found in learned.delays.values():
-        describe_delay(found)  # which fails where it will be shown
+        delay_in_words(found), found["missed"]  # which fail where they will be shown
     if not all(type(shift["feature"]) is str and np.isfinite(shift["deviations"]) for shift in learned.shift):
         raise ValueError("its shift is damaged")
 

@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ..detector import Observations, OnlineMMD, prepare_rows, stream_statistics
 
 # %% auto #0
-__all__ = ['WARM_UP', 'MISSED_BELOW', 'first_alarms', 'draw_streams', 'RunTime', 'run_time', 'Delay', 'change_delay', 'delay',
-           'slow_delay']
+__all__ = ['WARM_UP', 'MISSED_BELOW', 'first_alarms', 'draw_streams', 'RunTime', 'run_time', 'Delay', 'delay_in_words',
+           'change_delay', 'delay', 'slow_delay']
 
 # %% ../../nbs/detection/01_streams.ipynb #69e5ee38
 def first_alarms(detector: OnlineMMD, seen: Observations, streams: np.ndarray) -> np.ndarray:
@@ -78,6 +80,16 @@ class Delay:
         caught = float((self.delays > 0).mean())
         return {"mean": float(np.where(self.delays, self.delays, self.limit).mean()), "caught": caught,
                 "missed": caught < MISSED_BELOW, "streams": len(self.delays), "limit": self.limit}
+
+# %% ../../nbs/detection/01_streams.ipynb #c4abf588
+def delay_in_words(found: Mapping[str, Any]) -> str:
+    "Return a `Delay.summary` as text: a bound where some streams end before their alarm, their end if most do."
+    if found["mean"] is None:
+        return "not measured"
+    if found["caught"] == 1:
+        return f"{found['mean']:.1f}"
+    least = found["mean"] if found["caught"] >= .5 else found["limit"]
+    return f"≥ {least:.0f}, {min(99, round(100 * found['caught']))} % caught"
 
 # %% ../../nbs/detection/01_streams.ipynb #2a4a1cf9
 def change_delay(detector: OnlineMMD, seen: Observations, before: np.ndarray, after: np.ndarray) -> Delay:

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .learning import HAZARDS, HIGHEST, Learned, Names, Record, align, describe_delay, learn
+from .learning import HAZARDS, HIGHEST, Learned, Names, Record, align, learn
 from .mix import WINDOWS, MixWatch
 from .repeats import Repeats, Seen, frozen_limit, pack_repeats, repeat_radius, unpack_repeats
+from .streams import delay_in_words
 from .unknown import FAR, Farness, far_sum, name_change
 from ..detector import Calibration, Observations, OnlineMMD, Reading
 from ..storage import InputError
@@ -275,6 +276,6 @@ def describe_watch(watch: StreamWatch, rate: float | None = None) -> dict[str, A
         "learned": {"since": known.since, "until": known.until, "observations": known.observations},
         "advanced": round(known.kept, 3), "dependence": round(known.inflation, 1), "level": round(known.factor, 2),
         "hours": known.hours is not None, "shift": known.shift,
-        "delays": {name: describe_delay(delay) for name, delay in known.delays.items()},
+        "delays": {name: delay_in_words(delay) for name, delay in known.delays.items()},
         "missed": [name for name, delay in known.delays.items() if delay["missed"]],
         **({"unsteady": UNSTEADY} if known.factor >= HIGHEST else {})}
