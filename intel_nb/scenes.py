@@ -37,14 +37,15 @@ def _darker(colour: _Colour, share: float) -> _Colour:
     "Return `colour` with that share of its light."
     return int(colour[0] * share), int(colour[1] * share), int(colour[2] * share)
 
-# %% ../nbs/13_scenes.ipynb #614d6c85
+# %% ../nbs/13_scenes.ipynb #7a8952de
 _SKIES = ((105, 150, 205), (205, 215, 222)), ((165, 170, 178), (205, 205, 208)), ((95, 105, 150), (235, 170, 125))
 
 def _sky(rng: _Rng) -> Image.Image:
     "Draw an empty scene: a sky that fades towards the ground, blue, grey or red."
     top, low = (np.array(_colour(rng, *tone)) for tone in _SKIES[rng.choice(3, p=(.55, .3, .15))])
     fade = np.linspace(0, 1, _WIDE)[:, None, None] ** rng.uniform(.6, 1.5)
-    return Image.fromarray(np.broadcast_to(top * (1 - fade) + low * fade, (_WIDE, _WIDE, 3)).astype(np.uint8))
+    column = Image.fromarray((top * (1 - fade) + low * fade).astype(np.uint8))
+    return column.resize((_WIDE, _WIDE), Image.Resampling.NEAREST)
 
 def _ground(draw: _Draw, rng: _Rng, top: float, colour: _Colour, rough: float = 4) -> None:
     "Cover all below the line at `top`, which is uneven by `rough` pixels."
@@ -227,7 +228,7 @@ _PAINTERS: dict[str, Callable[[_Draw, _Rng], None]] = {
     "sea": _sea, "street": _street}
 SAMPLE_CLASSES = tuple(_PAINTERS)
 
-# %% ../nbs/13_scenes.ipynb #adf92e74
+# %% ../nbs/13_scenes.ipynb #5e3f9e59
 def _photograph(scene: Image.Image, rng: _Rng) -> Image.Image:
     "Return what a camera sees of `scene`: 110–158 pixels of it, anywhere in it, tilted by up to six degrees."
     side, turn = rng.uniform(110, 158), rng.uniform(-.1, .1)
@@ -237,13 +238,15 @@ def _photograph(scene: Image.Image, rng: _Rng) -> Image.Image:
     return scene.transform((_SIDE, _SIDE), Image.Transform.AFFINE, place, Image.Resampling.BILINEAR)
 
 def _weather(scene: Image.Image, rng: _Rng) -> np.ndarray:
-    "Return the pixels of `scene` out of focus, in haze, in the light of the hour and with grain."
-    pixels = np.asarray(scene.filter(ImageFilter.GaussianBlur(rng.exponential(.7))), np.float32)
+    "Return the pixels of `scene` out of focus, in haze, in the light of the hour and with grain; a few are grey."
+    scene = scene.filter(ImageFilter.GaussianBlur(rng.exponential(.7)))
     haze = rng.uniform(.2, .65) if rng.random() < .2 else 0.
     light = rng.uniform(.4, .65) if rng.random() < .15 else rng.uniform(.7, 1.2)
-    pixels = (pixels * np.float32(1 - haze) + np.float32(190 * haze)) * (light * rng.uniform(.93, 1.07, 3)).astype("f4")
-    grain = np.float32(2 + rng.exponential(6))
-    return (pixels + grain * rng.standard_normal(pixels.shape, np.float32)).clip(0, 255).astype(np.uint8)
+    tint = (light * rng.uniform(.93, 1.07, 3)).astype(np.float32)
+    pixels = rng.standard_normal((_SIDE, _SIDE, 3), np.float32) * np.float32(2 + rng.exponential(7))
+    pixels += np.asarray(scene) * (tint * np.float32(1 - haze)) + tint * np.float32(190 * haze)
+    pixels = pixels.clip(0, 255).astype(np.uint8)
+    return pixels if rng.random() > .04 else np.asarray(Image.fromarray(pixels).convert("L").convert("RGB"))
 
 # %% ../nbs/13_scenes.ipynb #dc1976f0
 def sample_scene(label: int, rng: np.random.Generator) -> np.ndarray:
