@@ -7,14 +7,19 @@ from intel_nb.detection.streams import Delay, RunTime, delay, first_alarms, run_
 from intel_nb.detector import Observations
 from intel_nb.drift import (
     OUT_OF_DISTRIBUTION,
+    TestImage as Sent,  # pytest takes a name with Test for a test
     case_table,
     cases_of,
     chosen_images,
-    drift_features,
+    count_alarms,
+    images_of,
     largest_difference,
     mean_delay,
+    measure_cases,
     mix_table,
+    observer,
     replay,
+    stream_table,
     text_table,
     unseen_delay,
 )
@@ -27,9 +32,13 @@ def images():
     return [encode_jpeg(sample_scene(k % 6, np.random.default_rng([3, k])), 90) for k in range(60)]
 
 
-def seen(package, images, n_clean, n_shifted, severities, slow=(), over=30):
-    which = chosen_images(len(images), n_clean, n_shifted, seed=0)
-    return drift_features(package, images, *which, cases_of(severities, slow), over)
+def measured(package, images, n_clean, n_shifted, severities, slow=(), over=30, runs=50):
+    "What the detector sees of some clean images, and its delays after each change."
+    kept, changed = chosen_images(len(images), n_clean, n_shifted, seed=0)
+    observe = observer(package)
+    clean = observe([Sent(images[i]) for i in kept])
+    cases = {case: images_of(case, images, changed, over) for case in cases_of(severities, slow)}
+    return clean, measure_cases(observe, package.detector(), clean, cases, runs, seed=0)
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
@@ -53,8 +62,8 @@ def test_amounts_grow_with_severity():
 
 
 def test_streams_are_those_of_the_packaged_detector(package, images):
-    clean, shifted = seen(package, images, 40, 20, [2])
-    both, detector = Observations.join(clean, shifted["dark", 2]), package.detector()
+    clean, found = measured(package, images, 40, 20, [2])
+    both, detector = Observations.join(clean, found["dark", 2].seen), package.detector()
     order = np.stack([np.random.default_rng(k).permutation(len(both.classes)) for k in range(8)], axis=1)
     found = first_alarms(detector, both, order)
     for time, stream in zip(found, order.T):
@@ -65,21 +74,42 @@ def test_streams_are_those_of_the_packaged_detector(package, images):
 
 
 def test_a_dark_stream_is_caught_and_a_clean_one_runs_long(package, images):
-    clean, shifted = seen(package, images, 40, 20, [3])
-    assert delay(package.detector(), clean, shifted["dark", 3], 50, seed=0).summary()["mean"] < 10
+    clean, found = measured(package, images, 40, 20, [3])
+    assert found["dark", 3].delay.summary()["mean"] < 10
     assert (run_time(package.detector(), clean, 200, seed=0).mean or 1e9) > 50
 
 
 def test_few_images_are_enough(package, images):
-    clean, shifted = seen(package, images[:2], 0, 2, [1, 2], ["fog"], over=7)
-    assert len(clean.classes) == 2 and len(shifted) == 18 + 1 + len(OUT_OF_DISTRIBUTION)
-    assert all(len(rows.classes) == (7 if how == "slow" else 2) for (_, how), rows in shifted.items())
-    tables = case_table(package.detector(), clean, shifted, 3, seed=0)
+    clean, found = measured(package, images[:2], 0, 2, [1, 2], ["fog"], over=7, runs=3)
+    assert len(clean.classes) == 2 and len(found) == 18 + 1 + len(OUT_OF_DISTRIBUTION)
+    assert all(len(one.seen.classes) == (7 if how == "slow" else 2) for (_, how), one in found.items())
+    tables = case_table({case: one.delay for case, one in found.items()})
     counts = [len(tables[kind]) for kind in ("delays", "slow", "out_of_distribution")]
     assert counts == [18, 1, len(OUT_OF_DISTRIBUTION)]
     assert len(text_table(tables["slow"], ["corruption"]).split("\n")) == 1
     assert run_time(package.detector(), clean, 3, seed=0).summary()["length"] == 2
-    delay(package.detector(), clean, shifted["fog", 1], 3, seed=0).summary()
+
+
+def test_a_delay_takes_more_images_only_where_few_do_not_tell(package, images):
+    clean, found = measured(package, images, 30, 30, [1, 3])
+    for (_, how), one in found.items():
+        delays = one.delay.summary()
+        assert delays["limit"] == len(one.seen.classes) <= 30
+        if how != "slow" and delays["limit"] < min(30, len(one.seen.classes) + 1):
+            assert delays["caught"] == 1 and delays["mean"] <= delays["limit"] / 2
+    assert len(found["dark", 3].seen.classes) == 6 < max(len(one.seen.classes) for one in found.values())
+    whole = delay(package.detector(), clean, found["dark", 3].seen, 50, seed=0)
+    assert np.array_equal(whole.delays, found["dark", 3].delay.delays)
+
+
+def test_streams_without_drift_alarm_plain_mmd_more_than_what_serves(package, images):
+    clean = observer(package)([Sent(data) for data in images])
+    rows, detectors = stream_table(package, clean, seed=0, length=400)
+    by_name = {row["stream"]: row for row in rows}
+    assert by_name["runs of a class"]["plain"] > 3 * by_name["runs of a class"]["watched"]
+    assert all(row["learned"] <= row["given"] or row["given"] < row["expected"] for row in rows)
+    seen = clean.take(np.arange(60).repeat(3))
+    assert count_alarms(detectors.given, seen) == sum(one["is_drift"] for one in replay(detectors.given, seen))
 
 
 def test_nothing_to_measure_is_said_so():
@@ -89,9 +119,8 @@ def test_nothing_to_measure_is_said_so():
 
 
 def test_a_slow_change_is_seen_later_than_a_sudden_one(package, images):
-    clean, shifted = seen(package, images, 40, 20, [2], ["dark"], over=60)
-    both = {case: shifted[case] for case in (("dark", 2), ("dark", "slow"))}
-    tables = case_table(package.detector(), clean, both, 60, seed=0)
+    clean, found = measured(package, images, 40, 20, [2], ["dark"], over=60, runs=60)
+    tables = case_table({case: found[case].delay for case in (("dark", 2), ("dark", "slow"))})
     assert tables["delays"][0]["mean"] < tables["slow"][0]["mean"] < 60
 
 
