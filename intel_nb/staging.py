@@ -163,7 +163,7 @@ def draw_agreement(axes: Any, apart: Sequence[float], tolerance: float) -> None:
     axes.axhline(1, color="#b3402a", label=f"{tolerance:.2g}, which is allowed")
     axes.set_yscale("symlog", linthresh=1)
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="image", ylabel="difference, 1: as allowed", ylim=(-.05, max(2., 2 * float(ratios.max()))))
+    axes.set(xlabel="image", ylabel="difference / allowed", ylim=(-.05, max(2., 2 * float(ratios.max()))))
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(.5, 1.2))
 
 # %% ../nbs/05_test_staging.ipynb #53602f58

@@ -26,7 +26,7 @@ COMMAND = str(Path(sys.executable).with_name("intel-nb"))
 
 # A chain in seconds: few images, few bootstraps, a short drift test.
 QUICK = ["--param", "train.bootstraps=2000", "--param", "drift.runs=50", "--param", "drift.images=60",
-         "--param", "drift.shifted_images=16", "--param", "drift.slow_over=20"]
+         "--param", "drift.shifted_images=16", "--param", "drift.slow_over=20", "--param", "drift.severities=2"]
 
 
 @dataclass
