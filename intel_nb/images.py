@@ -9,15 +9,16 @@ import io
 import re
 import struct
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 # %% auto #0
-__all__ = ['FORMATS', 'MAX_BYTES', 'MAX_PIXELS', 'MAX_SIDE', 'MAX_PARTS', 'image_format', 'media_type', 'file_suffix',
+__all__ = ['FORMATS', 'MAX_BYTES', 'MAX_PIXELS', 'MAX_SIDE', 'MAX_PARTS', 'GAP', 'image_format', 'media_type', 'file_suffix',
            'ImageError', 'check_size', 'open_image', 'to_rgb', 'resize', 'decode_opened', 'decode', 'encode',
-           'encode_png', 'encode_jpeg', 'CheckedImage', 'check_image']
+           'encode_png', 'encode_jpeg', 'CheckedImage', 'check_image', 'mosaic', 'draw_pictures', 'draw_titled']
 
 # %% ../nbs/12_images.ipynb #5f8c6a47
 FORMATS = {"JPEG": b"\xff\xd8\xff", "PNG": b"\x89PNG\r\n\x1a\n", "WEBP": b"RIFF", "BMP": b"BM"}  # name -> first bytes
@@ -245,3 +246,39 @@ def check_image(data: bytes) -> CheckedImage:
     image, changed = to_rgb(open_image(data))
     kept = encode_png(np.asarray(image)) if changed else data
     return CheckedImage(kept, image.width, image.height, changed, image)
+
+# %% ../nbs/12_images.ipynb #d5b585ae
+GAP = 4  # pixels between two pictures
+
+def mosaic(rows: Sequence[Sequence[np.ndarray]], columns: int, side: int, above: int = 0) -> np.ndarray:
+    "Return pictures, each uint8 (side, side, 3), in rows on white, with `above` more pixels for words above each row."
+    across, down = side + GAP, side + GAP + above
+    whole = np.full((max(1, len(rows)) * down - GAP, columns * across - GAP, 3), 255, np.uint8)
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row[:columns]):
+            whole[y * down + above:y * down + above + side, x * across:x * across + side] = picture
+    return whole
+
+# %% ../nbs/12_images.ipynb #a361b8cf
+def draw_pictures(pictures: np.ndarray, left: float = 0, right: float = 0, top: float = 0, wide: float = 9) -> Any:
+    "Return axes, `wide` inches, that show `pictures`, with so many of its pixels left for words beside and above it."
+    import matplotlib.pyplot as plt
+    height, width = pictures.shape[0] + top, pictures.shape[1] + left + right
+    figure = plt.figure(figsize=(wide, wide * height / width), layout="none")
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.imshow(pictures, aspect="auto")
+    ax.set(xlim=(-left, pictures.shape[1] + right), ylim=(pictures.shape[0], -top))
+    ax.axis("off")
+    return ax
+
+# %% ../nbs/12_images.ipynb #95d059af
+def draw_titled(images: Sequence[bytes | np.ndarray], titles: Sequence[str], side: int = 96, columns: int = 6) -> Any:
+    "Return axes that show images, encoded or uint8 (side, side, 3), each below its title of at most two lines."
+    pixels = [decode(one, side) if isinstance(one, bytes) else one for one in images]
+    starts, above = range(0, len(pixels), columns), side * 4 // 11
+    ax = draw_pictures(mosaic([pixels[at:at + columns] for at in starts], columns, side, above))
+    for k, title in enumerate(titles):
+        y, x = divmod(k, columns)
+        place = x * (side + GAP), y * (side + GAP + above) + above - GAP
+        ax.text(*place, title, va="bottom", fontsize=7, parse_math=False)
+    return ax

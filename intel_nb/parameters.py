@@ -26,7 +26,7 @@ from .storage import InputError, check_extra
 __all__ = ['BOUNDS', 'TYPES', 'STYLE', 'Parameter', 'declared', 'read_literals', 'read_declarations', 'read_profiles',
            'with_profiles', 'is_within', 'choices_of', 'is_allowed', 'closest', 'check_known', 'describe',
            'check_values', 'profile_of', 'read_value', 'as_declared', 'read_values', 'exported_cells',
-           'find_declarations', 'assigned_names', 'set_names', 'check_parameters', 'Answer']
+           'find_declarations', 'assigned_names', 'set_names', 'check_parameters', 'Answer', 'show_figure']
 
 # %% ../nbs/11_parameters.ipynb #c9278e23
 @dataclass(frozen=True)
@@ -338,7 +338,20 @@ class Answer:
         self._picture = display(Markdown(""), display_id=True)
 
     def show(self, sentence: str, picture: str | Path) -> None:
-        "Put the `sentence`, which may be Markdown, and the PNG file `picture` in their place."
+        "Put the `sentence`, which may be Markdown, and the file `picture`, PNG or JPEG, in their place."
         from IPython.display import Image, Markdown
         self._sentence.update(Markdown(sentence))
         self._picture.update(Image(filename=str(picture), alt=sentence.replace("*", "")))
+
+# %% ../nbs/11_parameters.ipynb #73f3f582
+def show_figure(figure: Any, path: str | Path, alt: str = "") -> Any:
+    "Save a matplotlib `figure` as the file `path`, PNG or JPEG, close it, and return its image, to be shown."
+    import matplotlib.pyplot as plt
+    from IPython.display import Image
+    from PIL.Image import open as open_picture
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, pil_kwargs={"quality": 80} if Path(path).suffix == ".jpg" else {})
+    plt.close(figure)
+    if Path(path).suffix == ".png":
+        open_picture(path).convert("RGB").quantize(128).save(path, optimize=True)
+    return Image(filename=str(path), alt=alt)

@@ -102,6 +102,25 @@ def test_a_step_has_its_cells(name):
     assert "result.json" in source(cells[-1])
 
 
+def is_answer(cell: dict) -> bool:
+    return "answer" in cell["metadata"].get("tags", [])
+
+
+CHAPTERS = [name for name in STEPS if any(map(is_answer, NOTEBOOKS[name]))]
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_a_chapter_answers_its_question(name):
+    "Title and question, then the place for the answer, which the run fills; no cell is longer than a screen."
+    cells = NOTEBOOKS[name]
+    run = next(i for i, c in enumerate(cells) if source(c).startswith("## Run"))
+    assert re.match(r"# \w+\n\n> .*\?\n", source(cells[0]))
+    assert [i for i, c in enumerate(cells) if is_answer(c)] == [1]
+    assert sum("answer.show(" in source(c) for c in cells[run:]) == 1
+    assert [i for i, c in enumerate(cells) if c["cell_type"] == "code" and len(c["source"]) > 25] == []
+    assert not any("text/plain" in output.get("data", {}) for output in cells[-1]["outputs"]), "a raw dictionary"
+
+
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_checks_its_parameters_first(name):
     "Every parameter is declared, and the cells after the parameters and after `## Run` check them all."

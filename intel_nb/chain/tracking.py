@@ -50,7 +50,8 @@ def figures_in(step: str, result: Mapping[str, Any]) -> dict[str, float]:
 # %% ../../nbs/chain/07_tracking.ipynb #c575aa86
 def plots_of(entries: Mapping[str, Entry]) -> dict[str, list[Path]]:
     "Return the plots that the steps wrote, by step."
-    found = {step: sorted(entry.folder.rglob("*.png")) for step, entry in entries.items()}
+    found = {step: sorted(path for path in entry.folder.rglob("*.*") if path.suffix in (".png", ".jpg"))
+             for step, entry in entries.items()}
     return {step: paths for step, paths in found.items() if paths}
 
 def describe_origin(run: Run, entries: Mapping[str, Entry], archive: str) -> Tracked:

@@ -53,6 +53,15 @@ class Ledger:
             total[reason] += count
         return Counter({reason: count for reason, count in sorted(total.items()) if reason and count})
 
+    def pairs(self, reason: str, most: int) -> list[tuple[int, int]]:
+        "Return at most `most` files that were left out for `reason`, each with the other one, no two for the same one."
+        codes = [k for (why, _), k in self._reasons.items() if why == reason]
+        rows = np.flatnonzero(np.isin(self._code, codes) & (self._other >= 0))
+        is_mutual = self._other[self._other[rows]] == rows  # then the pair is found from both sides
+        rows = rows[~is_mutual | (rows < self._other[rows])]
+        rows = rows[np.sort(np.unique(self._other[rows], return_index=True)[1])[:most]]
+        return list(zip(rows.tolist(), self._other[rows].tolist()))
+
     def rows(self, path: Callable[[int], str]) -> Iterator[tuple[str, str, str]]:
         "Yield path, reason and detail of each file that is left out; `path` gives that of a number."
         reasons = list(self._reasons)

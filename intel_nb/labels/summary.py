@@ -5,13 +5,13 @@
 # %% ../../nbs/labels/17_summary.ipynb #3066af8b
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ..storage import printable
 
 # %% auto #0
-__all__ = ['WORDS', 'summary_lines']
+__all__ = ['WORDS', 'PURPOSES', 'summary_lines', 'left_lines', 'learnable_in_words']
 
 # %% ../../nbs/labels/17_summary.ipynb #c392c129
 WORDS = {"off_depth": "in a folder of another depth", "no_class_folder": "in no class folder",
@@ -43,3 +43,29 @@ def summary_lines(report: Mapping[str, Any], most: int = 12) -> list[str]:
     lines = [*_folder_lines(report), *_class_lines(report, most), f"images: {total}", f"left out: {left}",
              *([twins] if near["groups"] else []), *report["notes"]]
     return [printable(line) for line in lines]
+
+# %% ../../nbs/labels/17_summary.ipynb #58285f46
+def left_lines(rows: Iterable[Mapping[str, str]], most: int = 2) -> list[str]:
+    "Return a line for each reason in the `rows` of `quarantine.csv`, with its number and its first `most` files."
+    counts: dict[str, int] = {}
+    files: dict[str, list[str]] = {}
+    for row in rows:
+        reason = row["reason"]
+        counts[reason] = counts.get(reason, 0) + 1
+        if counts[reason] <= most:
+            files.setdefault(reason, []).append(f"    {row['path']}: {row['detail'] or reason.replace('_', ' ')}")
+    return [printable(line) for reason, n in counts.items()
+            for line in (f"{n:,} {WORDS.get(reason, reason.replace('_', ' '))}, such as", *files[reason])]
+
+# %% ../../nbs/labels/17_summary.ipynb #428d615b
+PURPOSES = {"train": "to train on", "validation": "to choose by", "test": "to measure with"}
+
+def learnable_in_words(report: Mapping[str, Any], most: int = 3) -> str:
+    "Say how many images the report of a data step found, for what, and what was left out: the `most` frequent reasons."
+    parts = {split: sum(of.values()) for split, of in report["counts"].items()}
+    uses = ", ".join(f"{n:,} {PURPOSES[split]}" for split, n in parts.items() if n)
+    text = f"{sum(parts.values()):,} images of {len(report['classes']):,} classes can be learned from: {uses}."
+    left = sorted(((n, reason) for reason, n in report["left_out"].items() if reason != "hidden"), reverse=True)
+    why = ", ".join(f"{n:,} {WORDS.get(reason, reason.replace('_', ' '))}" for n, reason in left[:most])
+    more = ", and more" if len(left) > most else ""
+    return f"{text} Left out: {why}{more}." if left else f"{text} No file was left out."

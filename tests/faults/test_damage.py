@@ -13,7 +13,7 @@ from .harness import copy_house, deploy_first
 
 SEED = int(os.environ.get("FAULT_SEED") or 0)
 MOST_BYTES = 2**20  # larger files are models and datasets, which have digests of their own
-LOGS = (".log", ".html", ".png", ".ipynb", ".lock", ".csv", ".svg")  # nothing is decided by them
+LOGS = (".log", ".html", ".png", ".jpg", ".ipynb", ".lock", ".csv", ".svg")  # nothing is decided by them
 
 
 def send_requests(house, stage: str, count: int) -> None:
