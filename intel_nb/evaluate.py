@@ -268,7 +268,7 @@ def plot_mistakes(split: Split, probabilities: np.ndarray, side: int) -> Any:
     worst, answers = find_worst_mistakes(split, probabilities), probabilities.argmax(axis=1)
     titles = [f"labelled {split.classes[split.labels[i]]},\nanswered {split.classes[answers[i]]} "
               f"({probabilities[i, answers[i]]:.0%})" for i in worst]
-    return plot_images([split.images[i] for i in worst], titles, side, "no image was mistaken")
+    return plot_images([split.images[i] for i in worst], titles, "no image was mistaken")
 
 # %% ../nbs/02_evaluate.ipynb #d1a4a3e9
 def plot_slices(ax: Any, scores: dict[str, dict[str, dict[str, float]]], accuracy: float) -> None:

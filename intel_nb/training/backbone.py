@@ -172,7 +172,7 @@ class Embedder(nn.Module):
             self.stages = self._find_coarse(self.network.pretrained_cfg["input_size"])
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.pool(*self._run(self.normalise(images)))
+        return self.pool(*self.run(self.normalise(images)))
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         "Return what the network takes: float32 (N, 3, H, W)."
@@ -194,7 +194,7 @@ class Embedder(nn.Module):
         every = "extra_blocks" in inspect.signature(self.network.forward_intermediates).parameters
         return self.network.forward_intermediates(x, **({"extra_blocks": True} if every else {}))
 
-    def _run(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def run(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         "Return the last feature map of `x` and those of the coarse stages."
         if not self.stages:
             return self.network.forward_features(x), []

@@ -57,11 +57,16 @@ def error_if_calibrated(probabilities: np.ndarray, seed: int = 0, times: int = 2
 
 # %% ../../nbs/training/00_probabilities.ipynb #61f4a4d2
 def plot_reliability(ax: Any, found: dict[str, dict[str, np.ndarray]]) -> None:
-    "Draw accuracy against confidence for the bins of each name in `found`, beside the diagonal of true probabilities."
+    """Draw accuracy against confidence for the bins of each name in `found`, beside the diagonal of true probabilities.
+
+    The band has 19 of 20 bins as large as those of the last name, if its probabilities are true."""
     ax.plot([0, 1], [0, 1], color="grey", lw=1, ls="--")
     for name, bins in found.items():
         label = f"{name}: error {calibration_error(bins):.3f}"
         ax.plot(bins["confidence"], bins["accuracy"], "o-", ms=4, lw=1, label=label)
+    sure, count = bins["confidence"], bins["count"]
+    reach = 1.96 * np.sqrt(sure * (1 - sure) / count)
+    ax.fill_between(sure, sure - reach, np.minimum(sure + reach, 1), color="grey", alpha=.2, lw=0, label="by chance")
     least = min(min(np.min(bins["confidence"]), np.min(bins["accuracy"])) for bins in found.values())
     ax.set(xlabel="confidence", ylabel="share that is right", xlim=(least - .03, 1.02), ylim=(least - .03, 1.02))
-    ax.legend(fontsize=8, loc="upper left")
+    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(.5, -.2))

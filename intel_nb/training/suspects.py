@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from ..dataset import Split
-from ..images import decode
+from ..images import draw_pictures, draw_titled
 from ..storage import as_cell, written_aside
 
 # %% auto #0
-__all__ = ['SHARE', 'LEAST', 'COLUMNS', 'rank_by_doubt', 'count_errors', 'list_suspects', 'write_suspects', 'plot_images',
-           'plot_suspects']
+__all__ = ['SHARE', 'LEAST', 'COLUMNS', 'rank_by_doubt', 'find_errors', 'count_errors', 'list_suspects', 'write_suspects',
+           'plot_images', 'plot_suspects']
 
 # %% ../../nbs/training/06_suspects.ipynb #f8043ec6
 def rank_by_doubt(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
@@ -32,14 +32,18 @@ def rank_by_doubt(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     return np.argsort(probabilities[rows, labels] - others.max(axis=1), kind="stable")
 
 # %% ../../nbs/training/06_suspects.ipynb #61a1642b
-def count_errors(labels: np.ndarray, probabilities: np.ndarray) -> int:
-    """Return an estimate of how many of `labels` (N,) are wrong, by the `probabilities` (N, C) of other heads.
+def find_errors(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Return which of `labels` (N,) are probably wrong, by the `probabilities` (N, C) of other heads: bool (N,).
 
-    It is the sum off the diagonal of the confident joint (Northcutt et al. 2021, equation 1)."""
+    They are those off the diagonal of the confident joint (Northcutt et al. 2021, equation 1)."""
     of_label = [probabilities[labels == k, k] for k in range(probabilities.shape[1])]
     typical = np.array([values.mean() if len(values) else 2 for values in of_label])  # 2: no image reaches it
     reached = np.where(probabilities >= typical, probabilities, -1)
-    return int(((reached.max(axis=1) >= 0) & (reached.argmax(axis=1) != labels)).sum())
+    return (reached.max(axis=1) >= 0) & (reached.argmax(axis=1) != labels)
+
+def count_errors(labels: np.ndarray, probabilities: np.ndarray) -> int:
+    "Return an estimate of how many of `labels` (N,) are wrong, as `find_errors` says."
+    return int(find_errors(labels, probabilities).sum())
 
 # %% ../../nbs/training/06_suspects.ipynb #9f435a6e
 SHARE, LEAST = .05, 100  # of the images that are listed, and how many at least
@@ -67,23 +71,18 @@ def write_suspects(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
                         for row in rows)
 
 # %% ../../nbs/training/06_suspects.ipynb #cf9c82d7
-def plot_images(images: Sequence[bytes], titles: Sequence[str], side: int, otherwise: str = "none") -> Any:
-    "Return a figure of encoded `images` at `side`×`side` pixels under their `titles`; without any it says `otherwise`."
-    import matplotlib.pyplot as plt
-    rows = -(-max(1, len(images)) // 6)
-    fig, axes = plt.subplots(rows, 6, figsize=(10, 2.2 * rows), squeeze=False, layout="constrained")
-    for ax in axes.flat:
-        ax.axis("off")
-    if not images:
-        axes[0, 0].text(0, .5, otherwise)
-    for ax, data, title in zip(axes.flat, images, titles):
-        ax.imshow(decode(data, side))
-        ax.set_title(title, fontsize=8)
-    return fig
+def plot_images(images: Sequence[bytes], titles: Sequence[str], otherwise: str = "none") -> Any:
+    "Return a figure of encoded `images` under their `titles`; without any it says `otherwise`."
+    if images:
+        return draw_titled(images, titles).figure
+    ax = draw_pictures(np.full((1, 40, 3), 255, np.uint8))
+    ax.text(0, 0, otherwise, va="center")
+    return ax.figure
 
-def plot_suspects(split: Split, rows: Sequence[dict[str, Any]], side: int, count: int = 12) -> Any:
+# %% ../../nbs/training/06_suspects.ipynb #fefd8d87
+def plot_suspects(split: Split, rows: Sequence[dict[str, Any]], count: int = 12) -> Any:
     "Return a figure of the first `count` images in the list `rows` of suspects."
     at = {sha256: i for i, sha256 in enumerate(split.sha256)}
     shown = rows[:count]
-    titles = [f"labelled {row['label']},\nanswered {row['answer']} ({row['confidence']:.0%})" for row in shown]
-    return plot_images([split.images[at[row["sha256"]]] for row in shown], titles, side, "no label is doubtful")
+    titles = [f"labelled {row['label']},\nanswered {row['answer']}, {100 * row['confidence']:.0f} %" for row in shown]
+    return plot_images([split.images[at[row["sha256"]]] for row in shown], titles, "no label is doubtful")
