@@ -42,7 +42,7 @@ from intel_nb.serving.endpoints import EndpointError, LocalEndpoints, Refused, d
 from intel_nb.storage import InputError, read_json, write_json, write_text
 
 SMALL = {"Version": "2020-12-01", "Parameters": [], "Steps": []}
-PHOTO = encode_jpeg(sample_scene(4, np.random.default_rng(4)))
+PHOTO = encode_jpeg(sample_scene(4, np.random.default_rng(0)))  # a sea that a small package knows
 
 
 @pytest.fixture
