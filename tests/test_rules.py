@@ -453,7 +453,8 @@ STARTED_BY = {
 }
 # Files that no build reads: what is for people, for this machine, or for the checks before a merge.
 START_NOTHING = (".ci/", ".dockerignore", ".git", ".github/", ".pre-commit", "bench/", "CHANGELOG.md",
-                 "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "SECURITY.md", "nbs/2", "nbs/index")
+                 "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "SECURITY.md", "docs/", "executed/", "nbs/2",
+                 "nbs/index")
 
 
 def started(*changed: str) -> set[str]:
