@@ -37,7 +37,7 @@ COMMANDS = ("deploy", "start", "status", "models", "approve", "promote", "invoke
 def path_of_readme() -> list[list[str]]:
     "Return the commands of the README's path, as lists of words after `intel-nb aws`."
     section = README.read_text().partition("## The cloud")[2].partition("\n## ")[0]
-    blocks = re.findall(r"```\n(.*?)```", section, re.DOTALL)
+    blocks = re.findall(r"```sh[^\n]*\n(.*?)```", section, re.DOTALL)
     lines = [block.splitlines() for block in blocks if "aws deploy" in block]
     assert len(lines) == 1
     return [shlex.split(line, comments=True)[2:] for line in lines[0]]
@@ -129,7 +129,7 @@ def test_the_path_of_the_readme(tmp_path, monkeypatch):
     archive, photo = tmp_path / "intel.zip", tmp_path / "photo.jpg"
     sample_archive(archive, per_class=60, seed=0)
     photo.write_bytes(sample_jpeg(0, [1]))
-    path = {words[0]: [{"ZIP": str(archive), "photo.jpg": str(photo)}.get(word, word) for word in words]
+    path = {words[0]: [{"intel.zip": str(archive), "photo.jpg": str(photo)}.get(word, word) for word in words]
             for words in path_of_readme()}
     def walk(name: str, *more: str, typed: str = "", status: int = 0) -> str:
         done = command(*path[name], *more, typed=typed)

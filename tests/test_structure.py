@@ -221,9 +221,9 @@ print(urllib.request.urlopen(request, timeout=20).read().decode())
     assert not re.search(r"^(torch|mlflow|pyarrow|alibi)", installed, re.M)
 
 
-def test_the_readme_lists_all_settings():
+def test_the_docs_list_all_settings():
     from dataclasses import fields
 
     from intel_nb.serving.app import Settings
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "endpoint.md").read_text()
     assert [f.name for f in fields(Settings) if f"| `INTEL_NB_{f.name.upper()}` |" not in text] == []
