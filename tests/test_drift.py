@@ -82,7 +82,7 @@ def test_a_dark_stream_is_caught_and_a_clean_one_runs_long(package, images):
 def test_few_images_are_enough(package, images):
     clean, found = measured(package, images[:2], 0, 2, [1, 2], ["fog"], over=7, runs=3)
     assert len(clean.classes) == 2 and len(found) == 18 + 1 + len(OUT_OF_DISTRIBUTION)
-    assert all(len(one.seen.classes) == (7 if how == "slow" else 2) for (_, how), one in found.items())
+    assert all(len(one.seen.classes) in ((4, 7) if how == "slow" else (2,)) for (_, how), one in found.items())
     tables = case_table({case: one.delay for case, one in found.items()})
     counts = [len(tables[kind]) for kind in ("delays", "slow", "out_of_distribution")]
     assert counts == [18, 1, len(OUT_OF_DISTRIBUTION)]
@@ -107,7 +107,7 @@ def test_streams_without_drift_alarm_plain_mmd_more_than_what_serves(package, im
     rows, detectors = stream_table(package, clean, seed=0, length=400)
     by_name = {row["stream"]: row for row in rows}
     assert by_name["runs of a class"]["plain"] > 3 * by_name["runs of a class"]["watched"]
-    assert all(row["learned"] <= row["given"] or row["given"] < row["expected"] for row in rows)
+    assert all(row["level"] >= 1 and row["learned"] <= max(row["given"], row["expected"]) for row in rows)
     seen = clean.take(np.arange(60).repeat(3))
     assert count_alarms(detectors.given, seen) == sum(one["is_drift"] for one in replay(detectors.given, seen))
 
