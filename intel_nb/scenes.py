@@ -246,7 +246,7 @@ def _weather(scene: Image.Image, rng: _Rng) -> np.ndarray:
     pixels = rng.standard_normal((_SIDE, _SIDE, 3), np.float32) * np.float32(2 + rng.exponential(7))
     pixels += np.asarray(scene) * (tint * np.float32(1 - haze)) + tint * np.float32(190 * haze)
     pixels = pixels.clip(0, 255).astype(np.uint8)
-    return pixels if rng.random() > .04 else np.asarray(Image.fromarray(pixels).convert("L").convert("RGB"))
+    return pixels if rng.random() > .04 else np.array(Image.fromarray(pixels).convert("L").convert("RGB"))
 
 # %% ../nbs/13_scenes.ipynb #dc1976f0
 def sample_scene(label: int, rng: np.random.Generator) -> np.ndarray:
