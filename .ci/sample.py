@@ -46,7 +46,8 @@ def without_machine(text: str, folder: Path) -> str:
     "Return `text` with paths below `folder` and the project made relative, the first port, and the sample's id."
     for above in (folder, ROOT):
         text = text.replace(f"{above}/", "").replace(str(above), ".")
-    return re.sub(r"\b127\.0\.0\.1:\d+", "127.0.0.1:8080", text).replace(RUN_ID, SAMPLE)
+    text = re.sub(r"\b127\.0\.0\.1:\d+", "127.0.0.1:8080", text)
+    return text.replace(f"intel-nb report {RUN_ID}", "make sample").replace(RUN_ID, SAMPLE)
 
 
 def without_times(notebook: dict) -> dict:
