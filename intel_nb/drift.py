@@ -276,11 +276,12 @@ def _figure(path: Path, width: float = 7, height: float = 2.6, **legend: Any) ->
 # %% ../nbs/04_drift.ipynb #2f8d30fc
 def plot_run_time(found: RunTime, ert: float, path: Path) -> Path:
     "Draw a histogram of run times against the geometric law of mean `ert`, as PNG."
-    edges, alarms = np.linspace(0, found.length, 41), found.times[found.times > 0]
+    step = -(-found.length // 40)  # images in a bar, as many in each
+    edges, alarms = np.arange(0, found.length + 1, step), found.times[found.times > 0]
     law = len(found.times) * -np.diff((1 - 1 / ert) ** edges)
     with _figure(path) as axes:
-        axes.hist(alarms, edges.tolist(), color="#9db8d2", label=f"{len(found.times):,} streams without drift")
-        axes.plot((edges[1:] + edges[:-1]) / 2, law, color=RED, label=f"geometric law of mean {ert:g}")
+        axes.hist(alarms, (edges + .5).tolist(), color="#9db8d2", label=f"{len(found.times):,} streams without drift")
+        axes.plot((edges[1:] + edges[:-1] + 1) / 2, law, color=RED, label=f"geometric law of mean {ert:g}")
         axes.set(xlabel="images until the alarm", ylabel="streams")
     return path
 
