@@ -39,7 +39,7 @@ def summary_lines(report: Mapping[str, Any], most: int = 12) -> list[str]:
     near = report["near_duplicates"]
     twins = f"near-duplicates: {near['images']:,} images in {near['groups']:,} groups"
     left = ", ".join(f"{n:,} {WORDS.get(reason, reason)}" for reason, n in report["left_out"].items()) or "nothing"
-    total = " and ".join(f"{sum(counts.values()):,} for {split}" for split, counts in report["counts"].items())
+    total = ", ".join(f"{sum(counts.values()):,} {split}" for split, counts in report["counts"].items())
     lines = [*_folder_lines(report), *_class_lines(report, most), f"images: {total}", f"left out: {left}",
              *([twins] if near["groups"] else []), *report["notes"]]
     return [printable(line) for line in lines]
