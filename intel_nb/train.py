@@ -411,6 +411,7 @@ def plot_training(logs: dict[str, Log], held_out: HeldOut) -> Any:
         plot_curves(axes[0], axes[1], logs)
     plot_reliability(axes[-1], {"before the temperature": held_out.bins(1), "after it": held_out.bins()})
     axes[-1].set_title(f"Calibration: {len(held_out.split):,} images, {held_out.kind}")
+    fig.draw_without_rendering()  # its ticks move once there is a layout, and the next layout leaves room for them
     return fig
 
 def is_head_alone(logs: dict[str, Log]) -> bool:
@@ -547,5 +548,5 @@ def describe_training(trained: Trained) -> str:
     found, names = describe_calibration(trained.held_out), {"head": "A new head on a frozen network"}
     name = names.get(trained.trained, f"A network with its {trained.trained} trained")
     chance = "no more than" if found["error"] <= found["error_if_true_at_most"] else "more than"
-    return (f"{name} has an accuracy of {accuracy} on validation. Its confidence is {100 * found['error']:.1f} "
-            f"percentage points off on average, {chance} chance does to true probabilities.")
+    return (f"{name} has an accuracy of {accuracy} on validation. Its confidence is off by "
+            f"{100 * found['error']:.1f} percentage points on average, {chance} chance explains.")
