@@ -106,7 +106,7 @@ class Refusal(NamedTuple):
 def send_wrong_requests(url: str) -> dict[str, Refusal]:
     "Send each request of `BAD_REQUESTS`, and return what came back, by mistake."
     def send(kind: str, body: bytes, must: int) -> Refusal:
-        sent = f"{kind}, {len(body):,} bytes"
+        sent = f"{kind}, {len(body):,} byte{'s' * (len(body) != 1)}"
         try:
             invoke(url, body, kind, test=True)
         except Refused as e:
