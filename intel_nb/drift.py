@@ -10,7 +10,7 @@ __all__ = ['OUT_OF_DISTRIBUTION', 'Observe', 'Case', 'OTHER', 'FIRST', 'MORE', '
            'run_time_in_words', 'case_table', 'mean_delay', 'text_table', 'plot_delays', 'mix_delay', 'mix_table',
            'unseen_delay', 'by_class', 'by_light', 'stream_orders', 'replay', 'count_alarms', 'plain_detector',
            'learned_detector', 'watched_alarms', 'news_of', 'light_of', 'Detectors', 'stream_table', 'price_of',
-           'plot_streams', 'send_for_readings', 'watched_readings', 'largest_difference', 'plot_traffic',
+           'plot_streams', 'send_for_readings', 'readings_of', 'watched_readings', 'largest_difference', 'plot_traffic',
            'answer_in_words']
 
 # %% ../nbs/04_drift.ipynb #1ab9af6c
@@ -33,7 +33,7 @@ from .detection.watch import StreamWatch
 from .detector import Calibration, Observations, OnlineMMD, means_between, usable_windows, window_mmd2
 from .images import decode, encode, media_type
 from .model import MANY_ITEMS, Package, cores
-from .serving.endpoints import invoke
+from .serving.endpoints import invoke, throwaway
 from .serving.monitor import name_features
 from .storage import InputError, report_progress
 
@@ -45,7 +45,7 @@ slow = ["dark"]           # list of str, blur, noise, dark, bright, contrast, jp
 slow_over = 50            # int, at least 1: observations in which a slow change reaches severity 2
 runs = 1000               # int, at least 1: streams without drift
 images = 400              # int, at least 0: test images that they are drawn from; 0: all
-shifted_images = 24       # int, at least 1: test images to corrupt, which is also the longest delay
+shifted_images = 20       # int, at least 1: test images to corrupt, which is also the longest delay
 unseen_classes = False    # bool: also measure classes that the detector never saw; a minute
 compare_original = False  # bool, needs alibi: measure the original's detector too; minutes
 seed = 0                  # int, 0–4294967295: which images, which streams
@@ -426,7 +426,7 @@ def count_alarms(detector: OnlineMMD, seen: Observations) -> int:
     return len(alarms_along(detector.calibration, sums_along(detector, seen)))
 
 # %% ../nbs/04_drift.ipynb #e877b5c0
-def plain_detector(known: Calibration, seed: int, n_bootstraps: int = 5_000) -> OnlineMMD:
+def plain_detector(known: Calibration, seed: int, n_bootstraps: int = 2_000) -> OnlineMMD:
     "Return plain MMD with the reference, windows and run time of `known`: it does not know of classes."
     return OnlineMMD(known.reference, known.ert, tuple(known.windows.tolist()), n_bootstraps, seed=seed)
 
@@ -439,7 +439,7 @@ def learned_detector(detector: OnlineMMD, record: Observations) -> OnlineMMD:
 def watched_alarms(fresh: StreamWatch, seen: Observations) -> int:
     "Count the alarms of the watch that an endpoint has when it is `fresh`, along the observations `seen`."
     watch = deepcopy(fresh)
-    parts = np.array_split(np.arange(len(seen.classes)), len(seen.classes) // 50 + 1)
+    parts = np.array_split(np.arange(len(seen.classes)), len(seen.classes) // 200 + 1)
     return sum(bool(step.reason) for part in parts for step in watch.update(seen.take(part), np.zeros(len(part))))
 
 def news_of(fresh: StreamWatch, seen: Observations) -> Observations:
@@ -510,6 +510,11 @@ def plot_streams(rows: list[dict], path: Path) -> Path:
 def send_for_readings(url: str, images: Sequence[bytes]) -> list[dict]:
     "Send images one by one, not as tests, and return the `drift` entry of each answer."
     return [invoke(url, data, media_type(data))["drift"][0] for data in images]
+
+def readings_of(package: Package, images: Sequence[bytes]) -> list[dict]:
+    "Serve `package` for as long as it takes to send `images`, and return the readings."
+    with throwaway(package.path) as url:
+        return send_for_readings(url, images)
 
 # %% ../nbs/04_drift.ipynb #86c21bf9
 def watched_readings(package: Package, seen: Observations) -> list[dict]:
