@@ -654,7 +654,8 @@ TAGS = {"p", "br", "hr", "h1", "h2", "h3", "h4", "div", "span", "pre", "table", 
 def clean(html: Any) -> str:
     "Return `html` without what could run, load or mislead: other tags than those of a text are shown as text."
     import bleach
-    return bleach.clean(str(html), tags=TAGS | set(bleach.ALLOWED_TAGS), attributes={"*": ["class"], "a": ["href"]})
+    attributes = {"*": ["class"], "a": ["href"], "h2": ["id"]}  # the heading that a link leads to
+    return bleach.clean(str(html), tags=TAGS | set(bleach.ALLOWED_TAGS), attributes=attributes)
 
 def is_definition(cell: Mapping[str, Any]) -> bool:
     "Tell whether a cell of a notebook is exported and shows nothing."
@@ -676,7 +677,7 @@ def render_notebooks(folder: Path) -> list[Path]:
         if not page.is_file() or page.stat().st_mtime < notebook.stat().st_mtime:
             found = nbformat.read(notebook, 4)
             found.cells = [cell for cell in found.cells if not is_definition(cell)]
-            body = Markup(exporter.from_notebook_node(found)[0])
-            write_text(page, fill_template("notebook.html", name=notebook.stem, body=body))
+            body = re.sub(r'href="(\w+)\.ipynb"', r'href="\1.html"', exporter.from_notebook_node(found)[0])
+            write_text(page, fill_template("notebook.html", name=notebook.stem, body=Markup(body)))
         pages.append(page)
     return pages
