@@ -34,14 +34,14 @@ if TYPE_CHECKING:  # what reads images and tables is imported where a page is ma
 # %% auto #0
 __all__ = ['TEMPLATES', 'SIDE', 'KINDS', 'MOST_CLASSES', 'MOST_OF_A_CLASS', 'SAMPLES', 'SHOWN_SUSPECTS', 'CHANGES',
            'STATUS_KINDS', 'SECTIONS', 'TAGS', 'fill_template', 'thumbnail', 'with_other_steps', 'in_store', 'Evidence',
-           'predictions_of', 'gather_evidence', 'headline_of', 'why_so', 'failure_of', 'start_command', 'maker_of',
-           'next_commands', 'what_next', 'find_rival', 'points', 'percent', 'p_in_words', 'describe_pair',
-           'is_it_better', 'how_sure', 'class_rows', 'mostly_taken_for', 'shown_pair', 'where_worse', 'stage_of',
-           'compare_with_rival', 'which_data', 'answers_of', 'slice_rows', 'better_section', 'worst_by_class',
-           'mistakes_section', 'reliability_points', 'calibration_section', 'samples_by_class', 'data_section',
-           'suspects_section', 'change_in_words', 'run_time_in_words', 'drift_section', 'seconds_in_words',
-           'cost_section', 'steps_section', 'when', 'started_by', 'short', 'origin_of', 'try_section', 'render_report',
-           'write_report', 'clean', 'is_definition', 'render_notebooks']
+           'predictions_of', 'gather_evidence', 'headline_of', 'why_so', 'failure_of', 'start_command', 'source_of',
+           'maker_of', 'next_commands', 'what_next', 'find_rival', 'points', 'percent', 'p_in_words', 'describe_pair',
+           'is_it_better', 'how_sure', 'class_rows', 'mostly_taken_for', 'shown_pair', 'unsure_where', 'where_worse',
+           'stage_of', 'compare_with_rival', 'which_data', 'answers_of', 'slice_rows', 'better_section',
+           'worst_by_class', 'mistakes_section', 'reliability_points', 'calibration_section', 'samples_by_class',
+           'data_section', 'suspects_section', 'change_in_words', 'run_time_in_words', 'drift_section',
+           'seconds_in_words', 'cost_section', 'steps_section', 'when', 'started_by', 'short', 'origin_of',
+           'try_section', 'render_report', 'write_report', 'clean', 'is_definition', 'render_notebooks']
 
 # %% ../../nbs/chain/07_report.ipynb #94b828e9
 TEMPLATES = Path(intel_nb.__file__).parent / "chain" / "templates"
@@ -189,6 +189,13 @@ def start_command(workspace: Workspace, run_id: str) -> str:
         parameters = read_json(workspace.executed / run_id / "request.json")["parameters"]
     return shlex.join(["intel-nb", "run", *run_options(parameters)])
 
+def source_of(workspace: Workspace, run_id: str) -> str:
+    "Return the name of the archive or folder that a run read, or `drawn scenes`; empty if nobody knows any more."
+    with suppress(InputError, OSError, KeyError):
+        data = read_json(workspace.executed / run_id / "request.json")["parameters"].get("data", {})
+        return Path(data.get("archive", "")).name or "drawn scenes"
+    return ""
+
 def maker_of(version: ModelVersion | None, run: Run) -> str:
     "Return the id of the run that made `version`, which another run may promote or reject; that of `run` without one."
     return (version.run_id if version else "") or run.run_id
@@ -269,20 +276,27 @@ def how_sure(evaluation: Mapping[str, Any], pair: Mapping[str, float] | None) ->
     accuracy = evaluation["multiclass_classification_metrics"]["accuracy"]
     images = int(evaluation.get("images", 0))
     text = f"Accuracy {describe_accuracy(accuracy['value'], images)}."
-    return f"{describe_pair(pair)}, on the same {pair['images']:,} images. {text}" if pair else text
+    if pair is None:
+        return text
+    both = f"{pair['accuracy']:.3f} against {pair['champion']:.3f}"
+    return f"{describe_pair(pair)}: {both} on the same {pair['images']:,} images. {text}"
 
 # %% ../../nbs/chain/07_report.ipynb #7204416e
-def class_rows(evaluation: Mapping[str, Any], pairs: Pairs | None) -> list[dict[str, Any]]:
-    "Return a row for each class, the weakest first: recall, what it is taken for, and the difference to a rival."
+def class_rows(evaluation: Mapping[str, Any], pairs: Pairs | None, rival: str = "") -> list[dict[str, Any]]:
+    """Return a row for each class, the weakest first: recall, what it is taken for, and the difference to a rival.
+
+    Without `pairs` of answers the difference is what the evaluation measured, if `rival` was its champion.
+    """
     from intel_nb.training.pairs import compare_models
     counts, rows = evaluation["multiclass_classification_metrics"]["confusion_matrix"], []
-    labels = pairs.labels if pairs else []
+    labels, champion = pairs.labels if pairs else [], evaluation.get("champion") or {}
+    measured = champion.get("per_class", {}) if not pairs and rival and champion.get("version") == rival else {}
     for name, found in evaluation["per_class"].items():
         if not found["images"]:
             continue
         low, high = wilson_interval(found["recall"], found["images"])
         at = [k for k, label in enumerate(labels) if label == name]
-        pair = compare_models(pairs.right(0)[at], pairs.right(1)[at]) if pairs and at else None
+        pair = compare_models(pairs.right(0)[at], pairs.right(1)[at]) if pairs and at else measured.get(name)
         rows.append({"name": name, "images": found["images"], "value": found["recall"], "low": low, "high": high,
                      "mistaken": mostly_taken_for(counts[name], name), "pair": pair and shown_pair(pair)})
     return sorted(rows, key=lambda row: row["value"])
@@ -299,11 +313,18 @@ def shown_pair(pair: dict[str, float]) -> dict[str, Any]:
                    "range": f"{points(pair['low'])} to {points(pair['high'])}"}
 
 # %% ../../nbs/chain/07_report.ipynb #80eccf0b
+def unsure_where(rows: Sequence[Mapping[str, Any]]) -> str:
+    "Say that no class is worse for sure, and on which one a version lost most; empty where nothing was compared."
+    if not (compared := [row for row in rows if row["pair"]]):
+        return ""
+    lost = min(compared, key=lambda row: row["pair"]["difference"])
+    most = f"; {lost['name']} lost most ({lost['pair']['points']} points)" if lost["pair"]["difference"] < 0 else ""
+    return f"On no class for sure{most}. "
+
 def where_worse(rows: Sequence[Mapping[str, Any]], rival: str) -> str:
     "Say on which classes a version is worse than `rival`, and which class is its weakest, from the `class_rows`."
     worse = [f"{row['name']} ({row['pair']['points']})" for row in rows if row["pair"] and row["pair"]["kind"] == "bad"]
-    compared = any(row["pair"] for row in rows)
-    text = f"Than version {rival}: {', '.join(worse)}. " if worse else "On no class for sure. " if compared else ""
+    text = f"Than version {rival}: {', '.join(worse)}. " if worse else unsure_where(rows)
     weakest = rows[0]
     if weakest["value"] == 1:
         return f"{text}Every test image was answered right."
@@ -338,7 +359,9 @@ def which_data(evidence: Evidence) -> str:
     labels = f"; some {doubted:,} training labels are probably wrong" if doubted else ""
     given = {kind: n for kind, n in data["annotations"].items() if n}
     added = f"; annotations: {', '.join(f'{n:,} {kind}' for kind, n in given.items())}" if given else ""
-    return f"{data['images']:,} images of {classes:,} classes{left}{labels}{added}."
+    source = source_of(evidence.workspace, maker_of(evidence.version, evidence.run))
+    named = f" ({source})" if source else ""
+    return f"{data['images']:,} images of {classes:,} classes{named}{left}{labels}{added}."
 
 # %% ../../nbs/chain/07_report.ipynb #baa358d2
 def answers_of(evidence: Evidence, rows: list[dict[str, Any]], rival: str, pair: dict[str, float] | None
@@ -629,7 +652,8 @@ def render_report(evidence: Evidence, more: str = "") -> str:
     problems: list[str] = []
     attempt = partial(try_section, problems=problems)
     rival, pair, pairs = attempt(lambda: compare_with_rival(evidence), "comparison") or ("", None, None)
-    rows = attempt(lambda: class_rows(evidence.evaluation, pairs) if evidence.evaluation else [], "classes") or []
+    found = evidence.evaluation
+    rows = attempt(lambda: class_rows(found, pairs, rival) if found else [], "classes") or []
     version, run = evidence.version, evidence.run
     sections = {name: attempt(partial(make, evidence), name) for name, make in SECTIONS.items()}
     return fill_template(
