@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -31,24 +33,24 @@ if TYPE_CHECKING:  # each command imports what it needs, so that --help does not
 __all__ = ['app', 'aws_app', 'INTERRUPTED', 'JsonOption', 'VersionArgument', 'StageArgument', 'AnyRun', 'EXIT_STATUS', 'Setting',
            'Profile', 'Engine', 'Approve', 'Replace', 'BAR_FROM', 'ImagesArgument', 'CsvOption', 'ObserveOption',
            'ModelArgument', 'RunArgument', 'NameOption', 'PipelineOption', 'StackOption', 'YesOption', 'Reason',
-           'print_line', 'print_error', 'check_none_empty', 'call', 'main', 'format_table', 'print_json', 'print_rows',
-           'print_note', 'looked_at', 'mended', 'with_remedy', 'complete_with', 'complete_versions', 'complete_runs',
-           'complete_steps', 'complete_profiles', 'complete_settings', 'PlainProgress', 'BarProgress', 'show_progress',
-           'data_lines', 'annotation_lines', 'version_lines', 'describe_run', 'next_lines', 'exit_with_outcome',
-           'request_from', 'run_command', 'probe_command', 'runs_command', 'report_command', 'compare_command',
-           'version_row', 'print_versions', 'production_column', 'models_command', 'trace_command', 'describe_shadow',
-           'describe_drift', 'read_drift', 'drift_and_shadow', 'drift_and_shadow_figures', 'endpoints_command',
-           'drift_in_words', 'drift_command', 'standing_lines', 'standing_figures', 'status_command',
-           'captures_command', 'suspects_command', 'measure_command', 'carry_out_decision', 'approve_command',
-           'reject_command', 'withdraw_command', 'promote_command', 'rollback_command', 'shadow_command',
-           'start_command', 'stop_command', 'with_bar', 'print_predictions', 'print_prediction_table', 'print_data',
-           'check_at_most_one', 'predict_command', 'check_not_rejected', 'serve_command', 'sign_command',
-           'export_command', 'import_command', 'watch_command', 'audit_command', 'check_command', 'cancel_command',
-           'logs_command', 'prune_command', 'ui_command', 'confirm_unless', 'aws_template_command',
-           'aws_definition_command', 'aws_rehearse_command', 'aws_cost_command', 'aws_deploy_command',
-           'aws_start_command', 'aws_status_command', 'aws_models_command', 'aws_approve_command',
-           'aws_promote_command', 'aws_reject_command', 'aws_rollback_command', 'aws_invoke_command',
-           'aws_logs_command', 'aws_destroy_command']
+           'print_line', 'print_error', 'check_none_empty', 'call', 'main', 'terminal_width', 'fold_line',
+           'format_table', 'print_json', 'print_rows', 'print_note', 'looked_at', 'mended', 'with_remedy',
+           'complete_with', 'complete_versions', 'complete_runs', 'complete_steps', 'complete_profiles',
+           'complete_settings', 'PlainProgress', 'BarProgress', 'show_progress', 'data_lines', 'annotation_lines',
+           'version_lines', 'describe_run', 'next_lines', 'exit_with_outcome', 'request_from', 'run_command',
+           'probe_command', 'runs_command', 'report_command', 'compare_command', 'version_row', 'print_versions',
+           'production_column', 'models_command', 'trace_command', 'describe_shadow', 'describe_drift', 'read_drift',
+           'drift_and_shadow', 'drift_and_shadow_figures', 'endpoints_command', 'drift_in_words', 'drift_command',
+           'standing_lines', 'standing_figures', 'status_command', 'captures_command', 'suspects_command',
+           'measure_command', 'carry_out_decision', 'approve_command', 'reject_command', 'withdraw_command',
+           'promote_command', 'rollback_command', 'shadow_command', 'start_command', 'stop_command', 'with_bar',
+           'print_predictions', 'print_prediction_table', 'print_data', 'check_at_most_one', 'predict_command',
+           'check_not_rejected', 'serve_command', 'sign_command', 'export_command', 'import_command', 'watch_command',
+           'audit_command', 'check_command', 'cancel_command', 'logs_command', 'prune_command', 'ui_command',
+           'confirm_unless', 'aws_template_command', 'aws_definition_command', 'aws_rehearse_command',
+           'aws_cost_command', 'aws_deploy_command', 'aws_start_command', 'aws_status_command', 'aws_models_command',
+           'aws_approve_command', 'aws_promote_command', 'aws_reject_command', 'aws_rollback_command',
+           'aws_invoke_command', 'aws_logs_command', 'aws_destroy_command']
 
 # %% ../nbs/20_cli.ipynb #d6fdda1b
 app = typer.Typer(name="intel-nb", invoke_without_command=True, rich_markup_mode=None,
@@ -140,15 +142,16 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     sys.exit(call(sys.argv[1:]))
 
-# %% ../nbs/20_cli.ipynb #1714a416
-def format_table(rows: Iterable[dict[str, Any]], empty: str) -> str:
-    "Return `rows` as aligned columns below their names, or the text `empty` if there are none."
-    texts = [{name: _format_value(value) for name, value in row.items()} for row in rows]
-    if not texts:
-        return empty
-    widths = {name: max(len(name), *(len(row[name]) for row in texts)) for name in texts[0]}
-    lines = [{name: name for name in widths}, *texts]
-    return "\n".join("  ".join(line[name].ljust(widths[name]) for name in widths).rstrip() for line in lines)
+# %% ../nbs/20_cli.ipynb #bd20346b
+def terminal_width() -> int:
+    "Return how many characters a line of the terminal holds; 0 if the output goes elsewhere, whole lines then."
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+
+def fold_line(text: str, edge: int, width: int) -> str:
+    "Return `text` in lines of at most `width` characters (0: as it is), all but the first indented by `edge`."
+    if not 0 < width < len(text):
+        return text
+    return textwrap.fill(text, width, subsequent_indent=" " * edge, break_long_words=False, break_on_hyphens=False)
 
 def _format_value(value: Any) -> str:
     "Return a value as text for a table."
@@ -157,6 +160,26 @@ def _format_value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4f}"
     return ", ".join(value) if isinstance(value, list) else str(value)
+
+# %% ../nbs/20_cli.ipynb #1714a416
+def format_table(rows: Iterable[dict[str, Any]], empty: str, width: int = 0) -> str:
+    """Return `rows` as aligned columns below their names, or the text `empty` if there are none.
+
+    If a row is longer than `width` (0: no limit), each becomes a block of lines, one for each value.
+    """
+    texts = [{name: _format_value(value) for name, value in row.items()} for row in rows]
+    if not texts:
+        return empty
+    widths = {name: max(len(name), *(len(row[name]) for row in texts)) for name in texts[0]}
+    if 0 < width < sum(widths.values()) + 2 * (len(widths) - 1):
+        return "\n\n".join(_format_block(row, width) for row in texts)
+    lines = [{name: name for name in widths}, *texts]
+    return "\n".join("  ".join(line[name].ljust(widths[name]) for name in widths).rstrip() for line in lines)
+
+def _format_block(row: dict[str, str], width: int) -> str:
+    "Return a row as a line for each value, behind its name; long ones go on below."
+    edge = max(map(len, row)) + 2
+    return "\n".join(fold_line(name.ljust(edge) + text, edge, width).rstrip() for name, text in row.items())
 
 # %% ../nbs/20_cli.ipynb #5ca74ff8
 def print_json(document: Any) -> None:
@@ -170,7 +193,7 @@ def print_rows(rows: Iterable[dict[str, Any]], as_json: bool, empty: str) -> Non
     if as_json:
         print_json(list(rows))
     else:
-        print_line(format_table(rows, empty))
+        print_line(format_table(rows, empty, terminal_width()))
 
 # %% ../nbs/20_cli.ipynb #c1880262
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
@@ -392,7 +415,8 @@ def describe_run(workspace: Workspace, run: Run) -> str:
     if run.status == "waiting":
         lines.append("waiting   for approval")
     coming = next_for_run(workspace, run, {v.version: v for v in workspace.registry().versions()})
-    return "\n".join([*lines, *next_lines(coming)])
+    width = terminal_width()
+    return "\n".join([*(fold_line(line, 10, width) for line in lines), *next_lines(coming)])
 
 def next_lines(coming: Iterable[Next]) -> list[str]:
     "Return lines that name the commands that come next."
@@ -934,7 +958,7 @@ def print_prediction_table(rows: Iterable[dict[str, Any]]) -> None:
     finally:
         columns = COLUMNS if any(row["error"] for row in seen) else COLUMNS[:3]
         if seen:
-            print_line(format_table([{name: row[name] for name in columns} for row in seen], ""))
+            print_line(format_table([{name: row[name] for name in columns} for row in seen], "", terminal_width()))
 
 def print_data(texts: Iterable[str]) -> None:
     "Print each of `texts` at once: exactly as it is, but for a terminal without what it would obey."

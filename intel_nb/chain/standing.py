@@ -41,7 +41,7 @@ def replaced_by(run: Run, versions: Mapping[str, ModelVersion]) -> str:
         return f"version {number} in {deployed['stage']}{accuracy}" if number else f"none in {deployed['stage']}"
     found = results.get("evaluate", {})
     if found.get("champion"):
-        return ("version {champion}, which serves in production: {difference:+.3f} "
+        return ("version {champion} in production: {difference:+.3f} "
                 "(95 %: {low:+.3f} to {high:+.3f}, p = {p_value:.2g})").format(**found)
     return ""
 
