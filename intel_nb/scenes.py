@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -272,10 +273,13 @@ def sample_archive(path: str | Path, per_class: int, seed: int, classes: int = 6
 
     A class has `per_class` images in seg_train and a third as many, at least two, in seg_test. Of `WRONG_EVERY` labels
     in seg_train one is wrong."""
-    with written_aside(path) as aside, zipfile.ZipFile(aside, "w") as archive:
-        for split, (name, count) in enumerate([("seg_train", per_class), ("seg_test", max(2, per_class // 3))]):
-            for label, i in ((label, i) for label in range(classes) for i in range(count)):
-                shown = (label + (split == 0 and i % WRONG_EVERY == WRONG_EVERY - 1)) % classes
-                member = zipfile.ZipInfo(f"{name}/{name}/{SAMPLE_CLASSES[label]}/{i:05}.jpg")
-                archive.writestr(member, sample_jpeg(shown, [seed, split, label, i]))
+    counts = {"seg_train": per_class, "seg_test": max(2, per_class // 3)}
+    scenes = [(split, label, i) for split, count in enumerate(counts.values()) for label in range(classes)
+              for i in range(count)]
+    shown = [(label + (split == 0 and i % WRONG_EVERY == WRONG_EVERY - 1)) % classes for split, label, i in scenes]
+    with written_aside(path) as aside, zipfile.ZipFile(aside, "w") as archive, ThreadPoolExecutor() as pool:
+        jpegs = pool.map(sample_jpeg, shown, [[seed, *scene] for scene in scenes])
+        for (split, label, i), jpeg in zip(scenes, jpegs):
+            name = list(counts)[split]
+            archive.writestr(zipfile.ZipInfo(f"{name}/{name}/{SAMPLE_CLASSES[label]}/{i:05}.jpg"), jpeg)
     return Path(path)

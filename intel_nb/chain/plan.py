@@ -301,10 +301,11 @@ REGISTRY = ("intel_nb.registry:import_client",)
 
 PLAN = (
     Step("data", "00_data.ipynb", sources=("archive", "annotations"), labels=("annotations",),
-         digests={"dataset": "fingerprint"}, looked_up=("parts", "encoding"), look_up=look_up_archive),
+         digests={"dataset": "fingerprint"}, looked_up=("parts", "encoding"), look_up=look_up_archive,
+         imports=("intel_nb.data", *PLOTS)),
     Step("train", "01_train.ipynb", sources=("pretrained",), words=("packaged", "hub", "none"), files=DATASET,
          looked_up=("model_name", "pretrained", "optimizer_name"), look_up=look_up_network,
-         imports=("intel_nb.train", "intel_nb.training.backbone", *PLOTS)),
+         imports=("intel_nb.train", "intel_nb.training.backbone", "scipy.optimize", "torch.utils.tensorboard", *PLOTS)),
     Step("evaluate", "02_evaluate.ipynb", files=DATASET | MODEL, places=("registry",), effect=Registration(),
          imports=("intel_nb.evaluate", *REGISTRY, *PLOTS)),
     Step("deploy", "03_deploy.ipynb", values={"version": ("evaluate", "version")}, places=("registry", "endpoints"),

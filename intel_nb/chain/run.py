@@ -66,8 +66,8 @@ from intel_nb.storage import (
 # %% auto #0
 __all__ = ['Tell', 'Ask', 'DONE', 'REFUSALS', 'RunEvent', 'RunContext', 'look_up_all', 'local_source', 'resolved_parameters',
            'supplied_parameters', 'notebook_parameters', 'input_contents', 'step_recipe', 'is_current', 'find_reusable',
-           'take_entry', 'publish_outputs', 'record_failure', 'prepare_later', 'take_spare', 'end_spares',
-           'check_inputs', 'execute_step', 'run_step', 'track', 'is_maker', 'track_step', 'note_effect',
+           'take_entry', 'publish_outputs', 'record_failure', 'prepare_later', 'start_spare', 'take_spare',
+           'end_spares', 'check_inputs', 'execute_step', 'run_step', 'track', 'is_maker', 'track_step', 'note_effect',
            'check_approval', 'may_approve', 'waits_for_approval', 'grant_approval', 'Declined', 'check_replacement',
            'announce_replacement', 'follow_plan', 'request_of', 'open_run', 'close_run', 'has_lasting_effects',
            'status_after', 'run_chain']
@@ -257,13 +257,19 @@ def record_failure(context: RunContext, step: Step, key: str, seconds: float, er
 def prepare_later(context: RunContext, step: Step) -> None:
     "Before `step` runs, look up what would make it or a later step fail, and start what the next one would wait for."
     check_extra("steps", "a run")
+    start_spare(context, step)  # that of a first step starts while this process imports papermill
     import_papermill()
     names, at, last = [one.name for one in context.plan], context.plan.index(step) + 1, context.request.last
     look_up_all(context, context.plan[at - 1:names.index(last) + 1 if last else None])
     for following in context.plan[at:at + 1]:
         if step.name != last and (context.request.approve or not following.approval):
             following.effect.prepare(context.workspace)
-            context.spares[following.name] = SpareKernel(context.workspace.store.root / ".work", following.imports)
+            start_spare(context, following)
+
+def start_spare(context: RunContext, step: Step) -> None:
+    "Start a kernel that waits for `step`, unless there is one."
+    if step.name not in context.spares:
+        context.spares[step.name] = SpareKernel(context.workspace.store.root / ".work", step.imports)
 
 def take_spare(context: RunContext, step: Step) -> SpareKernel | None:
     "Return the kernel that waits for `step`, if it lives."
