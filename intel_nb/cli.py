@@ -614,11 +614,12 @@ def describe_shadow(seen: dict[str, Any] | None) -> str:
 def describe_drift(found: dict[str, Any]) -> str:
     "Describe the answer of `GET /drift` in a few words. Before the first observation it has no statistic."
     last = f", last {found['last_alarm']}" if found["last_alarm"] else ""
-    level = "nothing seen since"
-    if found["time"]:
-        level = f"statistic {found['statistic']:.2f} of {found['threshold']:.2f} at {found['time']}"
+    level, seen, alarms = "no image since it began", found["time"], found["alarms"]
+    if seen:
+        level = (f"statistic {found['statistic']:.2f}, alarm above {found['threshold']:.2f}, "
+                 f"after {seen:,} new image{'s' * (seen != 1)}")
     problems = "".join(f"; {problem}" for problem in found.get("problems", []))
-    return f"{level}, {found['alarms']} alarms{last}{problems}"
+    return f"{level}; {alarms or 'no'} alarm{'s' * (alarms != 1)}{last}{problems}"
 
 # %% ../nbs/20_cli.ipynb #e6677cf7
 def read_drift(endpoint: Any) -> tuple[dict[str, Any] | None, str]:
