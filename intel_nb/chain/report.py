@@ -95,6 +95,15 @@ class Evidence:
     @property
     def version(self) -> ModelVersion | None: return self.versions.get(self.run.model_version or "")
 
+    @cached_property
+    def goes_back(self) -> bool:
+        "Tell whether production has an earlier version to go back to."
+        from intel_nb.chain.decisions import earlier_version
+        if self.version and "production" in self.version.aliases:
+            with suppress(InputError, OSError, ValueError):  # it has no history here
+                return earlier_version(self.workspace, "production") is not None
+        return False
+
     def result(self, step: str) -> dict[str, Any]:
         "Return the result of a step."
         found = self.all_steps.step(step)
@@ -201,8 +210,11 @@ def maker_of(version: ModelVersion | None, run: Run) -> str:
     return (version.run_id if version else "") or run.run_id
 
 # %% ../../nbs/chain/07_report.ipynb #58fb7c23
-def next_commands(version: ModelVersion | None, run: Run, again: str) -> dict[str, str]:
-    "Return the commands that a person may give now, by what they do; `again` is the one that started `run`."
+def next_commands(version: ModelVersion | None, run: Run, again: str, goes_back: bool = True) -> dict[str, str]:
+    """Return the commands that a person may give now, by what they do; `again` is the one that started `run`.
+
+    `goes_back` tells whether production has an earlier version.
+    """
     if version is None:
         return {"To continue": f"{again} --run-id {run.run_id}"}
     number = version.version
@@ -213,13 +225,13 @@ def next_commands(version: ModelVersion | None, run: Run, again: str) -> dict[st
     if version.status != "Approved" or not (version.aliases or version.staging_test):
         return {"To approve it": f"intel-nb approve {number}"} | reject
     if "production" in version.aliases:
-        return {"To go back": "intel-nb rollback production"} | reject
+        return ({"To go back": "intel-nb rollback production"} if goes_back else {}) | reject
     promote = {"To put it into production": f"intel-nb promote {number}"} if version.staging_test == "passed" else {}
     return promote | reject
 
 # %% ../../nbs/chain/07_report.ipynb #fd830a3b
-def what_next(version: ModelVersion | None) -> str:
-    "Say in a sentence what follows."
+def what_next(version: ModelVersion | None, goes_back: bool = True) -> str:
+    "Say in a sentence or two what follows; `goes_back` tells whether production has an earlier version."
     if version is None:
         return "The same command continues the run; steps that are done come from the store."
     if version.status == "Rejected":
@@ -227,7 +239,8 @@ def what_next(version: ModelVersion | None) -> str:
     if version.status != "Approved" or not (version.aliases or version.staging_test):
         return "A person decides. Approval brings it to staging, where its detector and its endpoint are tested."
     if "production" in version.aliases:
-        return "Its detector watches the images that come. Rolling back returns to the version before."
+        back = "Rolling back returns to the version before." if goes_back else "There is no earlier one to go back to."
+        return f"Its detector watches the images that come. {back}"
     if version.staging_test == "passed":
         return "It passed its test on staging; a person may promote it. Until then production stays as it is."
     return "It cannot go into production before it passes its test on staging."
@@ -372,7 +385,8 @@ def answers_of(evidence: Evidence, rows: list[dict[str, Any]], rival: str, pair:
         answers = {"Is it better?": is_it_better(rival, stage_of(evidence.versions.get(rival)), pair),
                    "How sure is that?": how_sure(evidence.evaluation, pair),
                    "Where is it worse?": where_worse(rows, rival)}
-    return answers | {"Which data?": which_data(evidence), "What next?": what_next(evidence.version)}
+    coming = what_next(evidence.version, evidence.goes_back)
+    return answers | {"Which data?": which_data(evidence), "What next?": coming}
 
 # %% ../../nbs/chain/07_report.ipynb #4de14e9b
 KINDS = {"brightness": "", "sharpness": "", "size": "", "source": "from "}
@@ -661,7 +675,8 @@ def render_report(evidence: Evidence, more: str = "") -> str:
         why=f"{why_so(version, run)} {failure_of(run, evidence.workspace.executed / run.run_id)}".strip(),
 
         started=f"{when(run.started)} by {started_by(run)}",
-        commands=list(next_commands(version, run, start_command(evidence.workspace, run.run_id)).items()),
+        commands=list(next_commands(version, run, start_command(evidence.workspace, run.run_id),
+                                    evidence.goes_back).items()),
         answers=attempt(lambda: answers_of(evidence, rows, rival, pair), "answers") or {},
         better=attempt(lambda: better_section(evidence, rows, rival, pair), "better"), **sections,
         steps=steps_section(evidence), origin=origin_of(evidence), problems=problems, more=Markup(more))
