@@ -127,11 +127,13 @@ class Batcher:
     """Answers the items of an event loop with threads, one for each of `workers`.
 
     A worker maps a list of items to as many results; the result of an item that failed is an exception. `finish` maps a
-    list of pairs (item, result) to as many answers. At most `limit` items are in hand at a time."""
+    list of pairs (item, result) to as many answers. `after` is called when they were handed over, and nobody waits. At
+    most `limit` items are in hand at a time."""
     def __init__(self, workers: Sequence[Callable[[list], list]], finish: Callable[[list[tuple[Any, Any]]], list],
-                 batch: int = 8, limit: int = 128, on_batch: Callable[[int], None] = lambda size: None):
+                 batch: int = 8, limit: int = 128, on_batch: Callable[[int], None] = lambda size: None,
+                 after: Callable[[], None] = lambda: None):
         self.limit, self.in_hand, self._arrivals = limit, 0, 0
-        self._finish, self._on_batch = finish, on_batch
+        self._finish, self._on_batch, self._after = finish, on_batch, after
         self._queue, self._buffer = WorkQueue(len(workers), batch), ReorderBuffer(self._answer)
         self.idle = asyncio.Event()  # set while nothing is in hand
         self.idle.set()
@@ -176,6 +178,7 @@ class Batcher:
         self._on_batch(count)
         if due := self._buffer.add(batch):
             due[0].future.get_loop().call_soon_threadsafe(self._deliver, due)
+            self._after()
 
     def _answer(self, due: list[QueuedItem]) -> None:
         good = [entry for entry in due if entry.result is not None and not isinstance(entry.result, Exception)]

@@ -164,10 +164,11 @@ def blank_request(side: int) -> InferenceRequest:
 
 # %% ../../nbs/serving/08_dataplane.ipynb #448e1c09
 class DriftMonitor(Protocol):
-    "What a service needs of a monitor, as `Monitor` has it. Threads call `update`; the event loop the other methods."
+    "What a service needs of a `Monitor`. Threads call `update` and `write_early`; the event loop the other methods."
     def update(self, features: np.ndarray, classes: np.ndarray) -> list[Observation]: ...
     def status(self) -> dict[str, Any]: ...
     def history(self) -> list[list[Any]]: ...
+    def write_early(self) -> None: ...
     def release(self) -> None: ...
 
 # %% ../../nbs/serving/08_dataplane.ipynb #464173e9
@@ -206,7 +207,7 @@ class Service:
         "Take over the detector's state and begin to answer."
         self.monitor = self._open_monitor()
         self.batcher = Batcher(self.workers, self._finish, limit=self.settings.queue, batch=self.settings.batch,
-                               on_batch=self.metrics.batch.observe)
+                               on_batch=self.metrics.batch.observe, after=self.monitor.write_early)
         self.metrics.watch("intel_nb_", {"requests_in_hand": "Requests that wait or are worked on."},
                            lambda: {"requests_in_hand": self.batcher.in_hand})
         self.metrics.watch("intel_nb_drift_", DRIFT_GAUGES, self._drift_gauges)

@@ -37,9 +37,9 @@ from ..model import Package
 from ..storage import InputError, read_json, replace_bytes, sync, utc_now, write_json
 
 # %% auto #0
-__all__ = ['ALARMS', 'ACCEPT', 'HISTORY', 'REPORTS', 'AGAIN', 'MonitorState', 'feature_digest', 'append_rows', 'read_rows',
-           'save_state', 'name_features', 'new_watch', 'load_state', 'clean_folder', 'describe_shift', 'describe_mix',
-           'describe_alarm', 'raise_alarm', 'Observation', 'Monitor']
+__all__ = ['ALARMS', 'ACCEPT', 'HISTORY', 'REPORTS', 'AGAIN', 'EARLY', 'MonitorState', 'feature_digest', 'append_rows',
+           'read_rows', 'save_state', 'name_features', 'new_watch', 'load_state', 'clean_folder', 'describe_shift',
+           'describe_mix', 'describe_alarm', 'raise_alarm', 'Observation', 'Monitor']
 
 # %% ../../nbs/serving/03_monitor.ipynb #9fa9e9d1
 @dataclass
@@ -232,6 +232,7 @@ def raise_alarm(report: Callable[[str, dict[str, Any]], None], state: MonitorSta
 ACCEPT = "accept"       # the file by which a person takes a stream for its normal
 HISTORY = 300           # observations that are remembered for the page
 REPORTS, AGAIN = 100, 1  # alarms that wait for a disk with room; seconds between two tries
+EARLY = .75             # share of `every` from which on the state is written where that makes no answer late
 
 class Observation(NamedTuple):
     "The detector's `reading` of one image, and the alarm that the image raised (see `raise_alarm`), if it raised one."
@@ -284,6 +285,12 @@ class Monitor:
         "Return statistic, threshold and `is_drift` of the latest observations in this process, oldest first."
         with self._lock:
             return list(self._latest)
+
+    def write_early(self) -> None:
+        "Write the state if it will be due soon. Whoever calls this knows that nobody waits for an answer now."
+        with self._lock:
+            if self.state.observations - self._saved >= max(1, EARLY * self._every):
+                self._save()
 
     def release(self) -> None:
         "Write the state for the last time: from now on another process owns it."

@@ -168,6 +168,9 @@ class RemoteMonitor:
         "Return statistic, threshold and whether it is drift, of the latest observations, oldest first."
         return self._history
 
+    def write_early(self) -> None:
+        "Do nothing: the detector's process writes by itself."
+
     def release(self) -> None:
         "Have the detector write its state, if there is one that can."
         with suppress(Exception):
