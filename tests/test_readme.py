@@ -68,8 +68,8 @@ def check(words: list[str]) -> None:
     "Assert that a command of a block exists, with these options."
     program = words[0].removeprefix(".venv/bin/")
     if program == "make":
-        done = subprocess.run(["make", "-n", "-o", ".venv/run.stamp", *words[1:]], cwd=ROOT, capture_output=True,
-                              text=True)
+        done = subprocess.run(["make", "--no-print-directory", "-n", "-o", ".venv/run.stamp", *words[1:]], cwd=ROOT,
+                              capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         if words[1] == "run":
             understand(shlex.split(done.stdout.partition("||")[0].replace("\\\n", " "))[1:])

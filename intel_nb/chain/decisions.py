@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from .history import version_entries
+from .history import earlier_version, version_entries
 from .plan import IMPORTED, MOVE, PLAN, Deployment, RunRequest, Workspace, note_served
 from .run import DONE, Ask, RunEvent, Tell, check_replacement, request_of, run_chain
 from .runs import Run, list_runs, lock_run, write_run
@@ -23,9 +23,8 @@ from ..storage import Damaged, InputError, utc_now, write_text
 
 # %% auto #0
 __all__ = ['NotAllowed', 'find_endpoint', 'finished_entries', 'imported_samples', 'approve', 'deploy_request', 'imported_request',
-           'promote', 'earlier_version', 'rollback', 'reject_waiting_runs', 'earlier_request', 'withdraw_package',
-           'record_withdrawal', 'reject', 'withdraw_rejection', 'accept_stream', 'start_shadow', 'check_may_start',
-           'start_stage']
+           'promote', 'rollback', 'reject_waiting_runs', 'earlier_request', 'withdraw_package', 'record_withdrawal',
+           'reject', 'withdraw_rejection', 'accept_stream', 'start_shadow', 'check_may_start', 'start_stage']
 
 # %% ../../nbs/chain/09_decisions.ipynb #79f6a52c
 class NotAllowed(RuntimeError):
@@ -118,12 +117,6 @@ def promote(workspace: Workspace, version: str, tell: Tell = lambda event: None,
     run = run_chain(workspace, request, MOVE, tell, ask=ask)
     _stop_shadows(workspace, found.fingerprint)
     return run
-
-# %% ../../nbs/chain/09_decisions.ipynb #1a88b020
-def earlier_version(workspace: Workspace, stage: str) -> str | None:
-    "Return the last earlier version of `stage` that is registered and approved, or None."
-    allowed = {v.version for v in workspace.registry().versions() if v.status == "Approved"}
-    return workspace.endpoints().previous(stage, allowed.__contains__)
 
 # %% ../../nbs/chain/09_decisions.ipynb #169c85cb
 def rollback(workspace: Workspace, stage: str, tell: Tell = lambda event: None) -> Run:

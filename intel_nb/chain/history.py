@@ -25,7 +25,7 @@ from ..storage import InputError, files_of, read_json, remove
 __all__ = ['StepKey', 'named_cause', 'data_summary', 'data_in_words', 'labels_in_words', 'training_in_words', 'run_outcome',
            'run_summary', 'run_summaries', 'run_row', 'shadow_tallies', 'version_entries', 'entry_origin',
            'run_options', 'trace_version', 'trace_in_words', 'log_files', 'needed_by_runs', 'needed_by_versions',
-           'unneeded_entries', 'total_bytes', 'remove_entries']
+           'unneeded_entries', 'total_bytes', 'remove_entries', 'earlier_version']
 
 # %% ../../nbs/chain/07_history.ipynb #350224e3
 def named_cause(environ: Mapping[str, str] = os.environ) -> str:
@@ -259,3 +259,9 @@ def remove_entries(workspace: Workspace, entries: Iterable[Entry]) -> None:
         remove(aside)  # an earlier command was killed while it removed this one
         entry.folder.rename(aside)
         remove(aside)
+
+# %% ../../nbs/chain/07_history.ipynb #943ec606
+def earlier_version(workspace: Workspace, stage: str) -> str | None:
+    "Return the last earlier version of `stage` that is registered and approved, or None."
+    allowed = {v.version for v in workspace.registry().versions() if v.status == "Approved"}
+    return workspace.endpoints().previous(stage, allowed.__contains__)

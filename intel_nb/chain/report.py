@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import intel_nb
-from .history import data_summary, run_options, shadow_tallies, training_in_words
+from .history import data_summary, earlier_version, run_options, shadow_tallies, training_in_words
 from .outcomes import production_accuracy, production_in_words
 from .plan import Workspace
 from .runs import Run, list_runs, original_names, output_of, read_suspects
@@ -98,7 +98,6 @@ class Evidence:
     @cached_property
     def goes_back(self) -> bool:
         "Tell whether production has an earlier version to go back to."
-        from intel_nb.chain.decisions import earlier_version
         if self.version and "production" in self.version.aliases:
             with suppress(InputError, OSError, ValueError):  # it has no history here
                 return earlier_version(self.workspace, "production") is not None
