@@ -368,7 +368,7 @@ def which_data(evidence: Evidence) -> str:
     classes = len(evidence.result("data").get("classes", ()))
     left = f", {data['quarantined']:,} files left out" if data["quarantined"] else ", no file left out"
     doubted = evidence.result("train").get("probably_wrong_labels")
-    labels = f"; some {doubted:,} training labels are probably wrong" if doubted else ""
+    labels = f"; {doubted:,} training labels look wrong" if doubted else ""
     given = {kind: n for kind, n in data["annotations"].items() if n}
     added = f"; annotations: {', '.join(f'{n:,} {kind}' for kind, n in given.items())}" if given else ""
     source = source_of(evidence.workspace, maker_of(evidence.version, evidence.run))
