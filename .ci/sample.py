@@ -50,12 +50,24 @@ def without_machine(text: str, folder: Path) -> str:
     return text.replace(f"intel-nb report {RUN_ID}", "make sample").replace(RUN_ID, SAMPLE)
 
 
+def joined(outputs: list[dict]) -> list[dict]:
+    "Return a cell's outputs with texts that follow each other as one: how a kernel divides them depends on time."
+    found: list[dict] = []
+    for one in outputs:
+        if found and one["output_type"] == "stream" and one.get("name") == found[-1].get("name"):
+            found[-1] = found[-1] | {"text": "".join([*found[-1]["text"], *one["text"]]).splitlines(keepends=True)}
+        else:
+            found.append(one)
+    return found
+
+
 def without_times(notebook: dict) -> dict:
     "Return an executed notebook without what papermill and Jupyter note of it; its values have a cell of one name."
     cells = [cell | {"metadata": {name: value for name, value in cell["metadata"].items()
                                   if name not in ("papermill", "execution")}} for cell in notebook["cells"]]
     cells = [cell | {"id": "injected-parameters"} if "injected-parameters" in cell["metadata"].get("tags", []) else cell
              for cell in cells]
+    cells = [cell | {"outputs": joined(cell["outputs"])} if cell["cell_type"] == "code" else cell for cell in cells]
     metadata = {name: value for name, value in notebook["metadata"].items() if name != "papermill"}
     return notebook | {"cells": cells, "metadata": metadata}
 

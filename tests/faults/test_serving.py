@@ -112,7 +112,11 @@ def without_room(disk: Path, kind: str):
                 ballast.write(bytes(2**12))
     else:
         subprocess.run(["mount", "--bind", disk / "endpoints", disk / "endpoints"], check=True)  # nobody writes
-        subprocess.run(["mount", "-o", "remount,bind,ro", disk / "endpoints"], check=True)
+        remount = ["mount", "-o", "remount,bind,ro", disk / "endpoints"]
+        deadline = time.monotonic() + 30
+        while subprocess.run(remount, check=False).returncode:  # it is busy while a file is being written
+            assert time.monotonic() < deadline
+            time.sleep(.05)
     try:
         yield
     finally:
